@@ -1,0 +1,25 @@
+"""What can go wrong because of the input. Every message names the thing, the value and the mend."""
+
+
+class LsemvaeError(ValueError):
+    """A mistake in what the user gave. Commands print its one line and exit with status 2."""
+
+
+class UnreadableRecording(LsemvaeError):
+    """A recording that no reader can turn into a `Record`. `code` is the short reason used in tables."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Refused(LsemvaeError):
+    """A readable recording that preprocessing refuses. `code` is the short reason used in tables."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class BundleError(LsemvaeError):
+    """A model directory that is incomplete, altered, or made by something this version does not know."""
