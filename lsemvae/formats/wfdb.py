@@ -1,0 +1,303 @@
+"""WFDB records: a text header (.hea) and the signal files it names. https://physionet.org/physiotools/wag/header-5.htm
+
+The header is parsed and checked here, because a header is input: every count is bounded before anything is
+allocated, and a name is a name beside the header. Format 16, which MIMIC-IV-ECG, PTB-XL, LUDB and the
+PhysioNet challenges use, is decoded by numpy (0.5 ms a record, wfdb.rdrecord 1.7); the others by the `wfdb`
+library, which is given a copy under a name of our own in a private folder, never a string from the input.
+"""
+
+import math
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.leads import LEADS, canonical
+from lsemvae.record import Record
+
+MAX_HEADER_BYTES = 2**18
+MAX_SIGNALS = 64
+MAX_SAMPLES = 10_000_000
+"""Of one signal."""
+MAX_TOTAL_SAMPLES = 20_000_000
+"""Of all signals together: 80 MB in the record that results."""
+RATE_RANGE_HZ = (1.0, 100_000.0)
+STEP_RANGE_UV = (1e-6, 1e6)
+"""Microvolts a count. Outside of it the gain is a mistake, and millivolts could overflow float32."""
+
+_UV_PER_UNIT = {"v": 1e6, "mv": 1e3, "uv": 1.0, "\u00b5v": 1.0, "\u03bcv": 1.0, "nv": 1e-3}
+
+# Format -> (bytes, samples in these bytes, count that stands for "nothing was recorded"). The compressed
+# formats (508, 516, 524) are left out: the size of their files does not bound what they unpack to.
+_FORMATS: dict[int, tuple[int, int, int | None]] = {
+    8: (1, 1, None),
+    16: (2, 1, -(2**15)),
+    24: (3, 1, -(2**23)),
+    32: (4, 1, -(2**31)),
+    61: (2, 1, -(2**15)),
+    80: (1, 1, -(2**7)),
+    160: (2, 1, -(2**15)),
+    212: (3, 2, -(2**11)),
+    310: (4, 3, -(2**9)),
+    311: (4, 3, -(2**9)),
+}
+
+_PLAIN = {16: "<i2", 61: ">i2"}  # what numpy reads as it is; wfdb 4.3.1 fails at 61
+
+# What follows the number of samples, the time and date of the recording, is not ours to keep.
+_RECORD_LINE = re.compile(r"([^\s/]+)(/\d+)?\s+(-?\d{1,18})(?:\s+(\S+))?(?:\s+(\S+))?(?:\s.*)?", re.ASCII)
+_RATE = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d{1,3})?)(?:/.*)?", re.ASCII)
+_LAYOUT = re.compile(r"(\d{1,9})(?:x(\d{1,9}))?(?::(\d{1,9}))?(?:\+(\d{1,9}))?", re.ASCII)
+_GAIN = re.compile(r"([^(/]*)(?:\(([^)]*)\))?(?:/(.*))?", re.ASCII)
+_INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+_SUBJECT = re.compile(r"#\s*<subject_id>:\s*(\S{1,64})\s*")  # MIMIC-IV-ECG's last line
+
+
+@dataclass(frozen=True)
+class _Signal:
+    """One signal line: where its samples are, and what they mean. `gain` and `unit` as written."""
+
+    file: str
+    format: int
+    per_frame: int
+    skew: int
+    offset: int
+    gain: str
+    unit: str
+    baseline: int
+    initial: int
+    checksum: int | None
+    lead: str | None
+
+
+@dataclass(frozen=True)
+class _Header:
+    rate_hz: float
+    frames: int
+    signals: tuple[_Signal, ...]
+    subject_id: str | None
+
+
+def recognise(head: bytes) -> bool:
+    """The first line that is no comment reads like a record line: a name, then the number of signals."""
+    for line in head.decode("utf-8", "replace").splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            line = line.strip().expandtabs()
+            return line.isprintable() and _RECORD_LINE.fullmatch(line) is not None
+    return False
+
+
+def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
+    """`content`, the header in the file `name`, with the signal files that `fetch` gives -> Record.
+
+    Signals whose names are no lead are left out. `checksum:LEAD` is flagged where a lead's samples do not sum
+    to what the header says. `uv_per_lsb_L` is kept, so that millivolts lead back to the exact integers; given
+    as `uv_per_lsb` it replaces the header's gain, baseline and unit. Raises UnreadableRecording.
+    """
+    try:
+        header = _parse(content)
+        leads = [signal for signal in header.signals if signal.lead]
+        scales = {signal: _scale(signal, uv_per_lsb) for signal in leads}
+        counts = {}
+        for file in dict.fromkeys(signal.file for signal in leads):
+            in_file = [signal for signal in header.signals if signal.file == file]
+            try:
+                data = fetch(file)
+            except (FileNotFoundError, IsADirectoryError):
+                raise UnreadableRecording(
+                    "missing_file", f"its signal file {file!r} is not there: put it beside the header"
+                ) from None
+            counts.update(zip(in_file, _decode(in_file, header.frames, data), strict=True))
+        return Record.from_leads(
+            {signal.lead: _millivolts(counts[signal], signal, *scales[signal]) for signal in leads},
+            header.rate_hz * leads[0].per_frame,
+            uv_per_lsb={signal.lead: abs(1000 / scales[signal][0]) for signal in leads},
+            record_id=PurePath(name).stem,
+            subject_id=header.subject_id,
+            flags=tuple(
+                f"checksum:{signal.lead}"
+                for signal in sorted(leads, key=lambda signal: LEADS.index(signal.lead))
+                if _is_corrupt(counts[signal], signal)
+            ),
+        )
+    except UnreadableRecording as error:
+        raise UnreadableRecording(error.code, f"{name}: {error}") from None
+
+
+def _parse(content: bytes) -> _Header:
+    if len(content) > MAX_HEADER_BYTES:
+        raise UnreadableRecording("too_large", f"the header has {len(content)} bytes: {MAX_HEADER_BYTES} are the limit")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    comments = [line for line in lines if line.startswith("#")]
+    lines = [line for line in lines if not line.startswith("#")]
+    record_line = _RECORD_LINE.fullmatch(lines[0]) if lines else None
+    if record_line is None:
+        raise UnreadableRecording("header", "no record line such as '100 12 500 5000': give a WFDB header")
+    _, segments, n_signals, rate, frames = record_line.groups()
+    if segments:
+        raise UnreadableRecording(
+            "multi_segment", f"a record of several segments ({segments[:20]}): read its segments one by one"
+        )
+    n_signals, frames = int(n_signals), _integer(frames, "number of samples", low=1)
+    if not 1 <= n_signals <= MAX_SIGNALS:
+        code = "too_large" if n_signals > MAX_SIGNALS else "header"
+        raise UnreadableRecording(code, f"{n_signals} signals: 1 to {MAX_SIGNALS} can be read")
+    if len(lines) < 1 + n_signals:
+        raise UnreadableRecording(
+            "header", f"{n_signals} signals declared, {len(lines) - 1} described: mend the header"
+        )
+    signals = tuple(_parse_signal(line) for line in lines[1 : 1 + n_signals])
+    total = frames * sum(signal.per_frame for signal in signals)
+    if frames > MAX_SAMPLES or total > MAX_TOTAL_SAMPLES:
+        raise UnreadableRecording(
+            "too_large",
+            f"{frames} samples a signal, {total} in all: {MAX_SAMPLES} and {MAX_TOTAL_SAMPLES} are allowed",
+        )
+    if (skew := max(signal.skew for signal in signals)) >= frames:
+        raise UnreadableRecording("header", f"a skew of {skew} samples in a record of {frames}: mend the header")
+    _check_leads(signals)
+    subjects = [match[1] for comment in comments if (match := _SUBJECT.fullmatch(comment))]
+    return _Header(_rate(rate), frames, signals, subjects[-1] if subjects else None)
+
+
+def _parse_signal(line: str) -> _Signal:
+    """FILE FORMATxPER_FRAME:SKEW+OFFSET GAIN(BASELINE)/UNIT RESOLUTION ZERO INITIAL CHECKSUM BLOCK NAME"""
+    fields = line.split(maxsplit=8)
+    layout = _LAYOUT.fullmatch(fields[1]) if len(fields) > 1 else None
+    if layout is None:
+        raise UnreadableRecording("format", f"no signal format such as '16' in the line {line[:80]!r}: mend the header")
+    number, per_frame, skew, offset = (int(field) if field else None for field in layout.groups())
+    if number not in _FORMATS:
+        known = ", ".join(map(str, _FORMATS))
+        raise UnreadableRecording("format", f"signal format {number}: {known} can be read; convert it to 16")
+    scale = fields[2] if len(fields) > 2 else ""
+    parts = _GAIN.fullmatch(scale)
+    gain, baseline, unit = parts.groups() if parts else (scale, None, None)
+    zero = _integer(fields[4], "ADC zero") if len(fields) > 4 else 0
+    try:
+        lead = canonical(fields[8]) if len(fields) > 8 else None
+    except LsemvaeError:
+        lead = None  # respiration, a pressure, …
+    return _Signal(
+        file=fields[0],
+        format=number,
+        per_frame=1 if per_frame is None else max(per_frame, 1),
+        skew=skew or 0,
+        offset=offset or 0,
+        gain=gain,
+        unit=unit or "mV",  # the specification's default
+        baseline=zero if baseline is None else _integer(baseline, "baseline"),
+        initial=_integer(fields[5], "initial value") if len(fields) > 5 else 0,
+        checksum=_integer(fields[6], "checksum") if len(fields) > 6 else None,
+        lead=lead,
+    )
+
+
+def _integer(text: str | None, what: str, low: int = -(2**31)) -> int:
+    """Bounded to 32 bits, except that a number of samples may be large: its own limit names it."""
+    if text is None or not _INTEGER.fullmatch(text) or int(text) < low or (low < 0 and int(text) >= 2**31):
+        raise UnreadableRecording("header", f"the {what} is {(text or 'absent')[:40]!r}: mend the header")
+    return int(text)
+
+
+def _rate(text: str | None) -> float:
+    match = _RATE.fullmatch(text or "")
+    rate_hz = float(match[1]) if match else math.nan
+    low, high = RATE_RANGE_HZ
+    if not low <= rate_hz <= high:
+        raise UnreadableRecording("rate", f"the rate is {(text or 'absent')[:40]!r}: from {low:g} to {high:g} Hz")
+    return rate_hz
+
+
+def _check_leads(signals: Sequence[_Signal]) -> None:
+    leads = [signal.lead for signal in signals if signal.lead]
+    if not leads:
+        raise UnreadableRecording("no_ecg_lead", f"none of its {len(signals)} signals is named {', '.join(LEADS)}")
+    if twice := sorted({lead for lead in leads if leads.count(lead) > 1}):
+        raise UnreadableRecording("duplicate_lead", f"lead {', '.join(twice)} is there twice: give each lead once")
+    if len({signal.per_frame for signal in signals if signal.lead}) > 1:
+        raise UnreadableRecording("format", "its leads differ in rate: bring them to one rate first")
+
+
+def _scale(signal: _Signal, uv_per_lsb: float | None) -> tuple[float, int]:
+    """Counts a millivolt, and the count of 0 mV; from the header, or for the step that is known better."""
+    if uv_per_lsb is not None:
+        return 1000 / uv_per_lsb, 0
+    uv_per_unit = _UV_PER_UNIT.get(signal.unit.casefold())
+    if uv_per_unit is None:
+        raise UnreadableRecording("unit", f"lead {signal.lead} is in {signal.unit[:20]!r}: V, mV, uV or nV can be read")
+    try:
+        gain = float(signal.gain or "0")
+    except ValueError:
+        gain = math.nan
+    low, high = STEP_RANGE_UV
+    # A gain of 0 or none at all means "uncalibrated" in WFDB: its amplitudes are not millivolts.
+    if not (math.isfinite(gain) and gain and low <= abs(uv_per_unit / gain) <= high):
+        raise UnreadableRecording(
+            "gain",
+            f"the gain of lead {signal.lead} is {signal.gain[:20]!r} per {signal.unit[:20]}: "
+            f"it must give {low:g} to {high:g} uV a count; correct it, or give the step (uv_per_lsb)",
+        )
+    return gain * (1000 / uv_per_unit), signal.baseline
+
+
+def _decode(signals: Sequence[_Signal], frames: int, data: bytes) -> list[np.ndarray]:
+    """The counts of every signal in one file, each [frames x per_frame]."""
+    first = signals[0]
+    if {(signal.format, signal.offset) for signal in signals} != {(first.format, first.offset)}:
+        raise UnreadableRecording("header", f"{first.file!r} has two formats or offsets: mend the header")
+    samples = frames * sum(signal.per_frame for signal in signals)
+    n_bytes, n_samples, _ = _FORMATS[first.format]
+    needed = first.offset + math.ceil(samples * n_bytes / n_samples)
+    needed += first.format == 310 and samples % 3 == 2  # the second of three samples ends in the fourth byte
+    if len(data) < needed:
+        raise UnreadableRecording(
+            "truncated", f"{first.file!r} has {len(data)} bytes, {needed} are declared: copy it again, whole"
+        )
+    if first.format in _PLAIN and all(signal.per_frame == 1 and signal.skew == 0 for signal in signals):
+        counts_TS = np.frombuffer(data, dtype=_PLAIN[first.format], count=samples, offset=first.offset).reshape(
+            frames, len(signals)
+        )
+        return list(np.ascontiguousarray(counts_TS.T))
+    return _decode_by_wfdb(signals, frames, data)
+
+
+def _decode_by_wfdb(signals: Sequence[_Signal], frames: int, data: bytes) -> list[np.ndarray]:
+    import wfdb  # 0.4 s, and most recordings do without
+
+    lines = [f"r {len(signals)} 1 {frames}"]
+    for signal in signals:
+        layout = f"{signal.format}x{signal.per_frame}:{signal.skew}+{signal.offset}"
+        lines.append(f"r.dat {layout} 1(0)/mV 0 0 {signal.initial} 0 0 s")
+    with tempfile.TemporaryDirectory(prefix="lsemvae-wfdb-") as folder:
+        Path(folder, "r.hea").write_text("\n".join(lines) + "\n", encoding="ascii")
+        Path(folder, "r.dat").write_bytes(data)
+        try:
+            return wfdb.rdrecord(str(Path(folder, "r")), physical=False, smooth_frames=False).e_d_signal
+        except (ValueError, IndexError, TypeError, OverflowError) as error:
+            raise UnreadableRecording(
+                "format", f"{signals[0].file!r} cannot be decoded as format {signals[0].format} ({error})"
+            ) from None
+
+
+def _millivolts(counts_T: np.ndarray, signal: _Signal, counts_per_mv: float, baseline: int) -> np.ndarray:
+    signal_mv_T = ((counts_T.astype(np.float64) - baseline) / counts_per_mv).astype(np.float32)
+    missing = _FORMATS[signal.format][2]
+    if missing is not None:
+        signal_mv_T[counts_T == missing] = np.nan
+    return signal_mv_T
+
+
+def _is_corrupt(counts_T: np.ndarray, signal: _Signal) -> bool:
+    """The checksum of the header is the sum of the counts in 16 bits, signed or not."""
+    if signal.checksum is None or signal.skew:  # a skewed signal has been shifted, and its end is not its own
+        return False
+    return (int(counts_T.sum(dtype=np.int64)) - signal.checksum) % 2**16 != 0
