@@ -1,0 +1,214 @@
+"""Quality flags: each fault alone raises its flag, and good recordings raise none."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lsemvae.formats import read
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.quality import quality_flags
+from lsemvae.record import Record
+
+# --- one fault at a time, in a recording that is otherwise good ---------------------------------------------
+
+
+def good_record(seed: int = 0, samples: int = 5000, rate_hz: float = 500.0) -> Record:
+    """Twelve consistent leads at 5 uV: beats that point left and down, with noise."""
+    rng = np.random.default_rng(seed)
+    phase_T = (np.arange(samples) / rate_hz) % 0.8 - 0.4
+    beat_T = 1.2 * np.exp(-((phase_T / 0.01) ** 2)) + 0.2 * np.exp(-(((phase_T - 0.25) / 0.04) ** 2))
+    size = {"I": 0.7, "II": 1.0, "V1": -0.9, "V2": -1.2, "V3": 0.4, "V4": 1.2, "V5": 1.0, "V6": 0.8}
+    rows = {lead: k * beat_T + rng.normal(0, 0.02, samples) for lead, k in size.items()}
+    i, ii = rows["I"], rows["II"]
+    rows |= {"III": ii - i, "aVR": -(i + ii) / 2, "aVL": i - ii / 2, "aVF": ii - i / 2}
+    rounded = {lead: np.rint(row / 0.005) * 0.005 for lead, row in rows.items()}
+    return Record.from_leads(rounded, rate_hz, uv_per_lsb=dict.fromkeys(LEADS, 5.0))
+
+
+def changed(record: Record, lead: str, change: Callable[[np.ndarray], np.ndarray]) -> Record:
+    signal_mv_LT = record.signal_mv_LT.copy()
+    row = record.leads.index(lead)
+    signal_mv_LT[row] = change(signal_mv_LT[row])
+    return replace(record, signal_mv_LT=signal_mv_LT)
+
+
+def with_arms_swapped(record: Record) -> Record:
+    """What exchanged arm electrodes record: I turns over, II and III change places, and so do aVR and aVL."""
+    lead = dict(zip(record.leads, record.signal_mv_LT, strict=True))
+    lead |= {"I": -lead["I"], "II": lead["III"], "III": lead["II"], "aVR": lead["aVL"], "aVL": lead["aVR"]}
+    return replace(record, signal_mv_LT=np.stack([lead[name] for name in record.leads]))
+
+
+def with_rows_exchanged(record: Record, a: str, b: str) -> Record:
+    order = [{a: b, b: a}.get(lead, lead) for lead in record.leads]
+    return replace(record, signal_mv_LT=record.signal_for(order))
+
+
+def limb_leads_only(record: Record) -> Record:
+    return replace(record, leads=LIMB_LEADS, signal_mv_LT=record.signal_for(LIMB_LEADS), uv_per_lsb_L=None)
+
+
+def put(value: float, where: slice) -> Callable[[np.ndarray], np.ndarray]:
+    def change(row_T: np.ndarray) -> np.ndarray:
+        row_T = row_T.copy()
+        row_T[where] = value
+        return row_T
+
+    return change
+
+
+def test_good_recordings_have_no_flags() -> None:
+    for seed in range(5):
+        assert quality_flags(good_record(seed)) == ()
+        assert quality_flags(limb_leads_only(good_record(seed))) == ()
+
+
+@pytest.mark.parametrize(
+    ("lead", "change", "flags"),
+    [
+        ("V2", put(np.nan, slice(100, 101)), ("nan:V2",)),
+        ("V2", put(np.nan, slice(None)), ("nan:V2",)),
+        ("V2", put(np.inf, slice(100, 101)), ("nan:V2", "rail:V2", "out_of_range:V2")),
+        ("V2", put(0.0, slice(None)), ("flat:V2",)),
+        ("V2", put(1.5, slice(None)), ("flat:V2",)),
+        ("V2", put(163.835, slice(None)), ("flat:V2", "out_of_range:V2")),
+        ("V2", put(0.3, slice(1800, 3200)), ("flat:V2",)),  # 2.8 s contain a whole second
+        ("V2", lambda row: row * 0.005, ("flat:V2",)),
+        ("V2", lambda row: row + 11, ("out_of_range:V2",)),
+        ("V2", lambda row: row - 11, ("out_of_range:V2",)),
+        ("V2", lambda row: np.clip(row, -0.6, 0.6), ("rail:V2",)),
+        ("V4", lambda row: np.clip(row, -0.7, 0.7), ("rail:V4",)),
+        ("V4", put(163.835, slice(7, 8)), ("rail:V4", "out_of_range:V4")),
+        ("V4", put(-163.835, slice(7, 8)), ("rail:V4", "out_of_range:V4")),
+        ("V4", put(1.9, slice(4950, 5000)), ()),  # a held end, as PTB-XL pads
+        ("III", lambda row: row + 0.05, ("einthoven",)),
+        ("III", lambda row: row + 0.01, ()),
+        ("aVR", lambda row: -row, ("einthoven",)),
+        ("aVL", put(0.9, slice(50, 51)), ("einthoven",)),
+    ],
+)
+def test_one_fault(lead: str, change: Callable[[np.ndarray], np.ndarray], flags: tuple[str, ...]) -> None:
+    assert quality_flags(changed(good_record(), lead, change)) == flags
+
+
+def test_rounding_of_the_recorder_is_no_contradiction() -> None:
+    """I + III - II reaches 20 uV where each lead is rounded to 5 uV."""
+    record = good_record()
+    assert quality_flags(changed(record, "III", lambda row: row + np.float32(0.0124))) == ()
+    coarse = replace(record, uv_per_lsb_L=np.full(12, 20.0))
+    assert quality_flags(changed(coarse, "III", lambda row: row + np.float32(0.06))) == ()
+    assert quality_flags(changed(coarse, "III", lambda row: row + np.float32(0.1))) == ("einthoven",)
+
+
+def test_exchanged_rows() -> None:
+    record = good_record()
+    assert quality_flags(with_rows_exchanged(record, "aVL", "aVF")) == ("swapped:aVL-aVF",)
+    assert quality_flags(with_rows_exchanged(record, "I", "II")) == ("einthoven",)
+    assert quality_flags(with_arms_swapped(record)) == ("swapped:arms",)
+    assert quality_flags(limb_leads_only(with_arms_swapped(record))) == ("swapped:arms",)
+
+
+def test_derived_leads_are_not_evidence() -> None:
+    """With I and II alone nothing can contradict, whatever they are."""
+    rng = np.random.default_rng(0)
+    record = Record.from_leads({lead: rng.normal(size=5000) for lead in ("I", "II")}, 500)
+    assert record.leads == LIMB_LEADS
+    assert "einthoven" not in quality_flags(record)
+
+
+def test_missing_samples_do_not_contradict() -> None:
+    record = changed(good_record(), "I", put(np.nan, slice(0, 2500)))
+    assert quality_flags(record) == ("nan:I",)
+    assert quality_flags(changed(good_record(), "I", put(np.nan, slice(None)))) == ("nan:I",)
+
+
+def test_microvolts_sent_as_millivolts() -> None:
+    record = good_record()
+    flags = quality_flags(replace(record, signal_mv_LT=record.signal_mv_LT * 1000))
+    assert {f"out_of_range:{lead}" for lead in LEADS} <= set(flags)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate_hz", "flags"),
+    [
+        (5000, 500, ()),
+        (4990, 500, ()),
+        (2500, 250, ("rate",)),
+        (10_000, 1000, ("rate",)),
+        (2500, 500, ("length",)),  # 250 Hz labelled 500
+        (5500, 500, ("length",)),
+        (9000, 300, ("length", "rate")),
+        (400, 500, ("length",)),
+    ],
+)
+def test_length_and_rate(samples: int, rate_hz: float, flags: tuple[str, ...]) -> None:
+    assert quality_flags(good_record(samples=samples, rate_hz=rate_hz)) == flags
+
+
+def test_a_single_sample_is_flagged_not_a_crash() -> None:
+    assert quality_flags(Record.from_leads({"II": [0.1]}, 500)) == ("flat:II", "length")
+
+
+def test_the_recording_is_not_changed() -> None:
+    record = good_record()
+    before = record.signal_mv_LT.copy()
+    quality_flags(record)
+    np.testing.assert_array_equal(record.signal_mv_LT, before)
+
+
+# --- real recordings ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_records(shared_data: Path) -> list[Record]:
+    ptb_xl = sorted((shared_data / "ptbxl500/records500").rglob("*.hea"))
+    ludb = sorted((shared_data / "ludb/data").glob("*.hea"))
+    return [read(path) for path in ptb_xl] + [read(path, uv_per_lsb=1.0) for path in ludb]
+
+
+@pytest.mark.shared_data
+def test_few_flags_on_real_recordings(real_records: list[Record]) -> None:
+    """What the docstrings of the limits say: each line below was looked at."""
+    flagged = {record.record_id: quality_flags(record) for record in real_records if quality_flags(record)}
+    assert flagged == {
+        "00162_hr": ("einthoven",),  # seven samples of aVR and aVF are off by 2.6 mV
+        "00182_hr": ("swapped:arms",),
+        "00421_hr": ("out_of_range:V4",),
+        "109": ("rail:II", "rail:V4"),
+        "111": ("swapped:arms",),
+        "74": ("swapped:arms",),
+    }
+
+
+@pytest.mark.shared_data
+def test_exchanged_leads_are_found_in_real_recordings(real_records: list[Record]) -> None:
+    found = Counter()
+    for record in real_records:
+        found["aVL-aVF"] += "swapped:aVL-aVF" in quality_flags(with_rows_exchanged(record, "aVL", "aVF"))
+        found["arms"] += "swapped:arms" in quality_flags(with_arms_swapped(record))
+        found["arms, limb leads"] += "swapped:arms" in quality_flags(limb_leads_only(with_arms_swapped(record)))
+    assert found["aVL-aVF"] >= 0.99 * len(real_records)
+    assert found["arms"] > 0.8 * len(real_records)
+    assert found["arms, limb leads"] > 0.6 * len(real_records)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("JS11438", {f"flat:V{number}" for number in range(1, 7)}),
+        ("E00271", set()),
+        ("1111834", {"length", "rate"}),
+        (
+            "1111554",
+            {"flat:V5", "flat:V6", "rail:III", "einthoven", "length", "rate"}
+            | {f"out_of_range:{lead}" for lead in LEADS},
+        ),
+    ],
+)  # fmt: skip
+def test_odd_recordings(shared_data: Path, name: str, flags: set[str]) -> None:
+    assert set(quality_flags(read(shared_data / "odd" / name))) == flags
