@@ -1,0 +1,179 @@
+"""Encoders of all leads at once, and the decoder they share.
+
+Every parameter of an encoder has the lead as its first dimension, so that one grouped convolution or one
+batched matrix product serves all leads, and the encoders of some leads are rows of a tensor.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lsemvae.errors import LsemvaeError
+from lsemvae.leads import in_order
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what nn.Conv1d and nn.Linear draw for one lead."""
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class LeadConv(nn.Module):
+    """A Conv1d a lead (kernel 3, stride 2, padding 1): its parameters, and all leads in one call."""
+
+    def __init__(self, leads: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = _uniform((leads, outputs, inputs, 3), fan_in=inputs * 3)
+        self.bias = _uniform((leads, outputs), fan_in=inputs * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L * inputs, T] -> [B, L * outputs, T / 2]."""
+        weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
+        return F.conv1d(x, weight, bias, stride=2, padding=1, groups=len(self.weight))
+
+
+class LeadLinear(nn.Module):
+    """A linear map a lead: [L, B, F] -> [L, B, D] in one batched matrix product.
+
+    The weight is [L, F, D], the transpose of nn.Linear's: so its gradient, and that of the input, come out
+    of the batched product in their own layout. Otherwise each step would copy a gigabyte.
+    """
+
+    def __init__(self, leads: int, features: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = _uniform((leads, features, outputs), fan_in=features)
+        self.bias = _uniform((leads, outputs), fan_in=features)
+
+    def forward(self, h_LBF: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), h_LBF, self.weight)
+
+
+class LeadEncoders(nn.Module):
+    """q(z given one lead) for each lead: three convolutions, then a mean and a log-variance (section 2.1).
+
+    x_BLT -> mu_BLD, logvar_BLD. The leads are `leads`, in that order. Without `log_variance` there are no
+    log-variance heads, which are half of the parameters: the embedding needs the means alone.
+    """
+
+    def __init__(
+        self,
+        leads: Sequence[str],
+        *,
+        samples: int,
+        latent: int,
+        channels: tuple[int, int, int],
+        log_variance: bool = True,
+    ) -> None:
+        super().__init__()
+        self.leads = tuple(leads)
+        self.samples, self.latent, self.channels = samples, latent, channels
+        count, features = len(self.leads), channels[2] * samples // 8
+        self.conv1 = LeadConv(count, 1, channels[0])
+        self.conv2 = LeadConv(count, channels[0], channels[1])
+        self.conv3 = LeadConv(count, channels[1], channels[2])
+        self.fc_mu = LeadLinear(count, features, latent)
+        self.fc_logvar = LeadLinear(count, features, latent) if log_variance else None
+
+    def features(self, x_BLT: Tensor) -> Tensor:
+        """What the heads read, [L, B, F]: F = last channels x T / 8, channel by channel."""
+        return self._lead_by_lead(x_BLT) if x_BLT.device.type == "cpu" else self._grouped(x_BLT)
+
+    def _grouped(self, x_BLT: Tensor) -> Tensor:
+        h = x_BLT
+        for conv in (self.conv1, self.conv2, self.conv3):
+            h = F.relu(conv(h), inplace=True)
+        return h.view(len(x_BLT), len(self.leads), -1).transpose(0, 1)
+
+    def _lead_by_lead(self, x_BLT: Tensor) -> Tensor:
+        """The same numbers. On a CPU the backward pass of a grouped convolution is three times slower."""
+        convs = (self.conv1, self.conv2, self.conv3)
+        kernels = [zip(conv.weight.unbind(), conv.bias.unbind(), strict=True) for conv in convs]
+        features = []
+        for row, chain in enumerate(zip(*kernels, strict=True)):
+            h = x_BLT[:, row : row + 1]
+            for weight, bias in chain:
+                h = F.relu(F.conv1d(h, weight, bias, stride=2, padding=1), inplace=True)
+            features.append(h)
+        return torch.stack(features).flatten(2)
+
+    def means(self, x_BLT: Tensor) -> Tensor:
+        """x_BLT -> mu_BLD; the log-variance heads are not touched."""
+        return self.fc_mu(self.features(x_BLT)).transpose(0, 1)
+
+    def forward(self, x_BLT: Tensor) -> tuple[Tensor, Tensor]:
+        """x_BLT -> mu_BLD, logvar_BLD."""
+        assert self.fc_logvar is not None, "built without log-variance heads: only means() is to be had"
+        h_LBF = self.features(x_BLT)
+        return self.fc_mu(h_LBF).transpose(0, 1), self.fc_logvar(h_LBF).transpose(0, 1)
+
+    def select(self, leads: Sequence[str], *, log_variance: bool | None = None) -> Self:
+        """The encoders of the named leads, in the fixed order I … V6, with the same weights.
+
+        Shares memory with these encoders where the named leads lie next to each other (the six limb leads),
+        and copies otherwise. Raises LsemvaeError on a lead without an encoder.
+        """
+        leads = in_order(leads)
+        absent = [lead for lead in leads if lead not in self.leads]
+        if absent:
+            raise LsemvaeError(f"no encoder for lead {', '.join(absent)}: this model reads {', '.join(self.leads)}")
+        keep = (self.fc_logvar is not None) if log_variance is None else log_variance
+        assert not keep or self.fc_logvar is not None, "log-variance heads that were never built"
+        rows = [self.leads.index(lead) for lead in leads]
+        adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
+        with torch.device("meta"):
+            chosen = type(self)(
+                leads,
+                samples=self.samples,
+                latent=self.latent,
+                channels=self.channels,
+                log_variance=keep,
+            )
+        wanted = chosen.state_dict()
+        chosen.load_state_dict(
+            {
+                name: values[rows[0] : rows[0] + len(rows)] if adjacent else values[rows]
+                for name, values in self.state_dict().items()
+                if name in wanted
+            },
+            assign=True,
+        )
+        return chosen.train(self.training)
+
+
+class Decoder(nn.Module):
+    """z_BD -> x_BLT for all leads in one pass: a linear map and three transposed convolutions.
+
+    `kind="paper"`: the last convolution has one output, and every lead is given the same tensor.
+    `kind="lead"`: it has one output a lead. The leads of an ECG are, to a good approximation, fixed linear
+    projections of a few cardiac sources; the last convolution is such a projection of its inputs, which all
+    leads share, and the lead's name selects its row. It costs 65 parameters a lead, and one pass serves all.
+    """
+
+    def __init__(
+        self,
+        leads: Sequence[str],
+        *,
+        samples: int,
+        latent: int,
+        channels: tuple[int, int, int],
+        kind: Literal["lead", "paper"],
+    ) -> None:
+        super().__init__()
+        self.leads = tuple(leads)
+        self.channels = channels
+        self.fc = nn.Linear(latent, channels[2] * samples // 8)
+        self.convtrans1 = nn.ConvTranspose1d(channels[2], channels[1], 4, stride=2, padding=1)
+        self.convtrans2 = nn.ConvTranspose1d(channels[1], channels[0], 4, stride=2, padding=1)
+        outputs = len(self.leads) if kind == "lead" else 1
+        self.convtrans3 = nn.ConvTranspose1d(channels[0], outputs, 4, stride=2, padding=1)
+
+    def forward(self, z_BD: Tensor) -> Tensor:
+        """z_BD -> x_BLT, leads in the order of `leads`."""
+        h = self.fc(z_BD).view(len(z_BD), self.channels[2], -1)
+        h = F.relu(self.convtrans1(h), inplace=True)
+        h = F.relu(self.convtrans2(h), inplace=True)
+        return self.convtrans3(h).expand(-1, len(self.leads), -1)

@@ -1,0 +1,183 @@
+"""From one Gaussian an expert to one posterior: HiME (section 2.2 of the paper), its parts and its ablations.
+
+Pure functions. Means and log-variances come as `mu_BKD` and `logvar_BKD` with a mask `mask_BK` that is True
+where the expert was observed. bfloat16 and float16 are raised to float32; float64 stays float64. All work on
+variances is done on their logarithms, so no intermediate value overflows at extreme log-variances. What is
+masked out is replaced before any arithmetic, so its gradient is exactly zero even where it holds NaN. A
+record without any observed expert gets the prior N(0, I).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lsemvae.leads import LEADS
+
+# The released code multiplies within these groups and then averages over them.
+RELEASED_GROUPS = (LEADS[0:3], LEADS[3:6], LEADS[6:9], LEADS[9:12])
+
+
+class Gaussian(NamedTuple):
+    """Diagonal Gaussians: means and log-variances of one shape."""
+
+    mu: Tensor
+    logvar: Tensor
+
+
+class Posterior(NamedTuple):
+    """The fused posterior `mu_BD`, `logvar_BD`, and what it was made of.
+
+    `expert_mu_BKD`, `expert_logvar_BKD` and `expert_mask_BK` are the experts that were mixed (for HiME the
+    leads in their order, then the shared expert); `weight_BK` is each expert's share, which sums to 1 over
+    the observed ones.
+    """
+
+    mu_BD: Tensor
+    logvar_BD: Tensor
+    expert_mu_BKD: Tensor
+    expert_logvar_BKD: Tensor
+    expert_mask_BK: Tensor
+    weight_BK: Tensor
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """bfloat16 and float16 -> float32; float32 and float64 as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def _observed(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means and log-variances with zeros where masked, the mask to compute with, and which records have any.
+
+    A record without any expert is computed as if all of its (zeroed) experts were there: finite, and put
+    right by `_or_prior` afterwards.
+    """
+    mask_BK1 = mask_BK.unsqueeze(-1)
+    mu_BKD = full_precision(mu_BKD)
+    logvar_BKD = full_precision(logvar_BKD)
+    any_B1 = mask_BK.any(dim=1, keepdim=True)
+    return (
+        torch.where(mask_BK1, mu_BKD, torch.zeros_like(mu_BKD)),
+        torch.where(mask_BK1, logvar_BKD, torch.zeros_like(logvar_BKD)),
+        mask_BK | ~any_B1,
+        any_B1,
+    )
+
+
+def _or_prior(mu_BD: Tensor, logvar_BD: Tensor, any_B1: Tensor) -> Gaussian:
+    zeros_BD = torch.zeros_like(mu_BD)
+    return Gaussian(torch.where(any_B1, mu_BD, zeros_BD), torch.where(any_B1, logvar_BD, zeros_BD))
+
+
+def _precision_shares(logvar_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """(1/s_k^2) / (sum_j 1/s_j^2) over the observed experts, and log(sum_j 1/s_j^2): [B, K, D] and [B, D]."""
+    log_precision_BKD = (-logvar_BKD).masked_fill(~mask_BK.unsqueeze(-1), -torch.inf)
+    return torch.softmax(log_precision_BKD, dim=1), torch.logsumexp(log_precision_BKD, dim=1)
+
+
+def product_of_experts(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> Gaussian:
+    """The product of the observed experts: mu [B, D] and log-variance [B, D].
+
+    mu = (sum mu_k / s_k^2) / (sum 1 / s_k^2),  s^2 = 1 / (sum 1 / s_k^2). There is no prior expert.
+    """
+    mu_BKD, logvar_BKD, mask_BK, any_B1 = _observed(mu_BKD, logvar_BKD, mask_BK)
+    share_BKD, log_precision_BD = _precision_shares(logvar_BKD, mask_BK)
+    return _or_prior((share_BKD * mu_BKD).sum(dim=1), -log_precision_BD, any_B1)
+
+
+def gate_weights(logvar_BKD: Tensor, mask_BK: Tensor) -> Tensor:
+    """How much each expert counts in the mixture, [B, K]: zero where masked, else summing to 1.
+
+    w_k = softmax over the observed experts of mean_d(-log s_kd^2), the expert's average log-precision.
+
+    The paper does not specify its gate. Its published count of 256,150,577 parameters is exactly twelve
+    encoders and the decoder, which leaves not one parameter to a gate: so the gate can only be a function of
+    the experts themselves, and this is the one that trusts whoever is sure. With k equally sure leads the
+    shared expert (k times as precise) gets one half and each lead 1 / (2k).
+    """
+    return _log_gate(logvar_BKD, mask_BK).exp().masked_fill(~mask_BK, 0.0)
+
+
+def _log_gate(logvar_BKD: Tensor, mask_BK: Tensor) -> Tensor:
+    _, logvar_BKD, mask_BK, _ = _observed(logvar_BKD, logvar_BKD, mask_BK)
+    score_BK = (-logvar_BKD).mean(dim=-1).masked_fill(~mask_BK, -torch.inf)
+    return torch.log_softmax(score_BK, dim=1)
+
+
+def mixture(mu_BKD: Tensor, logvar_BKD: Tensor, log_weight_BK: Tensor, mask_BK: Tensor) -> Gaussian:
+    """The Gaussian with the moments of a weighted mixture: mu [B, D] and log-variance [B, D].
+
+    mu = sum w_k mu_k;  s^2 = sum w_k (s_k^2 + (mu_k - mu)^2), which is the paper's
+    sum w_k (s_k^2 + mu_k^2) - mu^2 without its cancellation. `log_weight_BK` are logarithms of weights that
+    sum to 1 over the observed experts; those of the others are ignored.
+    """
+    mu_BKD, logvar_BKD, mask_BK, any_B1 = _observed(mu_BKD, logvar_BKD, mask_BK)
+    log_weight_BK1 = full_precision(log_weight_BK).masked_fill(~mask_BK, -torch.inf).unsqueeze(-1)
+    mu_BD = (log_weight_BK1.exp() * mu_BKD).sum(dim=1)
+
+    # log(d^2) has no finite gradient at d = 0: such terms are left out of the sum, where they add nothing.
+    deviation_BKD = (mu_BKD - mu_BD.unsqueeze(1)).abs()
+    apart_BKD = deviation_BKD > torch.finfo(deviation_BKD.dtype).tiny
+    log_square_BKD = 2 * torch.where(apart_BKD, deviation_BKD, torch.ones_like(deviation_BKD)).log()
+    log_square_BKD = log_square_BKD.masked_fill(~apart_BKD, -torch.inf)
+    parts = torch.cat([log_weight_BK1 + logvar_BKD, log_weight_BK1 + log_square_BKD], dim=1)
+    return _or_prior(mu_BD, torch.logsumexp(parts, dim=1), any_B1)
+
+
+def hime(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> Posterior:
+    """Hierarchical modality expert: the leads' product joins the leads as one more expert; then the mixture.
+
+    K = L + 1: the leads in their order, then the shared expert. The paper's section 2.2, steps 1 to 3.
+    """
+    shared = product_of_experts(mu_BLD, logvar_BLD, lead_mask_BL)
+    return mixture_of_leads(
+        torch.cat([full_precision(mu_BLD), shared.mu.unsqueeze(1)], dim=1),
+        torch.cat([full_precision(logvar_BLD), shared.logvar.unsqueeze(1)], dim=1),
+        torch.cat([lead_mask_BL, lead_mask_BL.any(dim=1, keepdim=True)], dim=1),
+    )
+
+
+def mixture_of_leads(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> Posterior:
+    """Ablation: gate and mixture over the given experts alone, without a shared one."""
+    log_weight_BK = _log_gate(logvar_BKD, mask_BK)
+    mu_BD, logvar_BD = mixture(mu_BKD, logvar_BKD, log_weight_BK, mask_BK)
+    weight_BK = log_weight_BK.exp().masked_fill(~mask_BK, 0.0)
+    return Posterior(mu_BD, logvar_BD, mu_BKD, logvar_BKD, mask_BK, weight_BK)
+
+
+def product_of_leads(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> Posterior:
+    """Ablation: the shared expert is the posterior. A lead's weight is its mean share of the precision."""
+    mu_BD, logvar_BD = product_of_experts(mu_BLD, logvar_BLD, lead_mask_BL)
+    _, observed_logvar_BLD, mask_BL, _ = _observed(mu_BLD, logvar_BLD, lead_mask_BL)
+    weight_BL = _precision_shares(observed_logvar_BLD, mask_BL)[0].mean(dim=-1)
+    return Posterior(mu_BD, logvar_BD, mu_BLD, logvar_BLD, lead_mask_BL, weight_BL.masked_fill(~lead_mask_BL, 0.0))
+
+
+def released(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor, leads: Sequence[str]) -> Posterior:
+    """The fusion of the authors' released code (K = the groups that the model's leads touch, at most 4).
+
+    A product within each of {I, II, III}, {aVR, aVL, aVF}, {V1-V3}, {V4-V6}; then the plain mean of the
+    groups' means and of their log-variances. Their code always has twelve leads; with fewer, a product takes
+    the leads that are there, and a group without any is left out of the mean.
+    """
+    members = [[row for row, lead in enumerate(leads) if lead in group] for group in RELEASED_GROUPS]
+    groups, masks = [], []
+    for rows in members:
+        if rows:
+            mask_BG = lead_mask_BL[:, rows]
+            groups.append(product_of_experts(mu_BLD[:, rows], logvar_BLD[:, rows], mask_BG))
+            masks.append(mask_BG.any(dim=1))
+    mu_BKD = torch.stack([group.mu for group in groups], dim=1)
+    logvar_BKD = torch.stack([group.logvar for group in groups], dim=1)
+    mask_BK = torch.stack(masks, dim=1)
+    weight_BK = mask_BK / mask_BK.sum(dim=1, keepdim=True).clamp(min=1).to(mu_BKD.dtype)
+    # A group without observed leads is N(0, I), of weight zero: it adds zero to both means.
+    return Posterior(
+        (weight_BK.unsqueeze(-1) * mu_BKD).sum(dim=1),
+        (weight_BK.unsqueeze(-1) * logvar_BKD).sum(dim=1),
+        mu_BKD,
+        logvar_BKD,
+        mask_BK,
+        weight_BK,
+    )

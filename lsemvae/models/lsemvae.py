@@ -1,0 +1,327 @@
+"""LS-EMVAE: one encoder a lead, hierarchical fusion (HiME), one decoder (arXiv 2503.13470).
+
+`LSEMVAEConfig()` is the paper's model with a decoder that knows which lead it writes. The released code's
+model and the ablations are settings of the same class.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lsemvae.errors import BundleError, LsemvaeError
+from lsemvae.leads import LEADS, in_order
+from lsemvae.models import fusion, objectives
+from lsemvae.models.blocks import Decoder, LeadEncoders
+from lsemvae.models.diagnostics import Diagnostics
+
+DecoderKind = Literal["lead", "paper"]
+Fusion = Literal["hime", "product", "mixture", "released"]
+Objective = Literal["paper", "released"]
+
+
+@dataclass(frozen=True)
+class LSEMVAEConfig:
+    """The shape of the model, its fusion and what it minimises. The defaults are the paper's sizes.
+
+    samples                 time points a record, divisible by 8
+    latent                  D, the units of the latent
+    channels                of the three convolutions
+    decoder                 "lead": reconstructions differ by lead; "paper": one tensor for every lead
+    decoder_leads           what is reconstructed; empty: the leads that are read
+    fusion                  "hime"; ablations "product", "mixture" (of the leads alone); "released"
+    objective               "paper" (eqs. 1 and 2); "released", whose terms have other units
+    reconstruction_weight   lambda of eq. 2, the same for every lead
+    beta                    weight of the KL of eq. 2, once it has risen
+    gamma                   weight of the alignment, eq. 1; 0 is the ablation without it
+    lead_dropout            mean share of observed leads that training hides from the encoders (up to 0.5)
+    """
+
+    architecture: ClassVar[str] = "lsemvae"
+
+    samples: int = 5000
+    latent: int = 256
+    channels: tuple[int, int, int] = (16, 32, 64)
+    decoder: DecoderKind = "lead"
+    decoder_leads: tuple[str, ...] = ()
+    fusion: Fusion = "hime"
+    objective: Objective = "paper"
+    reconstruction_weight: float = 100.0
+    beta: float = 1.0
+    gamma: float = 0.1
+    lead_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.samples < 8 or self.samples % 8:
+            raise LsemvaeError(f"samples is {self.samples}: give a positive multiple of 8")
+        if self.latent < 1 or len(self.channels) != 3 or min(self.channels) < 1:
+            raise LsemvaeError(
+                f"latent is {self.latent} and channels {self.channels}: give one positive size and three"
+            )
+        for name, kinds in (("decoder", DecoderKind), ("fusion", Fusion), ("objective", Objective)):
+            if getattr(self, name) not in get_args(kinds):
+                raise LsemvaeError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(get_args(kinds))}")
+        if self.decoder_leads and in_order(self.decoder_leads) != self.decoder_leads:
+            raise LsemvaeError(f"decoder_leads is {self.decoder_leads}: give names in the order {', '.join(LEADS)}")
+        for name in ("reconstruction_weight", "beta", "gamma"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise LsemvaeError(f"{name} is {getattr(self, name)}: give a finite number, 0 or more")
+        if not 0 <= self.lead_dropout <= 0.5:
+            raise LsemvaeError(f"lead_dropout is {self.lead_dropout}: give a share between 0 and 0.5")
+
+    @classmethod
+    def released(cls, **changes: object) -> Self:
+        """The authors' released code: its fusion, decoder, objective and weights."""
+        preset = cls(decoder="paper", fusion="released", objective="released", reconstruction_weight=1e-3, gamma=0.1)
+        return replace(preset, **changes)
+
+
+class LSEMVAE(nn.Module):
+    """The model over `leads`, by name, in the fixed order I … V6.
+
+    Inputs are `x_BLT` (the model's leads in the order of `.leads`, T = config.samples) and `lead_mask_BL`
+    (True = observed); what a masked lead holds, NaN included, changes nothing. A wrong shape raises
+    LsemvaeError.
+    """
+
+    def __init__(self, config: LSEMVAEConfig, leads: Sequence[str] = LEADS) -> None:
+        super().__init__()
+        self.config = config
+        self.leads = in_order(leads)
+        sizes = {"samples": config.samples, "latent": config.latent, "channels": config.channels}
+        self.encoders = LeadEncoders(self.leads, **sizes)
+        self.decoder = Decoder(config.decoder_leads or self.leads, kind=config.decoder, **sizes)
+
+    @property
+    def decoder_leads(self) -> tuple[str, ...]:
+        """The leads that `reconstruct` gives, in order."""
+        return self.decoder.leads
+
+    @property
+    def embedding_size(self) -> int:
+        """F = L x D."""
+        return len(self.leads) * self.config.latent
+
+    def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """h_BF: the lead means mu_i one after another, zeros for an absent lead. Computes no log-variance."""
+        return embed_leads(self.encoders, x_BLT, lead_mask_BL)
+
+    def posterior(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> fusion.Posterior:
+        """q(z given the observed leads), with its experts and their weights."""
+        return self._fuse(*self._experts(x_BLT, lead_mask_BL), lead_mask_BL)
+
+    def reconstruct(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """x_BLT over `decoder_leads`, from the posterior mean: six limb leads in, V1-V6 among those out."""
+        return self.decoder(self.posterior(x_BLT, lead_mask_BL).mu_BD)
+
+    def select(self, leads: Sequence[str]) -> Self:
+        """The model that reads only the named leads and reconstructs what this one does. See LeadEncoders."""
+        with torch.device("meta"):
+            chosen = type(self)(replace(self.config, decoder_leads=self.decoder_leads), leads)
+        chosen.encoders = self.encoders.select(leads)
+        chosen.decoder = self.decoder
+        return chosen.train(self.training)
+
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        *,
+        kl_scale: float | Tensor = 1.0,
+        noise_BD: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch and its terms, each a scalar: means over the records (eqs. 1 and 2).
+
+        batch: `x_BLT`, `lead_mask_BL`; optionally `target_BLT` and `target_mask_BL` over the decoder's leads,
+        by default the input and its mask (a decoder lead that is not read is then no target).
+        `kl_scale` is how far beta has risen, 0 to 1. z = mu + s * noise, in training and out of it; pass
+        noise, or a generator, to repeat it. `diagnostics` is updated with the posterior and with the
+        reconstruction from its mean.
+
+        Returns "loss" (the only one with a gradient), the unweighted "reconstruction", "kl" (nats) and
+        "alignment", and "weighted_reconstruction", "weighted_kl" and "weighted_alignment", which sum to it.
+        Raises NonFiniteBatch with the positions of records that hold NaN, or no lead at all, or whose loss
+        is not finite.
+        """
+        x_BLT, lead_mask_BL = batch["x_BLT"], batch["lead_mask_BL"]
+        target_BLT, target_mask_BL = self._targets(batch)
+        seen_mask_BL = lead_mask_BL
+        if self.training and self.config.lead_dropout > 0:
+            seen_mask_BL = hide_leads(lead_mask_BL, self.config.lead_dropout, generator)
+
+        mu_BLD, logvar_BLD = self._experts(x_BLT, seen_mask_BL)
+        posterior = self._fuse(mu_BLD, logvar_BLD, seen_mask_BL)
+        if noise_BD is None:
+            noise_BD = torch.randn(
+                posterior.mu_BD.shape,
+                dtype=posterior.mu_BD.dtype,
+                device=posterior.mu_BD.device,
+                generator=generator,
+            )
+        z_BD = posterior.mu_BD + (0.5 * posterior.logvar_BD).exp() * noise_BD
+        prediction_BLT = self.decoder(z_BD)
+
+        if self.config.objective == "paper":
+            reconstruction_B = objectives.reconstruction(prediction_BLT, target_BLT, target_mask_BL)
+            kl_B = objectives.kl_to_prior(posterior.mu_BD, posterior.logvar_BD).sum(dim=-1)
+            alignment_B = objectives.alignment(posterior.expert_mu_BKD, posterior.expert_mask_BK, posterior.mu_BD)
+        else:
+            reconstruction_B = objectives.released_reconstruction(prediction_BLT, target_BLT, target_mask_BL)
+            kl_B, alignment_B = objectives.released_kl_and_alignment(mu_BLD, logvar_BLD, seen_mask_BL)
+
+        if diagnostics is not None:
+            with torch.no_grad():
+                from_mean_BLT = self.decoder(posterior.mu_BD)
+            diagnostics.update(posterior.mu_BD, posterior.logvar_BD, from_mean_BLT, target_BLT, target_mask_BL)
+        terms = {
+            "reconstruction": reconstruction_B.mean(),
+            "kl": kl_B.mean(),
+            "alignment": alignment_B.mean(),
+        }
+        weights = {
+            "reconstruction": self.config.reconstruction_weight,
+            "kl": self.config.beta * kl_scale,
+            "alignment": self.config.gamma,
+        }
+        weighted = {f"weighted_{name}": weights[name] * term for name, term in terms.items()}
+        good_B = (
+            objectives.finite_records(x_BLT, lead_mask_BL)
+            & objectives.finite_records(target_BLT, target_mask_BL)
+            & objectives.finite_records((reconstruction_B + kl_B + alignment_B).detach())
+            & lead_mask_BL.any(dim=1)
+        )
+        loss = sum(weighted.values())
+        # Last, because torch.compile splits its graph where Python looks at a value.
+        objectives.require(good_B, "NaN, infinity or no lead at all")
+        return {"loss": loss} | {name: term.detach() for name, term in (terms | weighted).items()}
+
+    def _experts(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoders(_masked_input(self.encoders, x_BLT, lead_mask_BL))
+
+    def _fuse(self, mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> fusion.Posterior:
+        match self.config.fusion:
+            case "hime":
+                return fusion.hime(mu_BLD, logvar_BLD, lead_mask_BL)
+            case "product":
+                return fusion.product_of_leads(mu_BLD, logvar_BLD, lead_mask_BL)
+            case "mixture":
+                return fusion.mixture_of_leads(mu_BLD, logvar_BLD, lead_mask_BL)
+            case "released":
+                return fusion.released(mu_BLD, logvar_BLD, lead_mask_BL, self.leads)
+
+    def _targets(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Targets and their mask over the decoder's leads."""
+        shape = (len(batch["x_BLT"]), len(self.decoder_leads), self.config.samples)
+        if "target_BLT" in batch:
+            target_BLT, mask_BL = batch["target_BLT"], batch["target_mask_BL"]
+        elif self.decoder_leads == self.leads:
+            target_BLT, mask_BL = batch["x_BLT"], batch.get("target_mask_BL", batch["lead_mask_BL"])
+        else:
+            target_BLT = batch["x_BLT"].new_zeros(shape)
+            mask_BL = batch["lead_mask_BL"].new_zeros(shape[:2])
+            for row, lead in enumerate(self.leads):
+                if lead in self.decoder_leads:
+                    target_BLT[:, self.decoder_leads.index(lead)] = batch["x_BLT"][:, row]
+                    mask_BL[:, self.decoder_leads.index(lead)] = batch["lead_mask_BL"][:, row]
+        if target_BLT.shape != shape or mask_BL.shape != shape[:2]:
+            raise LsemvaeError(
+                f"targets are {list(target_BLT.shape)} with a mask {list(mask_BL.shape)}: "
+                f"give {list(shape)} for {', '.join(self.decoder_leads)}"
+            )
+        return target_BLT, mask_BL
+
+
+def _masked_input(encoders: LeadEncoders, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+    """The input with zeros in place of absent leads, once its shape is what the encoders read."""
+    expected = (len(encoders.leads), encoders.samples)
+    if x_BLT.ndim != 3 or x_BLT.shape[1:] != expected or lead_mask_BL.shape != x_BLT.shape[:2]:
+        raise LsemvaeError(
+            f"the input is {list(x_BLT.shape)} with a mask {list(lead_mask_BL.shape)}: give [batch, "
+            f"{expected[0]}, {expected[1]}] and [batch, {expected[0]}] for {', '.join(encoders.leads)}"
+        )
+    return torch.where(lead_mask_BL.unsqueeze(-1), x_BLT, torch.zeros_like(x_BLT))
+
+
+def embed_leads(encoders: LeadEncoders, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+    """h_BF in float32 or better: the means of the leads one after another, zeros for an absent lead."""
+    mu_BLD = fusion.full_precision(encoders.means(_masked_input(encoders, x_BLT, lead_mask_BL)))
+    return torch.where(lead_mask_BL.unsqueeze(-1), mu_BLD, torch.zeros_like(mu_BLD)).flatten(1)
+
+
+def hide_leads(lead_mask_BL: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """The mask with random observed leads hidden, never all of them: lead dropout, [B, L].
+
+    Each record draws its own rate from U(0, 2 share), so that few leads are seen as often as many: at a share
+    of 0.5 every number of hidden leads is equally likely.
+    """
+    draws = torch.rand((len(lead_mask_BL), lead_mask_BL.shape[1] + 1), device=lead_mask_BL.device, generator=generator)
+    chance_BL, rate_B1 = draws[:, 1:], 2 * share * draws[:, :1]
+    kept_mask_BL = chance_BL >= rate_B1
+    luckiest_B1 = chance_BL.masked_fill(~lead_mask_BL, -1.0).argmax(dim=1, keepdim=True)
+    return lead_mask_BL & kept_mask_BL.scatter(1, luckiest_B1, True)
+
+
+_ENCODER_PARTS = ("conv1", "conv2", "conv3", "fc_mu", "fc_logvar")
+_DECODER_PARTS = ("fc", "convtrans1", "convtrans2", "convtrans3")
+
+
+def _released_parameters(model: LSEMVAE) -> dict[str, Tensor]:
+    """This model's parameters, by the released code's keys: rows of tensors, sharing their memory."""
+    named = {}
+    for row, lead in enumerate(model.leads):
+        for part in _ENCODER_PARTS:
+            for kind in ("weight", "bias"):
+                values = getattr(getattr(model.encoders, part), kind).detach()[row]
+                if part.startswith("fc") and kind == "weight":
+                    values = values.T  # LeadLinear keeps the transpose of nn.Linear's weight
+                named[f"encoders.{LEADS.index(lead)}.{part}.{kind}"] = values
+    for part in _DECODER_PARTS:
+        for kind in ("weight", "bias"):
+            named[f"shared_decoder.{part}.{kind}"] = getattr(getattr(model.decoder, part), kind).detach()
+    return named
+
+
+def to_released_state_dict(model: LSEMVAE) -> dict[str, Tensor]:
+    """The model's parameters as the released code names and orders them. They share the model's memory.
+
+    Raises LsemvaeError unless the model has all twelve leads and the paper's decoder.
+    """
+    if model.leads != LEADS or model.config.decoder != "paper":
+        raise LsemvaeError(
+            f"the released layout holds twelve leads and the decoder of the paper; this model reads "
+            f"{', '.join(model.leads)} and has decoder={model.config.decoder!r}"
+        )
+    return _released_parameters(model)
+
+
+@torch.no_grad()
+def load_released_state_dict(model: LSEMVAE, state: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint of the released code into the model; lead names decide which encoder goes where.
+
+    Keys may carry torch.compile's prefix `_orig_mod.`. A model with fewer leads takes those it has. Raises
+    BundleError naming a key that is missing, not known, or of another shape; the model is then unchanged.
+    """
+    if model.config.decoder != "paper":
+        raise LsemvaeError(f"decoder is {model.config.decoder!r}: a released checkpoint needs decoder='paper'")
+    state = {key.removeprefix("_orig_mod."): values for key, values in state.items()}
+    wanted = _released_parameters(model)
+    known = {
+        f"encoders.{row}.{part}.{kind}"
+        for row in range(len(LEADS))
+        for part in _ENCODER_PARTS
+        for kind in ("weight", "bias")
+    } | {f"shared_decoder.{part}.{kind}" for part in _DECODER_PARTS for kind in ("weight", "bias")}
+    for trouble, keys in (("lacks", known - state.keys()), ("has the unknown", state.keys() - known)):
+        if keys:
+            raise BundleError(f"the released checkpoint {trouble} key {', '.join(sorted(keys)[:5])}")
+    for key, values in wanted.items():
+        if state[key].shape != values.shape:
+            raise BundleError(
+                f"{key} is {list(state[key].shape)} in the released checkpoint and {list(values.shape)} "
+                "in this model: give it the same samples, latent and channels"
+            )
+    for key, values in wanted.items():
+        values.copy_(state[key])
