@@ -1,0 +1,209 @@
+"""A trained model is a directory, the bundle: `config.json` and `model.safetensors`. Nothing is pickled.
+
+Checkpoints, MLflow versions, batch scoring and Serve all use it. `config.json` carries the architecture, the
+preprocessing with its version, leads, task, threshold and provenance, and the SHA-256 of the weights; its own
+SHA-256 is the bundle's digest, so one digest names everything that decides a score.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lsemvae import __version__
+from lsemvae.errors import BundleError, LsemvaeError, Refused
+from lsemvae.leads import in_order
+from lsemvae.models import architecture_name, build, config_from
+from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
+from lsemvae.preprocess import Prepared, PreprocessConfig, preprocess, preprocess_signals
+from lsemvae.record import Record
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `config.json` says. `task` and `threshold` are None for a pre-trained encoder."""
+
+    architecture: str
+    config: dict[str, Any]
+    leads: tuple[str, ...]
+    preprocess: PreprocessConfig
+    task: str | None = None
+    threshold: float | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, preprocess: PreprocessConfig, **rest: Any) -> "Bundle":
+        """Describes a model built by `models.build`."""
+        config = model.config
+        return cls(architecture_name(config), asdict(config), tuple(model.leads), preprocess, **rest)
+
+
+def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
+    """Writes the directory in one step (an old one of that name is replaced) -> the bundle with its digest."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, partial / WEIGHTS)
+        content = {
+            "format": FORMAT,
+            "version": __version__,
+            "architecture": bundle.architecture,
+            "config": bundle.config,
+            "leads": bundle.leads,
+            "preprocess": asdict(bundle.preprocess),
+            "preprocess_version": PREPROCESS_VERSION,
+            "task": bundle.task,
+            "threshold": bundle.threshold,
+            "provenance": bundle.provenance,
+            "weights_sha256": _sha256(partial / WEIGHTS),
+        }
+        text = json.dumps(content, indent=2, sort_keys=True)
+        (partial / CONFIG).write_text(text)
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return describe(folder)
+
+
+def describe(folder: Path) -> Bundle:
+    """Reads and checks `config.json` alone. Raises BundleError naming what is wrong and where."""
+    path = folder / CONFIG
+    try:
+        text = path.read_text()
+        content = json.loads(text)
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is no bundle: it has no {CONFIG}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} is not a JSON object")
+    if content.get("format") != FORMAT:
+        raise BundleError(f"{path} has format {content.get('format')!r}, this version reads {FORMAT}: update lsemvae")
+    absent = sorted({"architecture", "config", "leads", "preprocess", "weights_sha256"} - content.keys())
+    if absent:
+        raise BundleError(f"{path} lacks {', '.join(absent)}: make the bundle again")
+    if content.get("preprocess_version") != PREPROCESS_VERSION:
+        raise BundleError(
+            f"{path} was trained with preprocessing version {content.get('preprocess_version')!r}, "
+            f"this is {PREPROCESS_VERSION}: use the lsemvae version {content.get('version')} that made it"
+        )
+    unknown = sorted(content["preprocess"].keys() - {f.name for f in fields(PreprocessConfig)})
+    if unknown:
+        raise BundleError(f"{path}: unknown preprocessing setting {', '.join(unknown)}")
+    try:
+        leads, settings = in_order(content["leads"]), PreprocessConfig(**content["preprocess"])
+        config_from(content["architecture"], content["config"])
+    except (LsemvaeError, TypeError) as error:
+        raise BundleError(f"{path}: {error}") from None
+    return Bundle(
+        architecture=content["architecture"],
+        config=content["config"],
+        leads=leads,
+        preprocess=settings,
+        task=content.get("task"),
+        threshold=content.get("threshold"),
+        provenance=content.get("provenance", {}),
+        digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
+
+
+def load(folder: Path, device: str = "cpu") -> tuple[Bundle, nn.Module]:
+    """The bundle and its model in evaluation mode. Raises BundleError on a digest, key or shape that is off."""
+    bundle = describe(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise BundleError(f"{folder} has no {WEIGHTS}: it is incomplete")
+    expected = json.loads((folder / CONFIG).read_text())["weights_sha256"]
+    if _sha256(weights) != expected:
+        raise BundleError(f"{weights} is not the file this bundle was saved with (its SHA-256 differs): fetch it again")
+    try:
+        tensors = load_file(weights, device=device)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{weights} cannot be read: {error}") from None
+    with torch.device("meta"):
+        model = build(config_from(bundle.architecture, bundle.config), bundle.leads)
+    _check_tensors(weights, tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    return bundle, model.to(device).eval()
+
+
+def _check_tensors(path: Path, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    absent, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if absent or extra:
+        what = f"lacks {absent[0]!r}" if absent else f"has {extra[0]!r}, which the architecture does not"
+        raise BundleError(f"{path} {what}: it does not belong to this config.json")
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            raise BundleError(f"{path}: {name!r} is {list(found[name].shape)}, must be {list(tensor.shape)}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Score:
+    """The answer for one recording: a score, or the reason why there is none."""
+
+    score: float | None
+    decision: bool | None
+    leads_used: tuple[str, ...]
+    refused: Refused | None = None
+
+
+class Scorer:
+    """Scores recordings with one bundle: the same way online, in batches and in a plain loop."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.bundle, self._model = load(folder, device)
+        if self.bundle.task is None:
+            raise BundleError(f"{folder} is a pre-trained encoder, it has no task: fine-tune it first")
+        self._device = device
+
+    def score(self, records: Sequence[Record]) -> list[Score]:
+        """One `Score` for each record, in order. Leads are taken by name; those the bundle lacks are not used."""
+        return self._answers(preprocess(records, self.bundle.leads, self.bundle.preprocess))
+
+    def score_signals(self, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float]) -> list[Score]:
+        """The same from arrays [L, T] in mV that hold the bundle's leads in order, NaN for what is missing."""
+        return self._answers(preprocess_signals(signals_mv, rates_hz, self.bundle.leads, self.bundle.preprocess))
+
+    def _answers(self, prepared: Prepared) -> list[Score]:
+        accepted_B = prepared.accepted_B
+        score_B = np.full(len(accepted_B), np.nan)
+        if accepted_B.any():
+            with torch.inference_mode():
+                probability_B = self._model.predict(
+                    torch.from_numpy(prepared.x_BLT[accepted_B]).to(self._device),
+                    torch.from_numpy(prepared.lead_mask_BL[accepted_B]).to(self._device),
+                )
+            score_B[accepted_B] = probability_B.float().cpu().numpy()
+        threshold = self.bundle.threshold if self.bundle.threshold is not None else 0.5
+        answers = []
+        for score, mask_L, reason in zip(score_B, prepared.lead_mask_BL, prepared.refused_B, strict=True):
+            if reason is not None:
+                answers.append(Score(None, None, (), reason))
+                continue
+            used = tuple(lead for lead, usable in zip(self.bundle.leads, mask_L, strict=True) if usable)
+            answers.append(Score(float(score), bool(score >= threshold), used))
+        return answers

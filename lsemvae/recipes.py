@@ -1,0 +1,44 @@
+"""The named recipes. `python workflows/pretrain.py NAME` runs one; any field can be overridden after the name."""
+
+from dataclasses import replace
+
+from lsemvae.config import FinetuneRecipe, OptimConfig, PretrainRecipe
+from lsemvae.models.lsemvae import LSEMVAEConfig
+
+_PAPER = PretrainRecipe(
+    model=LSEMVAEConfig(),
+    optim=OptimConfig(epochs=100, batch_size=128, learning_rate=1e-4, precision="bf16"),
+    kl_warmup_epochs=50,
+    shuffle_buffer=4096,
+)
+
+PRETRAIN: dict[str, PretrainRecipe] = {
+    # The paper's model and schedule: 256 M parameters, for GPUs.
+    "paper": _PAPER,
+    # One forty-fifth of it, for real recordings on a CPU.
+    "small": PretrainRecipe(
+        model=LSEMVAEConfig(latent=64, channels=(8, 16, 16)),
+        optim=OptimConfig(epochs=20, batch_size=32, learning_rate=1e-3),
+        kl_warmup_epochs=5,
+    ),
+    # Seconds: for tests and the demo.
+    "smoke": PretrainRecipe(
+        model=LSEMVAEConfig(latent=16, channels=(4, 8, 8)),
+        optim=OptimConfig(epochs=4, batch_size=32, learning_rate=2e-3),
+        kl_warmup_epochs=2,
+        shuffle_buffer=128,
+        plot_every=2,
+    ),
+}
+
+_PAPER_HEAD = FinetuneRecipe(optim=OptimConfig(epochs=50, batch_size=32, learning_rate=1e-4))
+
+FINETUNE: dict[str, FinetuneRecipe] = {
+    "paper": _PAPER_HEAD,
+    "smoke": replace(
+        _PAPER_HEAD,
+        optim=replace(_PAPER_HEAD.optim, epochs=10, learning_rate=1e-3),
+        folds=3,
+        bootstrap_draws=100,
+    ),
+}

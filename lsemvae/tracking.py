@@ -1,0 +1,222 @@
+"""MLflow, and nothing else: runs, metrics, pictures, bundles as model versions, aliases. Only this file imports it.
+
+A model version is the bundle's directory, stored as the run's artefact; nothing is pickled. Training never dies
+because tracking is down: what cannot be logged is said once and left out. Registering and promoting do fail.
+"""
+
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from lsemvae.errors import LsemvaeError
+from lsemvae.storage import Storage
+
+log = logging.getLogger(__name__)
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+BUNDLE_FOLDER = "bundle"
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, or a SQLite file in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def _client() -> MlflowClient:
+    # MLflow itself tries for minutes by default; a user should hear sooner that no server is there.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    return MlflowClient(tracking_uri=tracking_uri(), registry_uri=tracking_uri())
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        first_line = str(error).splitlines()[0][:200]
+        raise LsemvaeError(f"{what} failed at {tracking_uri()}: {first_line}") from error
+
+
+class Run:
+    """One MLflow run, written to by one process at a time; its id travels to whoever continues it."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = _client()
+        self._quiet = False
+
+    @classmethod
+    def start(cls, experiment: str, name: str, params: Mapping[str, Any], *, resume: str | None = None) -> "Run":
+        """A new run, or the unfinished or finished one with the id `resume` if it is still there."""
+        client = _client()
+        with _explained("starting an MLflow run"):
+            if resume:
+                try:
+                    client.update_run(resume, status="RUNNING")
+                    return cls(resume)
+                except MlflowException:
+                    log.warning(f"MLflow run {resume} is gone: starting a new one")
+            found = client.get_experiment_by_name(experiment)
+            experiment_id = found.experiment_id if found else _create_experiment(client, experiment)
+            run = client.create_run(experiment_id, run_name=name)
+            # A batch takes at most 100 parameters, each at most 6,000 characters.
+            entries = [Param(key, str(value)[:500]) for key, value in flatten(params).items()]
+            for start in range(0, len(entries), 100):
+                client.log_batch(run.info.run_id, params=entries[start : start + 100])
+        return cls(run.info.run_id)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Finite numbers only; NaN means not measured and is left out."""
+        now = int(time.time() * 1000)
+        entries = [Metric(key, float(v), now, step) for key, v in values.items() if math.isfinite(float(v))]
+        self._try(lambda: self._client.log_batch(self.run_id, metrics=entries))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._try(lambda: self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()]))
+
+    def file(self, path: Path, folder: str = "") -> None:
+        self._try(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
+
+    def text(self, text: str, name: str) -> None:
+        self._try(lambda: self._client.log_text(self.run_id, text, name))
+
+    def bundle(self, folder: Path) -> None:
+        with _explained("storing the bundle"):
+            self._client.log_artifacts(self.run_id, str(folder), BUNDLE_FOLDER)
+
+    def register(self, name: str, tags: Mapping[str, str], alias: str | None = CANDIDATE) -> int:
+        """The run's bundle as a new version of the model `name` -> its number; `alias` points to it."""
+        with _explained(f"registering {name}"):
+            if not self._client.search_registered_models(filter_string=f"name='{name}'"):
+                self._client.create_registered_model(name)
+            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{BUNDLE_FOLDER}"
+            version = self._client.create_model_version(name, source, run_id=self.run_id, tags=dict(tags))
+            if alias:
+                self._client.set_registered_model_alias(name, alias, version.version)
+        return int(version.version)
+
+    def end(self, status: str = "FINISHED") -> None:
+        self._try(lambda: self._client.set_terminated(self.run_id, status))
+
+    @property
+    def url(self) -> str:
+        uri = tracking_uri()
+        if not uri.startswith("http"):
+            return f"run {self.run_id} in {uri}"
+        experiment_id = self._client.get_run(self.run_id).info.experiment_id
+        return f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except (MlflowException, OSError) as error:
+            if not self._quiet:
+                log.warning(f"MLflow cannot be written to, going on without: {str(error).splitlines()[0][:200]}")
+            self._quiet = True
+        else:
+            self._quiet = False
+
+
+def _create_experiment(client: MlflowClient, name: str) -> str:
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///"):  # else MLflow would put artefacts below whatever folder it runs in
+        place = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns"
+        return client.create_experiment(name, artifact_location=place.as_uri())
+    return client.create_experiment(name)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"latent": 16}}` -> `{"model.latent": 16}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@dataclass(frozen=True)
+class FetchedBundle:
+    """A bundle on this machine, and the registered version it is, if it came from MLflow."""
+
+    folder: Path
+    name: str | None = None
+    version: int | None = None
+
+
+def resolve(model: str) -> tuple[str, int]:
+    """`models:/NAME@alias` or `models:/NAME/3` -> (name, version); raises LsemvaeError naming what is absent."""
+    reference = model.removeprefix("models:/")
+    client = _client()
+    if "@" in reference:
+        name, alias = reference.rsplit("@", 1)
+        try:
+            return name, int(client.get_model_version_by_alias(name, alias).version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise LsemvaeError(
+                    f"{tracking_uri()} has no model {name!r} with alias {alias!r}: fine-tune it, then "
+                    f"`python workflows/promote.py --name {name}`, or set the alias in the MLflow UI"
+                ) from None
+            with _explained(f"looking up {model}"):
+                raise
+    name, _, version = reference.partition("/")
+    if not version.isdigit():
+        raise LsemvaeError(f"{model!r} is no model: write models:/NAME@alias or models:/NAME/VERSION")
+    try:
+        return name, int(client.get_model_version(name, version).version)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise LsemvaeError(f"{tracking_uri()} has no version {version} of model {name!r}") from None
+        with _explained(f"looking up {model}"):
+            raise
+
+
+def fetch(model: str, folder: Path | None = None) -> FetchedBundle:
+    """A bundle from `models:/NAME@alias`, `models:/NAME/3`, a folder or an s3:// URI; downloaded if need be.
+
+    `folder` is where to download to (by default a temporary folder). Raises LsemvaeError when it is not there.
+    """
+    if not model.startswith("models:/"):
+        storage = Storage.open(model).require()
+        if storage.is_local:
+            return FetchedBundle(Path(storage.base))
+        target = folder or Path(tempfile.mkdtemp(prefix="lsemvae-"))
+        for path in storage.list():
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            (target / path).write_bytes(storage.read_bytes(path))
+        return FetchedBundle(target)
+    name, version = resolve(model)
+    with _explained(f"fetching {model}"):
+        target = folder or Path(tempfile.mkdtemp(prefix="lsemvae-"))
+        target.mkdir(parents=True, exist_ok=True)
+        source = _client().get_model_version_download_uri(name, str(version))
+        local = download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=tracking_uri())
+    return FetchedBundle(Path(local), name, version)
+
+
+def promote(name: str, source: str = CANDIDATE, target: str = CHAMPION) -> tuple[int, int | None]:
+    """Points `target` at the version that `source` (an alias or a number) names -> (version, the one before)."""
+    reference = f"models:/{name}/{source}" if source.isdigit() else f"models:/{name}@{source}"
+    _, version = resolve(reference)
+    try:
+        before: int | None = resolve(f"models:/{name}@{target}")[1]
+    except LsemvaeError:
+        before = None
+    with _explained(f"promoting {name}"):
+        _client().set_registered_model_alias(name, target, str(version))
+    return version, before
