@@ -1,0 +1,180 @@
+"""What tests share: one Ray cluster, one MLflow server, and one small simulated cohort taken the whole way.
+
+Everything is real and local. Each station's result is made once a session, by the command that a user would run.
+"""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the real recordings of {SHARED_DATA} are not here")
+    return SHARED_DATA
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path, attempts: int = 600, headers: dict | None = None) -> None:
+    for _ in range(attempts):
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {})) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    pytest.fail(f"{url} did not come up:\n{log.read_text()[-3000:]}")
+
+
+def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server on SQLite; `MLFLOW_TRACKING_URI` names it for the rest of the session."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = folder / "server.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=stream, stderr=stream, start_new_session=True
+        )
+    uri = f"http://127.0.0.1:{port}"
+    wait_for(f"{uri}/health", process, log)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    yield uri
+    end_group(process)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running head node and what its clients need in their environment (it is set for the session)."""
+
+    dashboard: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """`ray start --head` with token authentication, as a user's cluster would have it."""
+    port, dashboard_port = free_port(), free_port()
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    folder = tmp_path_factory.mktemp("ray")
+    log = folder / "ray.log"
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
+    command += [f"--object-store-memory={2 * 2**30}", "--node-ip-address=127.0.0.1"]
+    start = {key: value for key, value in environment.items() if key not in ("RAY_ADDRESS",)}
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, env=os.environ | start, cwd=folder, stdout=stream, stderr=stream, start_new_session=True
+        )
+    bearer = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    wait_for(f"{environment['RAY_API_SERVER_ADDRESS']}/api/version", process, log, headers=bearer)
+    os.environ.update(environment)
+    yield Cluster(environment["RAY_API_SERVER_ADDRESS"], environment)
+    import ray
+
+    ray.shutdown()
+    end_group(process)
+    for key in environment:
+        os.environ.pop(key, None)
+
+
+def workflow(name: str, *arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python workflows/NAME.py …` as a user would; with `check` a failure shows what it printed."""
+    command = [sys.executable, str(ROOT / "workflows" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    if check and done.returncode:
+        pytest.fail(f"{name} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 simulated subjects in MIMIC-IV-ECG's layout, with NaN and flat leads more often than in life."""
+    from lsemvae.simulate import CohortConfig, simulate_cohort
+
+    folder = tmp_path_factory.mktemp("simulated") / "cohort"
+    simulate_cohort(CohortConfig(subjects=60, seed=3, mean_studies=2.0, nan_share=0.05, flat_share=0.02), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(ray_cluster: Cluster, cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    workflow("ingest", "--source", cohort, "--output", folder, "--shard-records", 48, "--val-share", 0.2)
+    return folder
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A station's result: where its files are, and what the command printed."""
+
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def pretrained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    storage = tmp_path_factory.mktemp("runs")
+    done = workflow("pretrain", "smoke", "--data", shards, "--storage", storage, "--name", "encoder")
+    return Trained(storage / "encoder", done.stdout)
+
+
+@pytest.fixture(scope="session")
+def finetuned(shards: Path, pretrained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """A 6-lead and a 12-lead model, each promoted to champion."""
+    trained = {}
+    for leads in ("6", "12"):
+        folder = tmp_path_factory.mktemp(f"finetune{leads}")
+        done = workflow(
+            "finetune", "smoke", "--data", shards, "--task", "ph", "--leads", leads, "--output", folder,
+            "--encoder", pretrained.folder / "bundle",
+        )  # fmt: skip
+        workflow("promote", "--name", f"ph-{leads}L")
+        trained[leads] = Trained(folder, done.stdout)
+    return trained
+
+
+@pytest.fixture(scope="session")
+def truth(cohort: Path) -> dict:
+    return json.loads((cohort / "truth.json").read_text())
