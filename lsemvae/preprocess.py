@@ -34,8 +34,9 @@ class PreprocessConfig:
     highpass_order: int = 5
     mains_hz: float = 50.0
     """The moving average spans one period of this frequency; 0 leaves it out."""
-    scale: Literal["lead", "record", "none"] = "lead"
-    """Standardise each lead alone, all leads by one factor (keeps Einthoven's relations), or keep mV."""
+    scale: Literal["lead", "record", "none"] = "record"
+    """Standardise each lead alone, all leads by one factor (keeps Einthoven's relations and the sizes of leads
+    to each other), or keep mV."""
     max_nan_share: float = 0.2
     """A lead with a larger share of missing samples counts as missing."""
     min_std_mv: float = 0.001
