@@ -1,8 +1,9 @@
 """Files in a folder or in an object store, behind one small interface.
 
 `file://`, plain paths and `s3://bucket/prefix` are understood. S3 requests are signed with what the AWS tools
-would use (environment, profile, role) and go to `AWS_ENDPOINT_URL` where that is set. A public bucket is read
-without credentials as `s3://bucket/prefix?anonymous=true`.
+would use (environment, profile, role) and go to `AWS_ENDPOINT_URL` where that is set. One URI can say otherwise:
+`s3://physionet-open/mimic-iv-ecg/1.0?anonymous=true&endpoint=https://s3.amazonaws.com&region=us-east-1` reads a
+public bucket without credentials, wherever the other buckets are.
 """
 
 import os
@@ -32,6 +33,9 @@ class Storage:
         if scheme == "s3":
             if not urlsplit(text).netloc:
                 raise LsemvaeError(f"{text!r} names no bucket: write s3://bucket/prefix")
+            unknown = parse_qs(urlsplit(text).query).keys() - {"anonymous", "endpoint", "region"}
+            if unknown:
+                raise LsemvaeError(f"{text!r}: {', '.join(unknown)} is none of anonymous, endpoint and region")
             return cls(text.rstrip("/"))
         if scheme in ("", "file"):
             path = Path(urlsplit(text).path if scheme else text).expanduser()
@@ -46,8 +50,12 @@ class Storage:
     def filesystem(self) -> pafs.FileSystem:
         if self.is_local:
             return _local_filesystem()
-        anonymous = parse_qs(urlsplit(self.uri).query).get("anonymous", ["false"])[0].lower() in ("1", "true")
-        return _s3_filesystem(anonymous, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+        asked = {name: values[0] for name, values in parse_qs(urlsplit(self.uri).query).items()}
+        return _s3_filesystem(
+            asked.get("anonymous", "false").lower() in ("1", "true"),
+            asked.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+            asked.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+        )
 
     @property
     def base(self) -> str:
@@ -140,12 +148,11 @@ def _local_filesystem() -> pafs.LocalFileSystem:
 
 
 @lru_cache
-def _s3_filesystem(anonymous: bool, endpoint: str | None) -> pafs.S3FileSystem:
+def _s3_filesystem(anonymous: bool, endpoint: str | None, region: str | None) -> pafs.S3FileSystem:
     where = {}
     if endpoint:
         parts = urlsplit(endpoint)
         where = {"endpoint_override": parts.netloc or parts.path, "scheme": parts.scheme or "https"}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region or endpoint:
         where["region"] = region or "us-east-1"
     return pafs.S3FileSystem(

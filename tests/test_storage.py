@@ -1,0 +1,78 @@
+"""Folders and S3 behind one interface: whole files or none, and errors in one line."""
+
+import os
+from pathlib import Path
+
+import boto3
+import pytest
+
+from lsemvae.errors import LsemvaeError
+from lsemvae.storage import Storage
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "folder":
+        return Storage.open(tmp_path / "place")
+    request.getfixturevalue("s3")
+    return Storage.open(f"s3://ecg/storage/{tmp_path.name}")
+
+
+def test_what_is_written_is_read_and_listed(place: Storage):
+    assert not place.exists("a/b.bin")
+    with pytest.raises(FileNotFoundError):
+        place.read_bytes("a/b.bin")
+    place.write_bytes("a/b.bin", b"one")
+    place.write_bytes("a/b.bin", b"two")
+    place.write_bytes("c.txt", b"")
+    assert place.read_bytes("a/b.bin") == (place / "a").read_bytes("b.bin") == b"two"
+    assert list(place.list()) == ["a/b.bin", "c.txt"]
+    assert list(place.list("a", suffix=".bin")) == ["a/b.bin"]
+    assert list(place.list("nothing")) == []
+    assert place.require() is place
+
+
+def test_a_listing_longer_than_one_page_is_whole(s3: str):
+    client = boto3.client("s3")
+    for number in range(1003):
+        client.put_object(Bucket="ecg", Key=f"many/{number:04d}", Body=b"")
+    assert len(list(Storage.open("s3://ecg/many").list())) == 1003
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = Storage.open(tmp_path)
+    place.write_bytes("x", b"old")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(LsemvaeError, match="No space left"):
+        place.write_bytes("x", b"new")
+    assert place.read_bytes("x") == b"old"
+
+
+@pytest.mark.parametrize("uri", ["ftp://x/y", "gs://bucket/x", "s3://", "s3:///x", "s3://bucket/x?anon=true"])
+def test_uris_that_mean_nothing_are_refused(uri: str):
+    with pytest.raises(LsemvaeError):
+        Storage.open(uri)
+
+
+def test_places_that_are_not_there(s3: str, tmp_path: Path):
+    with pytest.raises(LsemvaeError, match="does not exist"):
+        Storage.open(tmp_path / "nowhere").require()
+    with pytest.raises(LsemvaeError, match="does not exist"):
+        Storage.open("s3://ecg/nowhere").require()
+    with pytest.raises(LsemvaeError, match="nobody"):
+        Storage.open("s3://nobody").write_bytes("x", b"")
+
+
+def test_one_uri_may_name_its_own_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch):
+    Storage.open("s3://ecg/own").write_bytes("x", b"here")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert Storage.open(f"s3://ecg/own?endpoint={s3}&region=us-east-1").read_bytes("x") == b"here"
+    assert os.environ["AWS_ENDPOINT_URL"] != s3
+
+
+def test_a_folder_uri_is_the_folder(tmp_path: Path):
+    assert Storage.open(f"file://{tmp_path}") == Storage.open(str(tmp_path)) == Storage.open(tmp_path)
