@@ -1,0 +1,112 @@
+"""Who may import whom (design.md), and what must never be in the code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "lsemvae"
+FILES = sorted(LIBRARY.rglob("*.py"))
+EVERYWHERE = {"numpy", "lsemvae"} | set(sys.stdlib_module_names)
+
+# What a file may import beside the standard library, numpy and this package; the longest matching path decides.
+MAY_IMPORT = {
+    "": set(),
+    "record.py": set(),
+    "preprocess.py": {"scipy"},
+    "simulate.py": {"scipy"},
+    "formats": {"wfdb"},
+    "cohorts": {"pandas"},
+    "storage.py": {"pyarrow"},
+    "shards.py": {"pyarrow", "ray"},
+    "models": {"torch"},
+    "bundle.py": {"torch", "safetensors"},
+    "fit.py": {"torch", "safetensors", "ray"},
+    "metrics.py": {"sklearn"},
+    "plots.py": {"matplotlib", "sklearn"},
+    "tracking.py": {"mlflow"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_a_file_imports_what_it_may(path: Path):
+    relative = str(path.relative_to(LIBRARY))
+    rule = max((key for key in MAY_IMPORT if relative.startswith(key)), key=len)
+    assert imports(path) <= EVERYWHERE | MAY_IMPORT[rule]
+
+
+def test_a_model_trains_and_scores_without_ray_mlflow_and_the_format_libraries():
+    """With those imports made impossible: the models, the loop, bundles and the scorer need none of them."""
+    program = """
+import sys
+for name in ("ray", "mlflow", "wfdb", "pyarrow", "pandas", "sklearn", "matplotlib", "boto3", "fastapi", "tyro"):
+    sys.modules[name] = None
+import numpy as np, torch, tempfile
+from pathlib import Path
+from lsemvae.bundle import Bundle, Scorer, save
+from lsemvae.config import OptimConfig
+from lsemvae.fit import fit, make_optimizer
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.models import build
+from lsemvae.models.classifier import Classifier, Head
+from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.preprocess import PreprocessConfig, preprocess
+from lsemvae.record import Record
+from lsemvae.simulate import EcgParameters, simulate_ecg
+rng = np.random.default_rng(0)
+records = [
+    Record.from_leads(dict(zip(LEADS, simulate_ecg(EcgParameters(severity=b / 4), rng)[0])), 500) for b in range(8)
+]
+x = preprocess(records, LEADS, PreprocessConfig())
+batch = {"x_BLT": torch.from_numpy(x.x_BLT), "lead_mask_BL": torch.from_numpy(x.lead_mask_BL)}
+model = build(LSEMVAEConfig(latent=4, channels=(2, 2, 2)), LEADS)
+losses = []
+optim = OptimConfig(epochs=5, batch_size=8, learning_rate=1e-3)
+fit(model, make_optimizer(model, optim), optim, lambda epoch: [batch], lambda epoch: losses.append(epoch.terms["loss"]))
+assert losses[-1] < losses[0]
+classifier = Classifier.from_encoder(model, LIMB_LEADS, Head(24))
+with tempfile.TemporaryDirectory() as folder:
+    described = Bundle.of(classifier, PreprocessConfig(), task="ph", threshold=0.5)
+    save(described, classifier, Path(folder) / "b")
+    assert all(0 < answer.score < 1 for answer in Scorer(Path(folder) / "b").score(records))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("folder", ["lsemvae", "workflows", "serve"])
+def test_nothing_is_unpickled_and_the_library_does_not_print(folder: str):
+    for path in (ROOT / folder).rglob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        attributes = {
+            f"{node.value.id}.{node.attr}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        assert not imports(path) & {"pickle", "cloudpickle", "joblib", "dill", "shelve"}, path
+        assert not attributes & {"torch.load", "torch.save", "np.load", "pd.read_pickle"}, path
+        if folder == "lsemvae":
+            assert "print" not in names, path
+
+
+def test_importing_the_library_does_no_work():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import lsemvae, lsemvae.leads, lsemvae.record"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "ray", "mlflow", "scipy", "pandas", "pyarrow"}
