@@ -129,7 +129,7 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     from ray.experimental import tqdm_ray
     from ray.train.torch import get_device, prepare_model
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else every report is printed whole
+    _print_no_reports()
     job = config["job"]
     recipe = job.recipe
     context = ray.train.get_context()
@@ -219,6 +219,13 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     )
     if bar:
         bar.close()
+
+
+def _print_no_reports() -> None:
+    """Ray Train prints every report with all its metrics, from a logger that only the root's level reaches."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("lsemvae").setLevel(logging.INFO)
 
 
 def kl_scale(recipe: PretrainRecipe, epoch: int, step: int, steps: int) -> float:

@@ -1,5 +1,6 @@
 """What every workflow does the same way: parse, log, and turn a user's mistake into one line and status 2."""
 
+import json
 import logging
 import os
 import sys
@@ -15,12 +16,14 @@ Args = TypeVar("Args")
 
 # Quieter and quicker Ray, where the user has not said otherwise; measured on small runs.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):  # on one machine of one's own nothing is preempted
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints boxes even when told to be silent
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -62,7 +65,7 @@ def run_recipe_command(
 
 
 def start_ray(cpus: int = 4) -> None:
-    """Joins the cluster this runs on (a Ray job, `RAY_ADDRESS`), or starts a local one.
+    """Joins the cluster that `RAY_ADDRESS` names (inside a Ray job: its own), or starts a local one.
 
     A local one gets at least four logical CPUs: training workers and the data tasks that feed them each need
     one, and on two they would wait for each other for ever.
@@ -72,10 +75,15 @@ def start_ray(cpus: int = 4) -> None:
 
     if ray.is_initialized():
         return
-    runtime_env = {"env_vars": {key: value for key, value in os.environ.items() if key in _WORKERS_NEED}}
-    where = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        where = {"num_cpus": max(cpus, os.cpu_count() or 1), "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+    # What the job's own environment holds already must not be given again, Ray refuses even equal values.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    needed = set(_WORKERS_NEED) - set(job.get("env_vars") or {})
+    runtime_env = {"env_vars": {key: value for key, value in os.environ.items() if key in needed}}
+    where: dict[str, Any] = {}
+    if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+        # Said outright, else Ray would join whatever cluster it finds traces of on this machine.
+        where = {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
+        where |= {"object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:
         ray.init(logging_level="ERROR", runtime_env=runtime_env, **where)
     except ConnectionError as error:
