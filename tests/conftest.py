@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +64,12 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server on SQLite; `MLFLOW_TRACKING_URI` names it for the rest of the session."""
     folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     log = folder / "server.log"
     with log.open("w") as stream:
@@ -76,6 +83,30 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     end_group(process)
 
 
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A mock of S3 with the bucket `ecg`, set up in the environment as a user's endpoint would be -> its URL."""
+    log, port = tmp_path_factory.mktemp("moto") / "server.log", free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=stream, stderr=stream, start_new_session=True
+        )
+    wait_for(f"{endpoint}/moto-api/", process, log)
+    environment = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    os.environ.update(environment)
+    boto3.client("s3").create_bucket(Bucket="ecg")
+    yield endpoint
+    end_group(process)
+    for key in environment:
+        os.environ.pop(key)
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A running head node and what its clients need in their environment (it is set for the session)."""
@@ -85,7 +116,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """`ray start --head` with token authentication, as a user's cluster would have it."""
     port, dashboard_port = free_port(), free_port()
     environment = {
@@ -95,7 +126,7 @@ def ray_cluster(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) ->
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_DISABLE_IMPORT_WARNING": "1",
-        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs run `python`
     }
     folder = tmp_path_factory.mktemp("ray")
     log = folder / "ray.log"
@@ -115,7 +146,11 @@ def ray_cluster(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) ->
 
     ray.shutdown()
     end_group(process)
-    for key in environment:
+    # A killed head leaves its address behind, and clients that name none would wait for it.
+    traces = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    if traces.is_file() and environment["RAY_ADDRESS"] in traces.read_text():
+        traces.unlink()
+    for key in environment.keys() - {"PATH"}:
         os.environ.pop(key, None)
 
 
