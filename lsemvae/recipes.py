@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from lsemvae.config import FinetuneRecipe, OptimConfig, PretrainRecipe
 from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.preprocess import PreprocessConfig
 
 _PAPER = PretrainRecipe(
     model=LSEMVAEConfig(),
@@ -15,13 +16,21 @@ _PAPER = PretrainRecipe(
 PRETRAIN: dict[str, PretrainRecipe] = {
     # The paper's model and schedule: 256 M parameters, for GPUs.
     "paper": _PAPER,
-    # One forty-fifth of it, for real recordings on a CPU.
-    "small": PretrainRecipe(
-        model=LSEMVAEConfig(latent=64, channels=(8, 16, 16)),
-        optim=OptimConfig(epochs=20, batch_size=32, learning_rate=1e-3),
-        kl_warmup_epochs=5,
+    # The released code's fusion, objective, preprocessing and schedule, with every batch's gradient used.
+    "released": replace(
+        _PAPER,
+        model=LSEMVAEConfig.released(),
+        optim=replace(_PAPER.optim, learning_rate=5e-4, weight_decay=1e-5),
+        preprocess=PreprocessConfig(scale="lead"),
     ),
-    # Seconds: for tests and the demo.
+    # Sixteen million parameters, for a few hundred or thousand recordings on a CPU.
+    "small": PretrainRecipe(
+        model=LSEMVAEConfig(latent=128, channels=(4, 8, 8)),
+        optim=OptimConfig(epochs=12, batch_size=32, learning_rate=1e-3),
+        kl_warmup_epochs=4,
+        shuffle_buffer=256,
+    ),
+    # Seconds: for tests.
     "smoke": PretrainRecipe(
         model=LSEMVAEConfig(latent=16, channels=(4, 8, 8)),
         optim=OptimConfig(epochs=4, batch_size=32, learning_rate=2e-3),

@@ -89,6 +89,8 @@ def main(args: Args) -> None:
     recipe, leads = args.recipe, parse_leads(args.leads)
     data = ShardedDataset.open(args.data)
     column = data.require_label(args.task)
+    labelled = data.read(["subject_id", column]).drop_null().to_pandas()
+    require_subjects(labelled[column].to_numpy(), labelled["subject_id"].to_numpy(), recipe.folds)
     bundle, encoder = load(fetch(args.encoder).folder)
     if not isinstance(encoder, LSEMVAE):
         raise LsemvaeError(f"{args.encoder} is a {bundle.architecture}: --encoder takes a pre-trained lsemvae")
@@ -223,14 +225,19 @@ def embed(
     )
 
 
+def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int) -> None:
+    """Raises LsemvaeError when either class has fewer subjects than there are folds."""
+    negative, positive = (len(np.unique(subject_B[y_B == value])) for value in (0, 1))
+    if min(negative, positive) < folds:
+        raise LsemvaeError(
+            f"{positive} subjects are positive and {negative} negative: {folds} folds need {folds} of each; "
+            "lower --folds or add recordings"
+        )
+
+
 def make_folds(embedded: Embedded, recipe: FinetuneRecipe) -> list[tuple[np.ndarray, np.ndarray]]:
     """(training rows, test rows) of each fold; raises LsemvaeError when a fold would lack a class."""
-    subjects = {value: len(np.unique(embedded.subject_B[embedded.y_B == value])) for value in (0, 1)}
-    if min(subjects.values()) < recipe.folds:
-        raise LsemvaeError(
-            f"{subjects[1]} subjects are positive and {subjects[0]} negative: {recipe.folds} folds need "
-            f"{recipe.folds} of each; lower --folds or add recordings"
-        )
+    require_subjects(embedded.y_B, embedded.subject_B, recipe.folds)
     splitter = StratifiedGroupKFold(recipe.folds, shuffle=True, random_state=recipe.optim.seed)
     folds = list(splitter.split(embedded.y_B, embedded.y_B, embedded.subject_B))
     for number, (train, test) in enumerate(folds):
@@ -357,7 +364,9 @@ def as_table(results: dict[str, dict[str, Estimate]], by_fold: dict[str, list[fl
     for name, metrics in results.items():
         folds = by_fold.get(name)
         mean_of_folds = f"{np.mean(folds):.3f} ± {np.std(folds, ddof=1):.3f}" if folds else "-"
-        rows.append({"": name} | {m.upper(): str(metrics[m]) for m in METRICS} | {"AUROC of folds": mean_of_folds})
+        rows.append(
+            {"scored by": name} | {m.upper(): str(metrics[m]) for m in METRICS} | {"AUROC of folds": mean_of_folds}
+        )
     return pd.DataFrame(rows)
 
 

@@ -154,6 +154,9 @@ def _say_where(result: dict[str, object]) -> None:
         f"epoch {metrics['epoch']}: validation loss {metrics['val.loss']:.4g}, "
         f"{metrics['val.active_units']:.0f} active units, mean Pearson r {metrics['val.pearson_r']:.3f}"
     )
+    if metrics["val.collapsed"]:
+        print("warning: the posterior has collapsed, z says nothing of the recordings:")
+        print("         raise --model.reconstruction-weight, lower --model.beta, or train longer")
     print(f"bundle:  {result['bundle']} (digest {result['digest']})")
     print(f"model:   {result['model']}")
     print(f"MLflow:  {result['run']}")
