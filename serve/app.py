@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from ray import serve as ray_serve
@@ -73,6 +74,13 @@ def to_record(given: RecordIn) -> Record:
         for name, values in given.leads.items()
     }
     return Record.from_leads(signal_mv, given.rate_hz)
+
+
+@api.exception_handler(RequestValidationError)
+async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Where and why, never the input itself: a signal may not come back in an error, and NaN is no JSON."""
+    detail = [{"loc": list(entry["loc"]), "msg": entry["msg"], "type": entry["type"]} for entry in error.errors()[:20]]
+    return JSONResponse({"detail": detail}, status_code=422)
 
 
 @api.exception_handler(Exception)
