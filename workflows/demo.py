@@ -1,0 +1,254 @@
+"""The whole way on one machine, with the commands a user would type: recordings in, scores out.
+
+Without --data it simulates a cohort whose best achievable AUROC is known. What an earlier run finished is kept.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+import yaml
+from command import run_command
+
+from lsemvae.bundle import describe
+from lsemvae.errors import LsemvaeError
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.shards import ShardedDataset, unpack
+
+ROOT = Path(__file__).parents[1]
+PREFERRED_TASKS = ("ph", "norm")
+
+
+@dataclass(frozen=True)
+class Args:
+    folder: Path = Path("demo")
+    """Everything the demo makes goes here."""
+    data: str | None = None
+    """Real recordings: a folder or s3:// URI; by default a cohort is simulated."""
+    labels: str | None = None
+    """A CSV of labels for them (see workflows/ingest.py --help)."""
+    task: str | None = None
+    """The label to predict; by default ph, else norm, else the first with two classes."""
+    subjects: int = 240
+    """Subjects to simulate."""
+    pretrain_recipe: str = "small"
+    finetune_recipe: str = "paper"
+    ui: bool = False
+    """Only open the MLflow UI of the last run, until Ctrl-C."""
+
+
+def main(args: Args) -> None:
+    folder = args.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.ui:
+        with mlflow_server(folder) as uri:
+            print(f"MLflow UI: {uri}     (Ctrl-C ends it)")
+            signal.pause()
+    began = time.monotonic()
+    with mlflow_server(folder) as uri:
+        os.environ |= {"MLFLOW_TRACKING_URI": uri, "PYTHONWARNINGS": "ignore"}
+        place = folder / ("simulated" if args.data is None else sha256(f"{args.data}".encode()).hexdigest()[:8])
+        walk(args, folder, place)
+    print(f"\nFinished in {time.monotonic() - began:.0f} s. Pictures, metrics and models: `make ui`")
+
+
+def walk(args: Args, folder: Path, place: Path) -> None:
+    source = args.data or str(place / "cohort")
+    if args.data is None and not (place / "cohort").exists():
+        step("1. Simulate a cohort in MIMIC-IV-ECG's layout")
+        workflow("simulate", "--output", place / "cohort", "--subjects", args.subjects, "--seed", 0)
+
+    step("2. Recordings -> shards")
+    labels = ["--labels", args.labels] if args.labels else []
+    workflow("ingest", "--source", source, "--output", place / "shards", *labels)
+    data = ShardedDataset.open(str(place / "shards"))
+    task = args.task or choose_task(data)
+
+    step("3. Pre-train on all recordings, without labels (two workers)")
+    workflow("pretrain", args.pretrain_recipe, "--data", place / "shards", "--storage", place, "--name", "pretrain")
+    encoder = place / "pretrain" / "bundle"
+
+    step(f"4. Fine-tune for {task!r}, cross-validated: six limb leads, then twelve leads")
+    names = {}
+    for leads in ("6", "12"):
+        output = place / f"{task}-{leads}L"
+        names[leads] = f"{place.name}-{task}-{leads}L"
+        if finished(output, encoder):
+            print(f"{names[leads]} was fine-tuned before:\n")
+            print(pd.read_csv(output / "results.csv").fillna("").to_string(index=False))
+            continue
+        workflow(
+            "finetune", args.finetune_recipe, "--data", place / "shards", "--task", task, "--leads", leads,
+            "--encoder", encoder, "--output", output, "--model-name", names[leads],
+        )  # fmt: skip
+
+    step("5. Promote both (the MLflow UI does the same)")
+    for name in names.values():
+        workflow("promote", "--name", name)
+
+    step("6. Serve them, and score a 6-lead and a 12-lead recording online")
+    answers = score_online(place, data, names)
+    for leads, answer in answers.items():
+        model = answer["model"]
+        print(
+            f"{len(leads):2d} leads -> {model['name']} version {model['version']}: score {answer['score']:.3f}, "
+            f"decision {answer['decision']} (threshold {model['threshold']:.3f}), flags {answer['flags'] or 'none'}"
+        )
+
+    step("7. Score the whole cohort")
+    scores = place / f"scores-{describe(place / f'{task}-12L' / 'bundle').digest}"
+    workflow("score", "--model", f"models:/{names['12']}@champion", "--data", place / "shards", "--output", scores)
+
+    step("Where to look")
+    for leads in names:
+        results = pd.read_csv(place / f"{task}-{leads}L" / "results.csv").fillna("")
+        print(f"{task}, {leads} leads, out of fold:\n{results.to_string(index=False)}\n")
+    if args.data is None:
+        truth = json.loads((place / "cohort" / "truth.json").read_text())
+        print(
+            f"Nothing that reads these simulated ECGs can do better than AUROC {truth['cohort_auroc']:.3f} on them.\n"
+        )
+    print(f"tables, curves:    {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results.csv, scores.csv, curves.png)")
+    print(f"pre-training:      {json.loads((place / 'pretrain' / 'result.json').read_text())['run']}")
+    print(f"scores:            {scores}   (scores-*.parquet, scores.json)")
+    print("MLflow UI:         make ui" + ("" if folder.name == "demo" else f" DEMO={folder}"))
+
+
+def step(text: str) -> None:
+    print(f"\n=== {text} ===", flush=True)
+
+
+def workflow(name: str, *arguments: object) -> None:
+    """Runs a command as a user would, after showing it; ends the demo with its status when it fails."""
+    words = [f"workflows/{name}.py", *map(str, arguments)]
+    print("$ python " + " ".join(word.replace(f"{Path.cwd()}/", "") for word in words), flush=True)
+    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+    if status:
+        raise SystemExit(status)
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """A real MLflow server on SQLite in the folder, for as long as the context lasts."""
+    port, log = free_port(5000), folder / "mlflow.log"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/artifacts",
+    ]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    print("Starting MLflow …", flush=True)
+    with log.open("w") as stream:
+        server = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        uri = f"http://127.0.0.1:{port}"
+        wait_until_healthy(f"{uri}/health", server, log)
+        yield uri
+    finally:
+        end(server)
+
+
+def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Serves the champions with serve/config.yaml's settings and asks for one recording with 6 and with 12 leads."""
+    config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    config["http_options"]["port"] = port = free_port(8000)
+    config["applications"][0]["args"]["models"] = [f"models:/{name}@champion" for name in names.values()]
+    path, log = place / "serve.yaml", place / "serve.log"
+    path.write_text(yaml.safe_dump(config))
+    serve = Path(sys.executable).with_name("serve")
+    print(f"$ serve run {path}      (log: {log})", flush=True)
+    with log.open("w") as stream:
+        environment = {"RAY_ADDRESS": "local"} | os.environ  # a cluster of its own, unless one is named
+        server = subprocess.Popen(
+            [serve, "run", path], cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/healthz", server, log)
+        shard = data.manifest.of_split("val")[0]
+        row = pd.read_parquet(place / "shards" / shard.path, engine="pyarrow").iloc[0].to_dict()
+        record = unpack(row)
+        answers = {}
+        for leads in (LIMB_LEADS, LEADS):
+            named = {
+                lead: signal_mv_T.tolist() for lead, signal_mv_T in zip(leads, record.signal_for(leads), strict=True)
+            }
+            body = {"records": [{"rate_hz": record.rate_hz, "leads": named}]}
+            reply = httpx.post(f"http://127.0.0.1:{port}/v1/score", json=body, timeout=60)
+            reply.raise_for_status()
+            answers[leads] = reply.json()["results"][0]
+        return answers
+    finally:
+        end(server)
+
+
+def choose_task(data: ShardedDataset) -> str:
+    """The label to demonstrate; raises LsemvaeError when none has two classes."""
+    usable = [name for name, n in data.manifest.labels.items() if n["0"] and n["1"] and not n["other"]]
+    if not usable:
+        raise LsemvaeError("no label has both 0 and 1: give LABELS=<csv> with a key column and a 0/1 column")
+    task = next((name for name in PREFERRED_TASKS if name in usable), usable[0])
+    print(f"task: {task}   (TASK=… chooses another: {', '.join(usable)})")
+    return task
+
+
+def finished(output: Path, encoder: Path) -> bool:
+    if not (output / "results.csv").exists():
+        return False
+    return describe(output / "bundle").provenance["encoder"]["digest"] == describe(encoder).digest
+
+
+def free_port(preferred: int) -> int:
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise AssertionError("port 0 can always be bound")
+
+
+def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.25)
+    raise LsemvaeError(f"{url} did not come up: see {log}")
+
+
+def end(server: subprocess.Popen) -> None:
+    """Interrupts the server's whole group, and kills it if that does not end it soon."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(timeout=15)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
