@@ -1,4 +1,4 @@
-"""The model over every subset of leads, against the plain loop of the paper; heads, metrics, configuration."""
+"""The model over every subset of leads and against the paper's plain loop; heads, metrics, configuration."""
 
 import json
 import subprocess
@@ -602,7 +602,7 @@ def test_models_need_torch_alone():
 
 def test_the_benchmark_writes_its_rows(tmp_path):
     path = tmp_path / "rows.json"
-    command = [sys.executable, "workflows/bench.py", "model", "--size", "smoke", "--batch", "4"]
+    command = [sys.executable, "workflows/bench.py", "model", "--size", "smoke", "--batch", "4", "--threads", "1"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--json", path],
         cwd=ROOT,

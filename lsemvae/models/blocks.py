@@ -22,8 +22,13 @@ def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
+def _halving(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
+    """The encoder's convolution: kernel 3, stride 2, padding 1, which halves the time points."""
+    return F.conv1d(x, weight, bias, stride=2, padding=1, groups=groups)
+
+
 class LeadConv(nn.Module):
-    """A Conv1d a lead (kernel 3, stride 2, padding 1): its parameters, and all leads in one call."""
+    """A Conv1d a lead: the parameters of all leads, and all of them in one call."""
 
     def __init__(self, leads: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -33,7 +38,7 @@ class LeadConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L * inputs, T] -> [B, L * outputs, T / 2]."""
         weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
-        return F.conv1d(x, weight, bias, stride=2, padding=1, groups=len(self.weight))
+        return _halving(x, weight, bias, groups=len(self.weight))
 
 
 class LeadLinear(nn.Module):
@@ -92,13 +97,13 @@ class LeadEncoders(nn.Module):
         """The same numbers. On a CPU the backward pass of a grouped convolution is three times slower."""
         convs = (self.conv1, self.conv2, self.conv3)
         kernels = [zip(conv.weight.unbind(), conv.bias.unbind(), strict=True) for conv in convs]
-        features = []
-        for row, chain in enumerate(zip(*kernels, strict=True)):
-            h = x_BLT[:, row : row + 1]
-            for weight, bias in chain:
-                h = F.relu(F.conv1d(h, weight, bias, stride=2, padding=1), inplace=True)
-            features.append(h)
-        return torch.stack(features).flatten(2)
+        outputs = []
+        for row, (first, second, third) in enumerate(zip(*kernels, strict=True)):
+            h = F.relu(_halving(x_BLT[:, row : row + 1], *first), inplace=True)
+            h = F.relu(_halving(h, *second), inplace=True)
+            outputs.append(_halving(h, *third))
+        # The last ReLU after stacking: otherwise both the stack and its parts are kept for going back.
+        return F.relu(torch.stack(outputs), inplace=True).flatten(2)
 
     def means(self, x_BLT: Tensor) -> Tensor:
         """x_BLT -> mu_BLD; the log-variance heads are not touched."""

@@ -24,34 +24,32 @@ Objective = Literal["paper", "released"]
 
 @dataclass(frozen=True)
 class LSEMVAEConfig:
-    """The shape of the model, its fusion and what it minimises. The defaults are the paper's sizes.
-
-    samples                 time points a record, divisible by 8
-    latent                  D, the units of the latent
-    channels                of the three convolutions
-    decoder                 "lead": reconstructions differ by lead; "paper": one tensor for every lead
-    decoder_leads           what is reconstructed; empty: the leads that are read
-    fusion                  "hime"; ablations "product", "mixture" (of the leads alone); "released"
-    objective               "paper" (eqs. 1 and 2); "released", whose terms have other units
-    reconstruction_weight   lambda of eq. 2, the same for every lead
-    beta                    weight of the KL of eq. 2, once it has risen
-    gamma                   weight of the alignment, eq. 1; 0 is the ablation without it
-    lead_dropout            mean share of observed leads that training hides from the encoders (up to 0.5)
-    """
+    """The shape of the model, its fusion and what it minimises. The defaults are the paper's sizes."""
 
     architecture: ClassVar[str] = "lsemvae"
 
     samples: int = 5000
+    """Time points a record, divisible by 8."""
     latent: int = 256
+    """D, the units of the latent."""
     channels: tuple[int, int, int] = (16, 32, 64)
+    """Of the three convolutions."""
     decoder: DecoderKind = "lead"
+    """lead: reconstructions differ by lead; paper: one tensor for every lead."""
     decoder_leads: tuple[str, ...] = ()
+    """What is reconstructed; empty: the leads that are read."""
     fusion: Fusion = "hime"
+    """hime; the ablations product and mixture (of the leads alone); released."""
     objective: Objective = "paper"
-    reconstruction_weight: float = 100.0
+    """paper (eqs. 1 and 2), or released, whose terms have other units."""
+    reconstruction_weight: float = 1000.0
+    """lambda of eq. 2, the same for every lead. At 1 the posterior collapses: see docs/performance.md."""
     beta: float = 1.0
-    gamma: float = 0.1
+    """Weight of the KL of eq. 2, once it has risen."""
+    gamma: float = 0.01
+    """Weight of the alignment, eq. 1; 0 is the ablation without it."""
     lead_dropout: float = 0.0
+    """Mean share of observed leads that training hides from the encoders (up to 0.5)."""
 
     def __post_init__(self) -> None:
         if self.samples < 8 or self.samples % 8:

@@ -95,10 +95,9 @@ def finite_records(values: Tensor, mask_BL: Tensor | None = None) -> Tensor:
     return finite.flatten(1).all(dim=1) if finite.ndim > 1 else finite
 
 
-@torch.compiler.disable
 def require(good_B: Tensor, what: str) -> None:
     """Raise NonFiniteBatch, with the positions, unless every record is good. Waits for the accelerator."""
-    if bool(good_B.all()):
+    if good_B.all():
         return
     positions = (~good_B).nonzero().flatten().tolist()
     shown = ", ".join(str(position) for position in positions[:10]) + (", …" if len(positions) > 10 else "")
