@@ -25,7 +25,7 @@ from lsemvae.errors import BundleError, LsemvaeError, Refused
 from lsemvae.leads import in_order
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
-from lsemvae.preprocess import Prepared, PreprocessConfig, preprocess, preprocess_signals
+from lsemvae.preprocess import Prepared, PreprocessConfig, preprocess_signals
 from lsemvae.record import Record
 
 FORMAT = 1
@@ -171,6 +171,9 @@ class Score:
     refused: Refused | None = None
 
 
+CHUNK = 64  # recordings in one pass: larger ones only cost memory
+
+
 class Scorer:
     """Scores recordings with one bundle: the same way online, in batches and in a plain loop."""
 
@@ -182,11 +185,17 @@ class Scorer:
 
     def score(self, records: Sequence[Record]) -> list[Score]:
         """One `Score` for each record, in order. Leads are taken by name; those the bundle lacks are not used."""
-        return self._answers(preprocess(records, self.bundle.leads, self.bundle.preprocess))
+        leads = self.bundle.leads
+        return self.score_signals([r.signal_for(leads) for r in records], [r.rate_hz for r in records])
 
     def score_signals(self, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float]) -> list[Score]:
         """The same from arrays [L, T] in mV that hold the bundle's leads in order, NaN for what is missing."""
-        return self._answers(preprocess_signals(signals_mv, rates_hz, self.bundle.leads, self.bundle.preprocess))
+        answers: list[Score] = []
+        for start in range(0, len(signals_mv), CHUNK):
+            part = slice(start, start + CHUNK)
+            prepared = preprocess_signals(signals_mv[part], rates_hz[part], self.bundle.leads, self.bundle.preprocess)
+            answers += self._answers(prepared)
+        return answers
 
     def _answers(self, prepared: Prepared) -> list[Score]:
         accepted_B = prepared.accepted_B

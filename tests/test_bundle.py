@@ -149,6 +149,22 @@ def test_the_scorer_equals_the_model_by_hand_and_says_which_leads_it_used(tmp_pa
     assert answers[3].refused.code == "leads"
 
 
+def test_a_long_list_is_scored_in_pieces_with_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path / "b")
+    given = records(5)
+    whole = Scorer(tmp_path / "b").score(given)
+    monkeypatch.setattr(bundles, "CHUNK", 2)
+    for one, other in zip(Scorer(tmp_path / "b").score(given), whole, strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-6)
+        assert one.leads_used == other.leads_used
+
+
+def test_six_leads_at_full_size_need_at_most_250_mb():
+    with torch.device("meta"):
+        model = build(ClassifierConfig(), LIMB_LEADS)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) <= 250e6
+
+
 def test_an_encoder_has_no_score(tmp_path: Path):
     model = build(SMALL, LEADS)
     bundles.save(Bundle.of(model, PreprocessConfig()), model, tmp_path / "b")

@@ -24,6 +24,15 @@ SMALL = LSEMVAEConfig(samples=64, latent=6, channels=(3, 4, 5))
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from more, and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def batch(records=6, leads=12, seed=0, full=False):
     generator = torch.Generator().manual_seed(seed)
     x_BLT = torch.randn(records, leads, SMALL.samples, generator=generator)

@@ -9,6 +9,7 @@ spinning, and the ratios steady.
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import gc
 import json
@@ -16,18 +17,25 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsemvae.bundle import CHUNK, Bundle, Scorer, save
 from lsemvae.errors import LsemvaeError
-from lsemvae.leads import LEADS
+from lsemvae.fit import fit, kl_scale, make_optimizer, validate
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
+from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 
 SIZES = {
     "full": LSEMVAEConfig(),
@@ -300,9 +308,147 @@ def _training_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer)
     return step
 
 
+# ---------------------------------------------------------------------------------------------------- infer
+
+
+def bench_infer(args: argparse.Namespace) -> list[Row]:
+    """Scorer on a 6-lead bundle against a bare loop over the leads with the same weights, both from int16."""
+    config = ClassifierConfig(encoder=SIZES[args.size])
+    torch.manual_seed(0)
+    model = Classifier(config, LIMB_LEADS).eval()
+    preprocessing = PreprocessConfig(samples=config.encoder.samples, min_seconds=1)
+    encoders = [PaperEncoder(config.encoder) for _ in LIMB_LEADS]
+    for row, encoder in enumerate(encoders):
+        for part in ("conv1", "conv2", "conv3"):
+            getattr(encoder, part).weight.data = getattr(model.encoders, part).weight.data[row]
+            getattr(encoder, part).bias.data = getattr(model.encoders, part).bias.data[row]
+        encoder.fc_mu.weight.data = model.encoders.fc_mu.weight.data[row].T
+        encoder.fc_mu.bias.data = model.encoders.fc_mu.bias.data[row]
+        encoder.to(args.device)
+    head = copy.deepcopy(model.head).to(args.device)
+    rng = np.random.default_rng(0)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "bundle"
+        save(Bundle.of(model, preprocessing, task="ph", threshold=0.5), model, folder)
+        megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+        del model
+        scorer = Scorer(folder, args.device)
+        print(f"6-lead bundle: {megabytes:.1f} MB on disk (at most 250 at full size)")
+
+        def in_mv(raw_BLT: np.ndarray) -> list[np.ndarray]:
+            return list(raw_BLT.astype(np.float32) * np.float32(0.005))
+
+        def our_scores(raw_BLT: np.ndarray) -> np.ndarray:
+            answers = scorer.score_signals(in_mv(raw_BLT), [500.0] * len(raw_BLT))
+            return np.array([answer.score for answer in answers])
+
+        @torch.inference_mode()
+        def bare_scores(raw_BLT: np.ndarray) -> np.ndarray:
+            scores = []
+            for start in range(0, len(raw_BLT), CHUNK):
+                signals = in_mv(raw_BLT[start : start + CHUNK])
+                x_BLT = preprocess_signals(signals, [500.0] * len(signals), LIMB_LEADS, preprocessing).x_BLT
+                x_BLT = torch.from_numpy(x_BLT).to(args.device)
+                h_BF = torch.cat([mean_of(encoder, x_BLT[:, [k]]) for k, encoder in enumerate(encoders)], dim=1)
+                scores.append(head.predict(h_BF).cpu().numpy())
+            return np.concatenate(scores)
+
+        rows = []
+        for batch in args.batch or [1, 32, 1024]:
+            raw_BLT = rng.integers(-400, 400, (batch, len(LIMB_LEADS), config.encoder.samples), dtype=np.int16)
+            np.testing.assert_allclose(our_scores(raw_BLT), bare_scores(raw_BLT), atol=1e-5)
+            rounds = args.rounds or (30 if batch == 1 else 7 if batch < 1000 else 3)
+            seconds = alternate(partial(our_scores, raw_BLT), partial(bare_scores, raw_BLT), rounds, args.device)
+            rows.append(more_is_better(f"infer 6L b{batch}", *(batch / s for s in seconds), "records/s"))
+    return rows
+
+
+def mean_of(encoder: PaperEncoder, x_B1T: Tensor) -> Tensor:
+    """One lead's mean alone, as the loop computes it."""
+    h = F.relu(encoder.conv3(F.relu(encoder.conv2(F.relu(encoder.conv1(x_B1T)))))).flatten(1)
+    return encoder.fc_mu(h)
+
+
+# ------------------------------------------------------------------------------------------------- collapse
+
+
+def bench_collapse(args: argparse.Namespace) -> list[Row]:
+    """What the reconstruction weight does on the recordings of `--data`: ours at each weight, baseline at 1.
+
+    The `small` recipe's model and schedule on training subjects, measured on validation subjects.
+    """
+    from matplotlib.figure import Figure
+
+    from lsemvae.recipes import PRETRAIN
+    from lsemvae.shards import ShardedDataset, signals_mv
+
+    if not args.data:
+        raise LsemvaeError("collapse needs recordings: give --data SHARDS, made by workflows/ingest.py")
+    recipe = PRETRAIN["small"]
+    parts: dict[str, list[dict[str, Tensor]]] = {"train": [], "val": []}
+    for uri in args.data:
+        for split, batches in parts.items():
+            columns = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
+            table = ShardedDataset.open(uri).read(columns, split).to_pydict()
+            prepared = preprocess_signals(signals_mv(table, LEADS), table["rate_hz"], LEADS, recipe.preprocess)
+            tensors = {
+                "x_BLT": torch.from_numpy(prepared.x_BLT),
+                "lead_mask_BL": torch.from_numpy(prepared.lead_mask_BL),
+            }
+            batches.append({name: tensor[prepared.accepted_B] for name, tensor in tensors.items()})
+    data = {split: {n: torch.cat([b[n] for b in batches]) for n in batches[0]} for split, batches in parts.items()}
+    train, held_out = data["train"], data["val"]
+    print(f"{len(train['x_BLT'])} recordings to train on, {len(held_out['x_BLT'])} to measure", flush=True)
+
+    found: dict[float, dict[str, float]] = {}
+    for weight in args.weights:
+        torch.manual_seed(0)
+        model = LSEMVAE(replace(recipe.model, reconstruction_weight=weight)).to(args.device)
+        size = recipe.optim.batch_size
+        steps = -(-len(train["x_BLT"]) // size)
+
+        def batches_of(epoch: int, size: int = size) -> Iterator[dict[str, Tensor]]:
+            order = torch.randperm(len(train["x_BLT"]), generator=torch.Generator().manual_seed(epoch))
+            for rows in order.split(size):
+                yield {name: values[rows].to(args.device) for name, values in train.items()}
+
+        optim = replace(recipe.optim, epochs=args.epochs or recipe.optim.epochs)
+        scale = lambda epoch, step, steps=steps: {"kl_scale": kl_scale(recipe, epoch, step, steps)}  # noqa: E731
+        fit(model, make_optimizer(model, optim), optim, batches_of, lambda epoch: None, forward_kwargs=scale)
+        pieces = zip(*(values.to(args.device).split(size) for values in held_out.values()), strict=True)
+        found[weight], _ = validate(model, [dict(zip(held_out, piece, strict=True)) for piece in pieces], recipe)
+        shown = {name: found[weight][name] for name in ("active_units", "kl", "pearson_r", "collapsed")}
+        print(f"weight {weight:g}: " + ", ".join(f"{name} {value:.3g}" for name, value in shown.items()), flush=True)
+
+    if args.plot:
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        for axis, (name, label) in zip(
+            figure.subplots(1, 3),
+            (("active_units", "active units"), ("kl", "KL, nats a record"), ("pearson_r", "mean Pearson r")),
+            strict=True,
+        ):
+            axis.plot(args.weights, [found[weight][name] for weight in args.weights], marker="o", color="#c0392b")
+            axis.axvline(recipe.model.reconstruction_weight, color="0.6", linestyle=":", linewidth=1)
+            axis.set(xscale="log", xlabel="reconstruction weight", title=label, ylim=(0, None))
+            axis.spines[["top", "right"]].set_visible(False)
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.plot, dpi=110)
+    rows = []
+    for weight in args.weights:
+        for name, unit in (("active_units", "units"), ("kl", "nats"), ("pearson_r", "r")):
+            ours, baseline = found[weight][name], found[args.weights[0]][name]
+            rows.append(more_is_better(f"weight {weight:g}, {name}", ours, max(baseline, 1e-9), unit))
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------
 
-CASES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {"model": bench_model}
+CASES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "model": bench_model,
+    "infer": bench_infer,
+    "collapse": bench_collapse,
+}
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -336,6 +482,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="float32, on a GPU bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile ours (GPU: yes)")
     parser.add_argument("--rounds", type=int, help="how often each side is timed")
+    parser.add_argument("--data", nargs="+", help="shards (collapse)")
+    parser.add_argument("--weights", type=float, nargs="+", default=[1, 10, 100, 1000, 10000], help="(collapse)")
+    parser.add_argument("--epochs", type=int, help="of each training run (collapse; by default the recipe's)")
+    parser.add_argument("--plot", type=Path, help="also draw the curves into this PNG file (collapse)")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     args = parser.parse_args()
     args.precision = args.precision or ("bfloat16" if args.device == "cuda" else "float32")

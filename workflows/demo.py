@@ -168,7 +168,9 @@ def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> di
     """Serves the champions with serve/config.yaml's settings and asks for one recording with 6 and with 12 leads."""
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     config["http_options"]["port"] = port = free_port(8000)
-    config["applications"][0]["args"]["models"] = [f"models:/{name}@champion" for name in names.values()]
+    application = config["applications"][0]
+    application["args"]["models"] = [f"models:/{name}@champion" for name in names.values()]
+    application["runtime_env"] = {"env_vars": {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}}
     path, log = place / "serve.yaml", place / "serve.log"
     path.write_text(yaml.safe_dump(config))
     serve = Path(sys.executable).with_name("serve")
@@ -226,15 +228,19 @@ def free_port(preferred: int) -> int:
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
+    """Returns when the URL answers 200; raises LsemvaeError when the server ends, fails, or takes minutes."""
+    for _ in range(240):
         if server.poll() is not None:
             break
         try:
-            if httpx.get(url, timeout=5).status_code == 200:
+            answer = httpx.get(url, timeout=2)
+            if answer.status_code == 200:
                 return
+            if "failed to deploy" in answer.text:
+                break
         except httpx.HTTPError:
             pass
-        time.sleep(0.25)
+        time.sleep(0.5)
     raise LsemvaeError(f"{url} did not come up: see {log}")
 
 
