@@ -58,7 +58,7 @@ class FinetuneRecipe:
     focal_gamma: float = 2.0
     balance: bool = True
     """Weigh the classes of the focal loss by the other's share, so that both count alike."""
-    bootstrap_draws: int = 500
+    bootstrap_draws: int = 300
     embed_batch_size: int = 64
 
     def __post_init__(self) -> None:

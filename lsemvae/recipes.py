@@ -26,7 +26,7 @@ PRETRAIN: dict[str, PretrainRecipe] = {
     # Sixteen million parameters, for a few hundred or thousand recordings on a CPU.
     "small": PretrainRecipe(
         model=LSEMVAEConfig(latent=128, channels=(4, 8, 8)),
-        optim=OptimConfig(epochs=12, batch_size=32, learning_rate=1e-3),
+        optim=OptimConfig(epochs=10, batch_size=32, learning_rate=1e-3),
         kl_warmup_epochs=4,
         shuffle_buffer=256,
     ),

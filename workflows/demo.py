@@ -41,7 +41,7 @@ class Args:
     """A CSV of labels for them (see workflows/ingest.py --help)."""
     task: str | None = None
     """The label to predict; by default ph, else norm, else the first with two classes."""
-    subjects: int = 240
+    subjects: int = 160
     """Subjects to simulate."""
     pretrain_recipe: str = "small"
     finetune_recipe: str = "paper"
