@@ -374,7 +374,7 @@ def mean_of(encoder: PaperEncoder, x_B1T: Tensor) -> Tensor:
 
 
 def bench_collapse(args: argparse.Namespace) -> list[Row]:
-    """What the reconstruction weight does on the recordings of `--data`: ours at each weight, baseline at 1.
+    """What the reconstruction weight does on the recordings of `--data`; the baseline is the recipe's own weight.
 
     The `small` recipe's model and schedule on training subjects, measured on validation subjects.
     """
@@ -402,6 +402,8 @@ def bench_collapse(args: argparse.Namespace) -> list[Row]:
     print(f"{len(train['x_BLT'])} recordings to train on, {len(held_out['x_BLT'])} to measure", flush=True)
 
     found: dict[float, dict[str, float]] = {}
+    default = recipe.model.reconstruction_weight
+    args.weights = sorted({*args.weights, default})
     for weight in args.weights:
         torch.manual_seed(0)
         model = LSEMVAE(replace(recipe.model, reconstruction_weight=weight)).to(args.device)
@@ -429,7 +431,7 @@ def bench_collapse(args: argparse.Namespace) -> list[Row]:
             strict=True,
         ):
             axis.plot(args.weights, [found[weight][name] for weight in args.weights], marker="o", color="#c0392b")
-            axis.axvline(recipe.model.reconstruction_weight, color="0.6", linestyle=":", linewidth=1)
+            axis.axvline(default, color="0.6", linestyle=":", linewidth=1)
             axis.set(xscale="log", xlabel="reconstruction weight", title=label, ylim=(0, None))
             axis.spines[["top", "right"]].set_visible(False)
         args.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -437,7 +439,7 @@ def bench_collapse(args: argparse.Namespace) -> list[Row]:
     rows = []
     for weight in args.weights:
         for name, unit in (("active_units", "units"), ("kl", "nats"), ("pearson_r", "r")):
-            ours, baseline = found[weight][name], found[args.weights[0]][name]
+            ours, baseline = found[weight][name], found[default][name]
             rows.append(more_is_better(f"weight {weight:g}, {name}", ours, max(baseline, 1e-9), unit))
     return rows
 

@@ -117,9 +117,7 @@ def walk(args: Args, folder: Path, place: Path) -> None:
         print(f"{task}, {leads} leads, out of fold:\n{results.to_string(index=False)}\n")
     if args.data is None:
         truth = json.loads((place / "cohort" / "truth.json").read_text())
-        print(
-            f"Nothing that reads these simulated ECGs can do better than AUROC {truth['cohort_auroc']:.3f} on them.\n"
-        )
+        print(f"best expected of any reader of these simulated ECGs: AUROC {truth['cohort_auroc']:.3f}\n")
     print(f"tables, curves:    {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results.csv, scores.csv, curves.png)")
     print(f"pre-training:      {json.loads((place / 'pretrain' / 'result.json').read_text())['run']}")
     print(f"scores:            {scores}   (scores-*.parquet, scores.json)")
