@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import demo
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -62,25 +63,9 @@ def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server on SQLite; `MLFLOW_TRACKING_URI` names it for the rest of the session."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        f"{folder}/artifacts",
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log = folder / "server.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=stream, stderr=stream, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{port}"
-    wait_for(f"{uri}/health", process, log)
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    yield uri
-    end_group(process)
+    with demo.mlflow_server(tmp_path_factory.mktemp("mlflow")) as uri:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        yield uri
 
 
 @pytest.fixture(scope="session")
