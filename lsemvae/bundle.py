@@ -25,7 +25,7 @@ from lsemvae.errors import BundleError, LsemvaeError, Refused
 from lsemvae.leads import in_order
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
-from lsemvae.preprocess import Prepared, PreprocessConfig, preprocess_signals
+from lsemvae.preprocess import Prepared, PreprocessConfig, preprocess_signals, windows
 from lsemvae.record import Record
 
 FORMAT = 1
@@ -43,6 +43,7 @@ class Bundle:
     task: str | None = None
     threshold: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
     digest: str = ""
 
     @classmethod
@@ -122,6 +123,7 @@ def describe(folder: Path) -> Bundle:
         task=content.get("task"),
         threshold=content.get("threshold"),
         provenance=content.get("provenance", {}),
+        weights_sha256=content["weights_sha256"],
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
     )
 
@@ -132,8 +134,7 @@ def load(folder: Path, device: str = "cpu") -> tuple[Bundle, nn.Module]:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise BundleError(f"{folder} has no {WEIGHTS}: it is incomplete")
-    expected = json.loads((folder / CONFIG).read_text())["weights_sha256"]
-    if _sha256(weights) != expected:
+    if _sha256(weights) != bundle.weights_sha256:
         raise BundleError(f"{weights} is not the file this bundle was saved with (its SHA-256 differs): fetch it again")
     try:
         tensors = load_file(weights, device=device)
@@ -190,12 +191,34 @@ class Scorer:
 
     def score_signals(self, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float]) -> list[Score]:
         """The same from arrays [L, T] in mV that hold the bundle's leads in order, NaN for what is missing."""
+        config = self.bundle.preprocess
+        if config.window != "all":
+            return self._score_windows(signals_mv, rates_hz)
+        parts = [windows(signal, rate, config) for signal, rate in zip(signals_mv, rates_hz, strict=True)]
+        rates_of_parts = [rate for rate, part in zip(rates_hz, parts, strict=True) for _ in part]
+        scored = iter(self._score_windows([window for part in parts for window in part], rates_of_parts))
+        return [self._mean([next(scored) for _ in part]) for part in parts]
+
+    def _score_windows(self, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float]) -> list[Score]:
         answers: list[Score] = []
         for start in range(0, len(signals_mv), CHUNK):
             part = slice(start, start + CHUNK)
             prepared = preprocess_signals(signals_mv[part], rates_hz[part], self.bundle.leads, self.bundle.preprocess)
             answers += self._answers(prepared)
         return answers
+
+    def _mean(self, of_windows: Sequence[Score]) -> Score:
+        """The mean over the windows that are not refused; the first refusal where all are."""
+        accepted = [answer for answer in of_windows if answer.score is not None]
+        if len(of_windows) == 1 or not accepted:
+            return of_windows[0]
+        score = float(np.mean([answer.score for answer in accepted]))
+        used = {lead for answer in accepted for lead in answer.leads_used}
+        return Score(score, score >= self._threshold, tuple(lead for lead in self.bundle.leads if lead in used))
+
+    @property
+    def _threshold(self) -> float:
+        return self.bundle.threshold if self.bundle.threshold is not None else 0.5
 
     def _answers(self, prepared: Prepared) -> list[Score]:
         accepted_B = prepared.accepted_B
@@ -207,12 +230,11 @@ class Scorer:
                     torch.from_numpy(prepared.lead_mask_BL[accepted_B]).to(self._device),
                 )
             score_B[accepted_B] = probability_B.float().cpu().numpy()
-        threshold = self.bundle.threshold if self.bundle.threshold is not None else 0.5
         answers = []
         for score, mask_L, reason in zip(score_B, prepared.lead_mask_BL, prepared.refused_B, strict=True):
             if reason is not None:
                 answers.append(Score(None, None, (), reason))
                 continue
             used = tuple(lead for lead, usable in zip(self.bundle.leads, mask_L, strict=True) if usable)
-            answers.append(Score(float(score), bool(score >= threshold), used))
+            answers.append(Score(float(score), bool(score >= self._threshold), used))
         return answers

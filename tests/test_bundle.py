@@ -159,6 +159,28 @@ def test_a_long_list_is_scored_in_pieces_with_the_same_answers(tmp_path: Path, m
         assert one.leads_used == other.leads_used
 
 
+def test_all_windows_of_a_longer_recording_are_averaged(tmp_path: Path):
+    torch.manual_seed(1)
+    described = Bundle.of(
+        model := build(CONFIGS[1], LIMB_LEADS), PreprocessConfig(window="all"), task="ph", threshold=0.5
+    )
+    bundles.save(described, model, tmp_path / "b")
+    scorer = Scorer(tmp_path / "b")
+    parts = [record.signal_for(LIMB_LEADS) for record in records(3)]
+    alone = [answer.score for answer in scorer.score_signals(parts, [500] * 3)]
+    assert len(set(alone)) == 3
+    (whole, short) = scorer.score_signals([np.concatenate(parts, axis=1), parts[2]], [500, 500])
+    np.testing.assert_allclose(whole.score, np.mean(alone), rtol=1e-6)
+    assert whole.decision == (np.mean(alone) >= 0.5)
+    assert short.score == pytest.approx(alone[2], rel=1e-6)
+    parts[1] = np.full_like(parts[1], np.nan)  # one window is refused, the others still count
+    (some,) = scorer.score_signals([np.concatenate(parts, axis=1)], [500])
+    np.testing.assert_allclose(some.score, np.mean([alone[0], alone[2]]), rtol=1e-6)
+    (none,) = scorer.score_signals([np.full((6, 15000), np.nan, dtype=np.float32)], [500])
+    assert none.score is None
+    assert none.refused.code == "leads"
+
+
 def test_six_leads_at_full_size_need_at_most_250_mb():
     with torch.device("meta"):
         model = build(ClassifierConfig(), LIMB_LEADS)

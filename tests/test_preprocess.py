@@ -8,7 +8,7 @@ from scipy import signal as sps
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.preprocess import PreprocessConfig, preprocess, preprocess_signals
+from lsemvae.preprocess import PreprocessConfig, preprocess, preprocess_signals, windows
 from lsemvae.record import Record
 from lsemvae.simulate import EcgParameters, simulate_ecg
 
@@ -27,6 +27,12 @@ def test_equals_neurokit_lead_by_lead():
     expected_LT = (cleaned_LT - cleaned_LT.mean(1, keepdims=True)) / cleaned_LT.std(1, ddof=1, keepdims=True)
     prepared = preprocess_signals([signal_mv_LT], [500], LEADS, PreprocessConfig(scale="lead"))
     np.testing.assert_allclose(prepared.x_BLT[0], expected_LT, atol=1e-6)
+
+
+def test_no_recordings_are_an_empty_batch():
+    prepared = preprocess_signals([], [], LIMB_LEADS, PreprocessConfig())
+    assert prepared.x_BLT.shape == (0, 6, 5000) and prepared.lead_mask_BL.shape == (0, 6)
+    assert prepared.accepted_B.shape == (0,) and prepared.refused_B == []
 
 
 @pytest.mark.parametrize("scale", ["lead", "record", "none"])
@@ -159,3 +165,44 @@ def test_whatever_comes_in_what_goes_on_is_finite(seed, nan_share, scale, size_m
     prepared = preprocess_signals([signal_mv_LT], [500], ("I", "II", "V1"), config)
     assert np.isfinite(prepared.x_BLT).all()
     assert prepared.accepted_B[0] == prepared.lead_mask_BL[0].any()
+
+
+def long_mv() -> np.ndarray:
+    """30 s of six leads at 300 Hz, as a handheld has them: noise in the first 10 s, wander in the last."""
+    rng = np.random.default_rng(5)
+    at_s = np.arange(8999) / 300
+    signal_mv_LT = np.tile(np.exp(-(((at_s % 0.8) - 0.4) ** 2) / 2e-4), (6, 1))
+    signal_mv_LT[:, :3000] += rng.normal(scale=0.2, size=(6, 3000))
+    signal_mv_LT[:, 6000:] += np.sin(2 * np.pi * 0.3 * at_s[6000:])
+    return signal_mv_LT.astype(np.float32)
+
+
+def test_windows_cover_a_recording_once():
+    signal_mv_LT = long_mv()
+    parts = windows(signal_mv_LT, 300, PreprocessConfig())
+    assert [part.shape[1] for part in parts] == [3000, 3000, 2999]  # one sample short of three, in real files too
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), signal_mv_LT)
+    for seconds in (2.5, 10, 15):
+        (only,) = windows(signal_mv_LT[:, : int(seconds * 300)], 300, PreprocessConfig())
+        assert only.shape[1] == seconds * 300
+
+
+@pytest.mark.parametrize(("window", "chosen"), [("first", 0), ("cleanest", 1), ("all", 0)])
+def test_which_window_of_a_longer_recording_is_seen(window: str, chosen: int):
+    signal_mv_LT = long_mv()
+    config = PreprocessConfig(window=window)
+    seen = preprocess_signals([signal_mv_LT], [300], LIMB_LEADS, config).x_BLT[0]
+    for index in range(3):
+        alone = preprocess_signals([windows(signal_mv_LT, 300, config)[index]], [300], LIMB_LEADS, config).x_BLT[0]
+        # A window that is cut out has an edge where the recording goes on, which the filters feel.
+        close = np.abs(seen[:, 2000:3000] - alone[:, 2000:3000]).max() < 0.05
+        assert close == (index == chosen), index
+
+
+def test_missing_samples_count_before_noise():
+    signal_mv_LT = long_mv()
+    signal_mv_LT[:, 4000:4100] = np.nan
+    config = PreprocessConfig(window="cleanest")
+    seen = preprocess_signals([signal_mv_LT], [300], LIMB_LEADS, config).x_BLT[0]
+    first = preprocess_signals([windows(signal_mv_LT, 300, config)[0]], [300], LIMB_LEADS, config).x_BLT[0]
+    np.testing.assert_array_equal(seen, first)  # it is noisy, but nothing of it is missing
