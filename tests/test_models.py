@@ -142,7 +142,7 @@ def test_all_leads_at_once_gives_the_numbers_and_gradients_of_the_loop(way, monk
 
 
 def test_the_loss_is_that_of_the_benchmarks_baseline():
-    from bench import PaperLoop
+    from benchmarks.model import PaperLoop
 
     model = model_of(decoder="paper").double()
     loop = PaperLoop(model.config).double()

@@ -1,0 +1,110 @@
+"""Timing two ways of doing the same thing in turn, and what comes out as a row."""
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lsemvae.errors import LsemvaeError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the answer. `ratio` above 1 means that ours is better, whatever the unit."""
+
+    case: str
+    ours: float
+    baseline: float
+    ratio: float
+    unit: str
+
+
+def less_is_better(case: str, ours: float, baseline: float, unit: str) -> Row:
+    """A row of times or of memory."""
+    return Row(case, ours, baseline, baseline / ours, unit)
+
+
+def more_is_better(case: str, ours: float, baseline: float, unit: str) -> Row:
+    """A row of rates or of shares of what the machine can do."""
+    return Row(case, ours, baseline, ours / baseline, unit)
+
+
+def alternate(
+    ours: Callable[[], object], baseline: Callable[[], object], rounds: int, device: str
+) -> tuple[float, float]:
+    """Median seconds of a call of each, called in turn so that a busy machine is busy for both."""
+    for call in (ours, baseline):  # compilation, first allocations
+        call()
+        call()
+    seconds = [(timed(ours, device), timed(baseline, device)) for _ in range(rounds)]
+    return statistics.median(pair[0] for pair in seconds), statistics.median(pair[1] for pair in seconds)
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds until the device has done the call."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for both sides: else a third of a step on a CPU is page faults.
+
+    Each step allocates a gigabyte of gradients anew. The same for any other program, from outside:
+    MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ above the largest allocation.
+    """
+    mmap_max, trim_threshold = -4, -1  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def roofs(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """The best this machine gives: matrix products in FLOP/s at `dtype`, and copies in byte/s."""
+    size = 8192 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty_like(a)
+    values = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
+    copy = torch.empty_like(values)
+    product_s = min(timed(lambda: torch.mm(a, a, out=product), device) for _ in range(30))
+    copy_s = min(timed(lambda: copy.copy_(values), device) for _ in range(30))
+    return 2 * size**3 / product_s, 2 * values.nbytes / copy_s
+
+
+def peak_bytes(call: Callable[[], object], static: int, device: str) -> int:
+    """The most memory that a call holds at once; `static` is its weights and optimiser state in bytes."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before + static
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    call()
+    return _resident_bytes("VmHWM") - before + static
+
+
+def _resident_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise LsemvaeError(f"/proc/self/status has no {key}: memory is measured on Linux alone")
