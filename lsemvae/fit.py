@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +135,17 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
-    torch.manual_seed(recipe.optim.seed)  # the same weights everywhere before DDP broadcasts them
-    model = build(recipe.model, recipe.leads)
     start_epoch = 0
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
-            model.load_state_dict(load(Path(folder) / "bundle")[1].state_dict())
-            model.to(device)
+            model = load(Path(folder) / "bundle")[1].to(device)
             optimizer = make_optimizer(model, recipe.optim)
             start_epoch = load_optimizer(optimizer, Path(folder))["epoch"] + 1
         log.info(f"resuming after epoch {start_epoch}")
     else:
-        model.to(device)
+        torch.manual_seed(recipe.optim.seed)  # the same weights everywhere before DDP broadcasts them
+        model = build(recipe.model, recipe.leads).to(device)
         optimizer = make_optimizer(model, recipe.optim)
     torch.manual_seed(recipe.optim.seed * 1_000_003 + rank + workers * start_epoch)  # other noise on each worker
     ddp = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
@@ -296,8 +294,3 @@ def _track_reconstructions(run: Any, example: dict[str, torch.Tensor], recipe: P
             path,
         )
         run.file(path, "reconstructions")
-
-
-def recipe_params(recipe: Any) -> dict[str, Any]:
-    """A recipe as nested plain values, for MLflow and for provenance."""
-    return asdict(recipe)

@@ -90,9 +90,6 @@ class Run:
     def file(self, path: Path, folder: str = "") -> None:
         self._try(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
 
-    def text(self, text: str, name: str) -> None:
-        self._try(lambda: self._client.log_text(self.run_id, text, name))
-
     def bundle(self, folder: Path) -> None:
         with _explained("storing the bundle"):
             self._client.log_artifacts(self.run_id, str(folder), BUNDLE_FOLDER)

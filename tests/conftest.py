@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,12 +30,6 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"the real recordings of {SHARED_DATA} are not here")
     return SHARED_DATA
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path, attempts: int = 600, headers: dict | None = None) -> None:
@@ -71,7 +64,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A mock of S3 with the bucket `ecg`, set up in the environment as a user's endpoint would be -> its URL."""
-    log, port = tmp_path_factory.mktemp("moto") / "server.log", free_port()
+    log, port = tmp_path_factory.mktemp("moto") / "server.log", demo.free_port()
     endpoint = f"http://127.0.0.1:{port}"
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -103,7 +96,7 @@ class Cluster:
 @pytest.fixture(scope="session")
 def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """`ray start --head` with token authentication, as a user's cluster would have it."""
-    port, dashboard_port = free_port(), free_port()
+    port, dashboard_port = demo.free_port(), demo.free_port()
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import demo
 import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Trained, end_group, free_port, wait_for, workflow
+from conftest import ROOT, Trained, end_group, wait_for, workflow
 from safetensors.torch import load_file
 from scipy import signal as sps
 
@@ -43,7 +44,7 @@ class Service:
 def service(finetuned: dict[str, Trained], ray_cluster, tmp_path_factory) -> Iterator[Service]:
     """`serve run` of serve/config.yaml, with only the port changed."""
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
-    config["http_options"]["port"] = port = free_port()
+    config["http_options"]["port"] = port = demo.free_port()
     folder = tmp_path_factory.mktemp("serve")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     log = folder / "serve.log"

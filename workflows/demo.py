@@ -213,7 +213,8 @@ def finished(output: Path, encoder: Path) -> bool:
     return describe(output / "bundle").provenance["encoder"]["digest"] == describe(encoder).digest
 
 
-def free_port(preferred: int) -> int:
+def free_port(preferred: int = 0) -> int:
+    """The preferred port of this machine if it is free, else any that is."""
     for port in (preferred, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

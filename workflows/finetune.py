@@ -198,7 +198,7 @@ def embed(
     import ray.data
 
     columns = ["record_id", "subject_id", column]
-    labelled = data.model_input(leads, preprocess, columns=columns).filter(lambda row: not np.isnan(row[column]))
+    labelled = data.model_input(leads, preprocess, columns=columns, labelled=column)
     embedded = labelled.map_batches(
         Embedder,
         fn_constructor_args=(encoders,),

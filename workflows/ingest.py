@@ -66,11 +66,23 @@ class Args:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to make. `labels` are those of `recordings`, NaN where there is none."""
+    """One shard to make. `recordings` carry their labels, NaN where there is none."""
 
     path: str
     split: str
     recordings: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task is told."""
+
+    plan: str
+    source: Storage
+    output: Storage
+    label_names: list[str]
+    uv_per_lsb: float | None
+    threads: int
 
 
 def main(args: Args) -> None:
@@ -101,7 +113,8 @@ def main(args: Args) -> None:
     print(
         f"{cohort_name}: {len(table)} recordings of {table['subject_id'].nunique()} subjects into {len(tasks)} shards"
     )
-    shards, unreadable, flags = make_shards(tasks, plan, source, output, label_names, cohort.uv_per_lsb, args.threads)
+    job = Job(plan, source, output, label_names, cohort.uv_per_lsb, args.threads)
+    shards, unreadable, flags = make_shards(tasks, job)
     readable = table[~table["path"].isin([row["path"] for row in unreadable])]
     manifest = Manifest(
         source=source.uri,
@@ -155,21 +168,13 @@ def _chance(seed: int, name: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
-def make_shards(
-    tasks: list[Task],
-    plan: str,
-    source: Storage,
-    output: Storage,
-    label_names: list[str],
-    uv_per_lsb: float | None,
-    threads: int,
-) -> tuple[list[Shard], list[dict[str, str]], Counter[str]]:
+def make_shards(tasks: list[Task], job: Job) -> tuple[list[Shard], list[dict[str, str]], Counter[str]]:
     """Every task on Ray Data, one shard held in memory a worker; shards finished before are not made again."""
     start_ray()
     import ray.data
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        result = make_shard(Task(**json.loads(row["task"])), plan, source, output, label_names, uv_per_lsb, threads)
+        result = make_shard(Task(**json.loads(row["task"])), job)
         return {"result": json.dumps(result)}
 
     items = [{"task": json.dumps(asdict(task))} for task in tasks]
@@ -186,42 +191,35 @@ def make_shards(
     return sorted(shards, key=lambda s: s.path), sorted(unreadable, key=lambda u: u["path"]), flags
 
 
-def make_shard(
-    task: Task,
-    plan: str,
-    source: Storage,
-    output: Storage,
-    label_names: list[str],
-    uv_per_lsb: float | None,
-    threads: int,
-) -> dict[str, Any]:
+def make_shard(task: Task, job: Job) -> dict[str, Any]:
     """Reads a task's recordings and writes its shard, unless the same plan wrote it before -> a summary."""
-    if output.exists(task.path):
-        metadata = shard_metadata(output, task.path)
-        if metadata.get("plan") == plan:
-            content = output.read_bytes(task.path)
+    if job.output.exists(task.path):
+        metadata = shard_metadata(job.output, task.path)
+        if metadata.get("plan") == job.plan:
+            content = job.output.read_bytes(task.path)
             return _summary(task, content, metadata["rows"], metadata["unreadable"], metadata["flags"])
 
     def read(entry: dict[str, Any]) -> dict[str, Any] | dict[str, str]:
         try:
-            record = read_relative(entry["path"], source.read_bytes, uv_per_lsb=uv_per_lsb)
+            record = read_relative(entry["path"], job.source.read_bytes, uv_per_lsb=job.uv_per_lsb)
         except UnreadableRecording as error:
             return {"path": entry["path"], "code": error.code, "reason": str(error)}
         row = pack(record, path=entry["path"], flags=quality_flags(record))
         row |= {"record_id": entry["record_id"], "subject_id": entry["subject_id"]}
-        for name in label_names:
+        for name in job.label_names:
             value = entry[LABEL_PREFIX + name]
             row[LABEL_PREFIX + name] = None if pd.isna(value) else float(value)
         return row
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(job.threads) as pool:
         read_rows = list(pool.map(read, task.recordings))
     rows = [row for row in read_rows if "signal" in row]
     unreadable = [row for row in read_rows if "signal" not in row]
     flags = Counter(flag.split(":")[0] for row in rows for flag in set(row["flags"]))
-    metadata = {"plan": plan, "rows": len(rows), "unreadable": unreadable, "flags": dict(flags)}
-    content = shard_bytes(rows, label_names, metadata)
-    output.write_bytes(task.path, content)
+    # Sorted: the order of a set of words differs between processes, and equal shards must be equal bytes.
+    metadata = {"plan": job.plan, "rows": len(rows), "unreadable": unreadable, "flags": dict(sorted(flags.items()))}
+    content = shard_bytes(rows, job.label_names, metadata)
+    job.output.write_bytes(task.path, content)
     return _summary(task, content, len(rows), unreadable, metadata["flags"])
 
 

@@ -5,8 +5,6 @@ The same command again continues an unfinished run from its newest checkpoint, a
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +16,7 @@ from lsemvae import __version__
 from lsemvae.bundle import CONFIG, WEIGHTS, describe
 from lsemvae.config import PretrainRecipe
 from lsemvae.errors import LsemvaeError
-from lsemvae.fit import PretrainJob, pretrain_worker, recipe_params
+from lsemvae.fit import PretrainJob, pretrain_worker
 from lsemvae.recipes import PRETRAIN
 from lsemvae.shards import ShardedDataset
 from lsemvae.storage import Storage
@@ -68,7 +66,7 @@ def main(args: Args) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    params = recipe_params(recipe)
+    params = asdict(recipe)
     previous = json.loads(place.read_bytes("run.json"))["run"] if place.exists("run.json") else None
     run = Run.start("pretrain", name, params, resume=previous)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "storage": place.uri})
@@ -83,9 +81,7 @@ def main(args: Args) -> None:
         "lsemvae": __version__,
     }
     accepted = {
-        split: data.model_input(recipe.leads, recipe.preprocess, split, columns=())
-        .filter(_is_accepted)
-        .drop_columns(["refused"])
+        split: data.model_input(recipe.leads, recipe.preprocess, split, columns=(), keep_refused=False)
         for split in rows
     }
     trainer = TorchTrainer(
@@ -112,9 +108,8 @@ def main(args: Args) -> None:
         raise LsemvaeError(f"training failed: {_root_cause(error)}") from error
     best, metrics = min(fitted.best_checkpoints, key=lambda pair: pair[1]["val.loss"])
 
-    with tempfile.TemporaryDirectory() as temporary, best.as_directory() as checkpoint:
-        folder = Path(temporary) / "bundle"
-        shutil.copytree(Path(checkpoint) / "bundle", folder)
+    with best.as_directory() as checkpoint:
+        folder = Path(checkpoint) / "bundle"
         for file in (WEIGHTS, CONFIG):
             place.write_bytes(f"bundle/{file}", (folder / file).read_bytes())
         digest = describe(folder).digest
@@ -130,10 +125,6 @@ def main(args: Args) -> None:
     }
     place.write_bytes(RESULT, json.dumps(result, indent=2).encode())
     _say_where(result)
-
-
-def _is_accepted(row: dict[str, object]) -> bool:
-    return row["refused"] is None
 
 
 def _digest(recipe: PretrainRecipe, data: ShardedDataset) -> str:

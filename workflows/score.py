@@ -77,10 +77,12 @@ class ShardScorer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         job, name = self._job, part_name(row["item"])
-        if not job.output.exists(name):
-            job.output.write_bytes(name, self._part(row["item"]))
-        with job.output.filesystem.open_input_file(job.output.path(name)) as stream:
-            part = pq.read_table(stream, columns=["score", "decision", "refused"])
+        try:
+            content = job.output.read_bytes(name)
+        except FileNotFoundError:
+            content = self._part(row["item"])
+            job.output.write_bytes(name, content)
+        part = pq.read_table(io.BytesIO(content), columns=["score", "decision", "refused"])
         return {"result": json.dumps(_part_summary(part))}
 
     def _part(self, shard: str) -> bytes:
