@@ -199,7 +199,8 @@ def test_image_copies_only_what_the_build_may_see() -> None:
 
 
 def test_image_tags_are_this_version() -> None:
-    tags = re.findall(r"\blsemvae:(\d[\w.]*)", DOCKERFILE + README + (ROOT / "ray_cluster.yaml").read_text())
+    files = [ROOT / "ray_cluster.yaml", *(ROOT / "infra" / "kuberay").iterdir()]
+    tags = re.findall(r"\blsemvae:(\d[\w.]*)", DOCKERFILE + README + "".join(path.read_text() for path in files))
     tags += [service["image"].split(":")[1] for service in own_services().values()]
     assert set(tags) == {lsemvae.__version__}
 
@@ -318,21 +319,39 @@ def test_runtime_environment_is_valid_and_brings_no_secret() -> None:
     assert not [name for name in content["env_vars"] if SECRET.search(name)]
 
 
-def test_job_uploads_the_code_and_little_else(tmp_path: Path) -> None:
-    """Ray's own packaging of `--working-dir .`: below 5 MB, with all that a workflow and the endpoint need."""
+@pytest.mark.parametrize("with_file", [True, False], ids=["as in README.md", "without --runtime-env"])
+def test_job_uploads_the_code_and_little_else(with_file: bool, tmp_path: Path) -> None:
+    """The zip that Ray makes of `--working-dir .`, from a checkout that somebody has worked in."""
     from ray._private.runtime_env.packaging import create_package
+    from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
+
+    checkout = tmp_path / "checkout"
+    local = shutil.ignore_patterns(".venv", ".git", "demo", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, checkout, ignore=local)
+    heavy = [".venv/lib/torch.so", ".git/objects/pack", "demo/shards/0.parquet", "mlruns/0/model", "mlflow.db"]
+    heavy += ["lsemvae/__pycache__/a.pyc"] + (["data/0.dat", "cohort/0.parquet", "model.safetensors"] * with_file)
+    for name in heavy:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes(os.urandom(1_000_000))
 
     target = tmp_path / "package.zip"
-    excludes = load("infra/runtime_env.yaml")["excludes"] + [".git", ".venv", "__pycache__"]  # and Ray's own
-    create_package(str(ROOT), target, include_gitignore=True, excludes=excludes)
+
+    def upload(folder: str, excludes: list[str], **_: object) -> None:
+        create_package(folder, target, include_gitignore=True, excludes=excludes)
+
+    runtime_env = {"working_dir": str(checkout)} | (load("infra/runtime_env.yaml") if with_file else {})
+    sent = upload_working_dir_if_needed(runtime_env, include_gitignore=True, upload_fn=upload)
+    assert sent["working_dir"].startswith("gcs://")
     assert target.stat().st_size < 5e6
     with ZipFile(target) as package:
         names = {name for name in package.namelist() if not name.endswith("/")}
+    assert not names & set(heavy)
     code = {
         str(p.relative_to(ROOT)) for folder in ("lsemvae", "workflows", "serve") for p in (ROOT / folder).rglob("*.py")
     }
     assert code | {"serve/config.yaml"} <= names
-    assert not [name for name in names if re.match(r"docs/|tests/|infra/|demo/|\.venv/|\.git/", name)]
+    if with_file:
+        assert not [name for name in names if re.match(r"docs/|tests/|infra/|data/", name)]
 
 
 def test_job_and_workflow_name_different_variables(environment: None) -> None:
@@ -449,7 +468,7 @@ def test_readme_commands_for_a_cluster_are_all_there(environment: None) -> None:
             jobs[re.search(r"workflows/(\w+)\.py", line)[1]] = parse_command(shlex.split(line))
     assert jobs.keys() == {"ingest", "pretrain", "finetune", "score"}
     assert jobs["pretrain"].recipe == PRETRAIN["paper"]
-    assert jobs["pretrain"].use_gpu and jobs["pretrain"].num_workers == 8
+    assert jobs["pretrain"].use_gpu and str(jobs["pretrain"].num_workers) == "8"
     # Each takes what the one before gives.
     sources = {
         parse_command(shlex.split(line)).output
