@@ -20,14 +20,21 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    accumulate: int = 1
+    """Parts that a worker's batch goes through the model in, for one step: less memory, the same gradient."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
     precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    """torch.compile: worth its minute on a GPU."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0:
+        if min(self.epochs, self.batch_size, self.learning_rate, self.accumulate) <= 0:
             raise LsemvaeError(
-                f"epochs={self.epochs}, batch_size={self.batch_size}, learning_rate={self.learning_rate}: "
-                "each must be above 0"
+                f"epochs={self.epochs}, batch_size={self.batch_size}, learning_rate={self.learning_rate}, "
+                f"accumulate={self.accumulate}: each must be above 0"
             )
 
 
@@ -41,8 +48,17 @@ class PretrainRecipe:
     leads: tuple[str, ...] = LEADS
     kl_warmup_epochs: float = 10.0
     """Beta annealing: the KL term's weight rises from 0 to its full value over so many epochs."""
+    streams: int = 8
+    """Parts that the recordings are dealt to; each worker reads some of them. At least the number of workers, a
+    divisor of the batch size; with the same streams, other numbers of workers see the same batches."""
     shuffle_buffer: int = 1024
-    """Recordings each worker holds preprocessed (0.24 MB each) and draws from, on top of the shards' own order."""
+    """Recordings that are mixed at any time (0.24 MB each), over all streams, on top of the shards' own order."""
+    checkpoint_steps: int = 0
+    """Steps between two checkpoints within an epoch; 0 for none. Each epoch ends with one."""
+    early_stop_epochs: int = 0
+    """Stop when the validation loss has not improved for so many epochs; 0 for never."""
+    max_damaged_share: float = 0.01
+    """Stop when more of an epoch's recordings than this cannot be read from damaged shards."""
     plot_every: int = 5
     """Epochs between two pictures of reconstructions."""
 

@@ -1,40 +1,41 @@
-"""One training loop for everything that is trained, and the Ray Train worker that pre-trains with it.
+"""One training loop for everything that is trained. It knows nothing of Ray or MLflow.
 
-`fit` knows nothing of Ray or MLflow: it takes batches and calls back after each epoch. `pretrain_worker` is what
-every Ray Train worker runs: it streams its share of the shards, and rank 0 saves checkpoints and tracks.
+`fit` takes batches and calls back: after each step with its numbers, after each epoch, and when a checkpoint is due.
 """
 
+import hashlib
 import json
 import logging
 import math
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from lsemvae.bundle import Bundle, load, save
 from lsemvae.config import OptimConfig, PretrainRecipe
-from lsemvae.errors import LsemvaeError
-from lsemvae.models import build
+from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.models.diagnostics import Diagnostics
+from lsemvae.models.lsemvae import TERMS
+from lsemvae.models.objectives import NonFiniteBatch, require
 
 log = logging.getLogger(__name__)
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Tensor]
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 EXAMPLES = 3  # recordings in a picture of reconstructions
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What `fit` hands back after each epoch: mean training terms, weighted by the records of each batch."""
+    """What `fit` hands back after each epoch: terms are means over the records of all workers."""
 
     index: int
     terms: dict[str, float]
@@ -42,46 +43,192 @@ class Epoch:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Step:
+    """The numbers of one step: terms are means over this worker's records, `records` are those of all workers.
+
+    `share` is how much of the step was this worker's: 1 where all had the same number of records.
+    """
+
+    epoch: int
+    index: int
+    terms: dict[str, float]
+    records: int
+    share: float
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: OptimConfig,
     batches: Callable[[int], Iterable[Batch]],
-    on_epoch: Callable[[Epoch], None],
+    on_epoch: Callable[[Epoch], bool | None],
     *,
-    start_epoch: int = 0,
+    start: tuple[int, int] = (0, 0),
+    steps_per_epoch: int | None = None,
     forward_kwargs: Callable[[int, int], dict[str, Any]] = lambda epoch, step: {},
-    on_step: Callable[[dict[str, float]], None] = lambda terms: None,
+    before_step: Callable[[int, int], None] = lambda epoch, step: None,
+    on_step: Callable[[Step], None] = lambda step: None,
+    checkpoint_every: int = 0,
+    on_checkpoint: Callable[[int, int], None] = lambda epoch, step: None,
 ) -> None:
-    """Train to `config.epochs`. `batches(epoch)` gives that epoch's batches; `forward_kwargs(epoch, step)` what
-    the model's `forward` takes beside a batch.
+    """Train to `config.epochs`, or until `on_epoch` returns True.
 
-    `model(batch)` returns `{"loss": …, other named terms}` and raises NonFiniteBatch, so before any step, when a
-    record or its loss is not finite. Raises LsemvaeError when an epoch has no batch.
+    `batches(epoch)` gives that epoch's batches, from step `start[1]` on in the epoch `start[0]`. A batch may have
+    `weight_B`: how much each record counts in the mean over the whole step, over all workers; 0 takes no part.
+    `config.accumulate` parts of a batch go through the model one after another, for one step of the optimiser.
+    `forward_kwargs(epoch, step)` is what the model's `forward` takes beside a batch. `on_checkpoint` is called
+    after every `checkpoint_every` steps, once their numbers are known to be finite.
+
+    `model(batch)` returns `{"loss": …, "good_B": …, other named terms}`. Raises NonFiniteBatch when a record or the
+    gradient is not finite: the weights are then those of the last good step (a fused AdamW leaves such a step out
+    on the device, so that nothing has to wait for it). Raises LsemvaeError when an epoch has no batch, or the
+    schedule needs `steps_per_epoch`.
     """
+    workers = torch.distributed.get_world_size() if _distributed() else 1
     device_type = next(model.parameters()).device.type
-    for epoch in range(start_epoch, config.epochs):
+    if config.schedule == "cosine" and steps_per_epoch is None:
+        raise LsemvaeError("schedule='cosine' needs the number of steps: give steps_per_epoch")
+    for epoch in range(start[0], config.epochs):
         model.train()
-        sums: defaultdict[str, float] = defaultdict(float)
-        records, began = 0, time.monotonic()
-        for step, batch in enumerate(batches(epoch)):
-            with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
-                terms = model(batch, **forward_kwargs(epoch, step))
-            loss = terms["loss"]
+        tally, began = _Tally(workers, on_step), time.monotonic()
+        for step, batch in enumerate(batches(epoch), start=start[1] if epoch == start[0] else 0):
+            before_step(epoch, step)
+            if steps_per_epoch:
+                rate = learning_rate(config, epoch * steps_per_epoch + step, config.epochs * steps_per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            batch, total = _with_shares(batch, workers)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            terms: dict[str, Tensor] = {}
+            goods = []
+            parts = _split(batch, config.accumulate)
+            for number, part in enumerate(parts):
+                with ExitStack() as stack:
+                    if number < len(parts) - 1 and hasattr(model, "no_sync"):
+                        stack.enter_context(model.no_sync())  # workers exchange gradients once a step
+                    with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
+                        of_part = model(part, check=False, **forward_kwargs(epoch, step))
+                    of_part["loss"].backward()
+                goods.append(of_part.pop("good_B"))
+                for name, term in of_part.items():
+                    terms[name] = terms[name] + term.detach() if name in terms else term.detach()
+            tally.settle()  # the step before has ended by now; this one goes on, on an accelerator
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+            optimizer.found_inf = (~norm.isfinite()).float()  # workers agree: the gradient is that of all
             optimizer.step()
-            size = len(next(iter(batch.values())))
-            values = {name: float(term.detach()) for name, term in terms.items()} | {"grad_norm": float(norm)}
-            for name, value in values.items():
-                sums[name] += value * size
-            records += size
-            on_step(values)
-        if records == 0:
+            terms = {"share": batch["share_B"].sum(), "grad_norm": norm, **terms}
+            tally.add(_Later(epoch, step, terms, total, torch.cat(goods)))
+            if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 != steps_per_epoch:
+                tally.settle()
+                on_checkpoint(epoch, step)
+        tally.settle()
+        if tally.records == 0:
             raise LsemvaeError(f"epoch {epoch} has no training recordings: all were refused, or the split is empty")
-        means = {name: total / records for name, total in sums.items()}
-        on_epoch(Epoch(epoch, means, records, time.monotonic() - began))
+        if on_epoch(Epoch(epoch, tally.means(), tally.records, time.monotonic() - began)):
+            return
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """At a step of all: a linear rise over `warmup_steps`, then constant, or half a cosine down to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+class _Later:
+    """A step's numbers, copied while the device goes on: reading them at once would make it wait each step."""
+
+    def __init__(self, epoch: int, step: int, terms: dict[str, Tensor], total: Tensor, good_B: Tensor) -> None:
+        self._at, self._names, self._good_B = (epoch, step), [*terms], good_B
+        values = torch.stack([term.float() for term in (*terms.values(), total)])
+        self._event = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def read(self) -> Step:
+        """The step, with this worker's terms. Raises NonFiniteBatch."""
+        if self._event is not None:
+            self._event.synchronize()
+        *values, total = self._values.tolist()
+        epoch, index = self._at
+        if not all(math.isfinite(value) for value in values):
+            where = f"epoch {epoch}, step {index}: the loss or its gradient is not finite; NaN, infinity or no lead"
+            require(self._good_B, where)
+            raise NonFiniteBatch(f"{where}, on another worker or in the gradient alone: lower the learning rate", ())
+        share, norm, *sums = values
+        terms = {name: value / max(share, 1e-9) for name, value in zip(self._names[2:], sums, strict=True)}
+        return Step(epoch, index, terms | {"grad_norm": norm}, round(total), share)
+
+
+class _Tally:
+    """An epoch's sums. A step's numbers are read when the next one is under way."""
+
+    def __init__(self, workers: int, on_step: Callable[[Step], None]) -> None:
+        self._workers, self._on_step = workers, on_step
+        self._pending: _Later | None = None
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self.records = 0
+
+    def add(self, latest: _Later) -> None:
+        self._pending = latest
+
+    def settle(self) -> None:
+        """Read the step that is not read yet. Raises NonFiniteBatch."""
+        if self._pending is None:
+            return
+        step = self._pending.read()
+        self._pending = None
+        for name, value in step.terms.items():
+            self._sums[name] += value * step.share * step.records
+        self.records += step.records
+        self._on_step(step)
+
+    def means(self) -> dict[str, float]:
+        """Over the records of all workers; every worker has to call it."""
+        names = sorted(self._sums)
+        sums = sum_over_workers(torch.tensor([self._sums[name] for name in names], dtype=torch.float64))
+        return {name: float(total) / self._workers / self.records for name, total in zip(names, sums, strict=True)}
+
+
+def _with_shares(batch: Batch, workers: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The batch with `share_B`, each record's share in the mean, and the weight of all records of the step.
+
+    DDP averages the workers' gradients, so a share is multiplied by their number.
+    """
+    first = next(iter(batch.values()))
+    weight_B = batch["weight_B"] if "weight_B" in batch else torch.ones(len(first), device=first.device)
+    total = sum_over_workers(weight_B.sum())
+    return {**batch, "share_B": weight_B * (workers / total.clamp(min=1e-9))}, total
+
+
+def _split(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
+    if parts == 1:
+        return [dict(batch)]
+    chunks = {name: values.chunk(parts) for name, values in batch.items()}
+    return [{name: chunks[name][i] for name in chunks} for i in range(len(next(iter(chunks.values()))))]
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def sum_over_workers(tensor: Tensor) -> Tensor:
+    """The sum of the workers' tensors, in place; the tensor itself where there is one process."""
+    if _distributed() and torch.distributed.get_world_size() > 1:
+        if torch.distributed.get_backend() == "nccl" and not tensor.is_cuda:
+            on_device = tensor.cuda()
+            torch.distributed.all_reduce(on_device)
+            return tensor.copy_(on_device)
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -89,141 +236,93 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, **state: Any) -> None:
-    """Tensors as safetensors and numbers as JSON: a checkpoint that never has to be unpickled."""
+    """Tensors as safetensors and numbers as JSON: a checkpoint that never has to be unpickled.
+
+    `state.json` comes last and holds the SHA-256 of the tensors, so that a part of a checkpoint is known as one.
+    """
     tensors = {
         f"{index}.{name}": value.detach().cpu()
         for index, entry in optimizer.state_dict()["state"].items()
         for name, value in entry.items()
     }
     save_file(tensors, folder / OPTIMIZER)
+    with (folder / OPTIMIZER).open("rb") as stream:
+        state["optimizer_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
     (folder / STATE).write_text(json.dumps(state))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
-    """Restores what `save_optimizer` wrote -> its `state`."""
-    state: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, tensor in load_file(folder / OPTIMIZER).items():
+def read_state(folder: Path) -> dict[str, Any]:
+    """The numbers that `save_optimizer` was given. Raises BundleError unless the checkpoint is whole."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        with (folder / OPTIMIZER).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder} is no whole checkpoint: {type(error).__name__}") from None
+    if digest != state.get("optimizer_sha256"):
+        raise BundleError(f"{folder / OPTIMIZER} is not the file that was saved (its SHA-256 differs)")
+    return state
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Restores what `save_optimizer` wrote. Raises BundleError."""
+    state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        tensors = load_file(folder / OPTIMIZER)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{folder / OPTIMIZER} cannot be read: {error}") from None
+    for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state[int(index)][name] = tensor
     current = optimizer.state_dict()
     optimizer.load_state_dict({"state": dict(state), "param_groups": current["param_groups"]})
-    return json.loads((folder / STATE).read_text())
 
 
-# --- pre-training on Ray Train -------------------------------------------------------------------------------
+@torch.no_grad()
+def validate(
+    model: nn.Module, batches: Iterable[Batch], recipe: PretrainRecipe
+) -> tuple[dict[str, float], dict[str, Tensor] | None]:
+    """Loss terms with the full KL weight and the model's diagnostics over held-out subjects, over all workers.
 
-
-@dataclass(frozen=True)
-class PretrainJob:
-    """What travels to every worker. `rows` are those of the splits; `provenance` goes into the bundle."""
-
-    recipe: PretrainRecipe
-    rows: dict[str, int]
-    tracking_run: str | None
-    provenance: dict[str, Any]
-
-
-def pretrain_worker(config: dict[str, PretrainJob]) -> None:
-    """Runs on each Ray Train worker; every epoch ends with one report and, from rank 0, one checkpoint."""
-    import ray.train
-    from ray.experimental import tqdm_ray
-    from ray.train.torch import get_device, prepare_model
-
-    _print_no_reports()
-    job = config["job"]
-    recipe = job.recipe
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    device = get_device()
-    start_epoch = 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint:
-        with checkpoint.as_directory() as folder:
-            model = load(Path(folder) / "bundle")[1].to(device)
-            optimizer = make_optimizer(model, recipe.optim)
-            start_epoch = load_optimizer(optimizer, Path(folder))["epoch"] + 1
-        log.info(f"resuming after epoch {start_epoch}")
-    else:
-        torch.manual_seed(recipe.optim.seed)  # the same weights everywhere before DDP broadcasts them
-        model = build(recipe.model, recipe.leads).to(device)
-        optimizer = make_optimizer(model, recipe.optim)
-    torch.manual_seed(recipe.optim.seed * 1_000_003 + rank + workers * start_epoch)  # other noise on each worker
-    ddp = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
-
-    run = None
-    if rank == 0 and job.tracking_run:
-        from lsemvae.tracking import Run
-
-        run = Run(job.tracking_run)
-    batch_size = max(1, recipe.optim.batch_size // workers)
-    steps = math.ceil(math.ceil(job.rows["train"] / workers) / batch_size)
-    bar = (
-        tqdm_ray.tqdm(total=recipe.optim.epochs * job.rows["train"], desc="pre-training", unit="records")
-        if rank == 0
-        else None
-    )
-    if bar:
-        bar.update(start_epoch * job.rows["train"])
-
-    def batches(split: str, epoch: int) -> Iterator[Batch]:
-        shard = ray.train.get_dataset_shard(split)
-        shuffle = {}
-        if split == "train":
-            shuffle = {
-                "local_shuffle_buffer_size": max(recipe.shuffle_buffer, batch_size),
-                "local_shuffle_seed": recipe.optim.seed + 1009 * epoch,
-            }
-        for columns in shard.iter_torch_batches(batch_size=batch_size, device=device, prefetch_batches=2, **shuffle):
-            yield {"x_BLT": columns["x_LT"].float(), "lead_mask_BL": columns["lead_mask_L"].bool()}
-
-    def on_step(terms: dict[str, float]) -> None:
-        if bar:
-            bar.set_description(f"pre-training  loss {terms['loss']:.3g}")
-            bar.update(batch_size * workers)
-
-    def on_epoch(epoch: Epoch) -> None:
-        validation, example = validate(model, batches("val", epoch.index), recipe, workers)
-        metrics = {f"train.{name}": value for name, value in epoch.terms.items()}
-        metrics |= {f"val.{name}": value for name, value in validation.items()}
-        metrics |= {
-            "epoch": epoch.index,
-            "kl_scale": kl_scale(recipe, epoch.index, steps - 1, steps),
-            "records_per_s": epoch.records * workers / epoch.seconds,
-            "train.records": float(_sum_over_workers(torch.tensor(float(epoch.records), device=device), workers)),
-        }
-        if rank != 0:
-            ray.train.report(metrics)
-            return
-        if run:
-            run.metrics(metrics, epoch.index)
-            if epoch.index % recipe.plot_every == 0 or epoch.index == recipe.optim.epochs - 1:
-                _track_reconstructions(run, example, recipe, epoch.index)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            bundle = Bundle.of(model, recipe.preprocess, provenance=job.provenance | {"metrics": metrics})
-            save(bundle, model, folder / "bundle")
-            save_optimizer(optimizer, folder, epoch=epoch.index)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-    fit(
-        ddp,
-        optimizer,
-        recipe.optim,
-        lambda epoch: batches("train", epoch),
-        on_epoch,
-        start_epoch=start_epoch,
-        forward_kwargs=lambda epoch, step: {"kl_scale": kl_scale(recipe, epoch, step, steps)},
-        on_step=on_step,
-    )
-    if bar:
-        bar.close()
-
-
-def _print_no_reports() -> None:
-    """Ray Train prints every report with all its metrics, from a logger that only the root's level reaches."""
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    logging.getLogger("lsemvae").setLevel(logging.INFO)
+    Also the first records with their reconstructions, for a picture. Records of weight 0 take no part. Raises
+    LsemvaeError when there is none.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    diagnostics = Diagnostics.empty(model.config.latent, len(model.decoder_leads), device)
+    sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
+    example = None
+    for batch in batches:
+        batch = dict(batch)
+        kept_B = batch.pop("weight_B", torch.ones(len(batch["x_BLT"]), device=device)) > 0
+        batch = {name: values[kept_B] for name, values in batch.items()}
+        size = len(batch["x_BLT"])
+        if not size:
+            continue
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.precision == "bf16"):
+            # `forward`, not the call: a compiled model would be compiled anew for each size.
+            terms = model.forward(batch, kl_scale=1.0, diagnostics=diagnostics)
+            if example is None:
+                seen = {name: values[:EXAMPLES] for name, values in batch.items()}
+                example = {
+                    "x_BLT": seen["x_BLT"].cpu(),
+                    "reconstruction_BLT": model.reconstruct(**seen).float().cpu(),
+                }
+        sums += torch.stack([terms[name].double() for name in TERMS] + [sums.new_ones(())]) * size
+    model.train(was_training)
+    for tensor in (sums, *diagnostics.tensors()):
+        sum_over_workers(tensor)
+    *totals, records = sums.tolist()
+    if not records:
+        raise LsemvaeError("there are no validation recordings: all were refused, or too few subjects are held out")
+    values = {name: total / records for name, total in zip(TERMS, totals, strict=True)}
+    values |= diagnostics.summary(model.decoder_leads)
+    by_lead = [value for name, value in values.items() if name.startswith("r/")]
+    values["pearson_r"] = sum(by_lead) / max(len(by_lead), 1)
+    values["collapsed"] = float(diagnostics.collapsed() is not None)
+    values["records"] = records
+    return values, example
 
 
 def kl_scale(recipe: PretrainRecipe, epoch: int, step: int, steps: int) -> float:
@@ -231,66 +330,3 @@ def kl_scale(recipe: PretrainRecipe, epoch: int, step: int, steps: int) -> float
     if recipe.kl_warmup_epochs <= 0:
         return 1.0
     return min(1.0, (epoch + step / max(steps, 1)) / recipe.kl_warmup_epochs)
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module, batches: Iterable[Batch], recipe: PretrainRecipe, workers: int = 1
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Loss terms with the full KL weight and the model's diagnostics over held-out subjects, over all workers.
-
-    Also the first records with their reconstructions, for a picture.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    diagnostics = Diagnostics.empty(model.config.latent, len(model.decoder_leads), device)
-    sums: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-    example = None
-    for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.precision == "bf16"):
-            terms = model(batch, kl_scale=1.0, diagnostics=diagnostics)
-            if example is None:
-                seen = {name: values[:EXAMPLES] for name, values in batch.items()}
-                reconstruction_BLT = model.reconstruct(**seen)
-                example = {
-                    "x_BLT": seen["x_BLT"].cpu(),
-                    "reconstruction_BLT": reconstruction_BLT.float().cpu(),
-                }
-        size = len(batch["x_BLT"])
-        for name, value in terms.items():
-            sums[name] += value.float() * size
-        sums["records"] += size
-    model.train(was_training)
-    # Ray Data splits a dataset into equal shares, so either every worker is here with sums or none is.
-    for tensor in (*sums.values(), *diagnostics.tensors()):
-        _sum_over_workers(tensor, workers)
-    records = float(sums.pop("records", torch.zeros(())))
-    if not records:
-        raise LsemvaeError("there are no validation recordings: all were refused, or too few subjects are held out")
-    values = {name: float(total) / records for name, total in sums.items()} | diagnostics.summary(model.decoder_leads)
-    by_lead = [value for name, value in values.items() if name.startswith("r/")]
-    values["pearson_r"] = sum(by_lead) / max(len(by_lead), 1)
-    values["collapsed"] = float(diagnostics.collapsed() is not None)
-    return values, example
-
-
-def _sum_over_workers(tensor: torch.Tensor, workers: int) -> torch.Tensor:
-    if workers > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def _track_reconstructions(run: Any, example: dict[str, torch.Tensor], recipe: PretrainRecipe, epoch: int) -> None:
-    from lsemvae.plots import reconstructions
-
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / f"epoch_{epoch:03d}.png"
-        reconstructions(
-            example["x_BLT"].numpy(),
-            example["reconstruction_BLT"].numpy(),
-            recipe.leads,
-            recipe.preprocess.rate_hz,
-            path,
-        )
-        run.file(path, "reconstructions")

@@ -157,7 +157,9 @@ def shard_bytes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], metada
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     table = table.replace_schema_metadata({"lsemvae": json.dumps({"schema": SCHEMA_VERSION, **metadata})})
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=False, row_group_size=ROWS_PER_GROUP)
+    pq.write_table(
+        table, buffer, compression="zstd", use_dictionary=False, write_page_checksum=True, row_group_size=ROWS_PER_GROUP
+    )
     return buffer.getvalue()
 
 
@@ -284,12 +286,10 @@ class ShardedDataset:
         batch_size: int = 32,
         *,
         labelled: str | None = None,
-        keep_refused: bool = True,
     ) -> "ray.data.Dataset":
         """Preprocessed rows: `x_LT`, `lead_mask_L`, `refused` (None or the reason's code), and `columns`.
 
         `labelled` is a column of `columns`: rows where it is null are left out before any work is done on them.
-        Without `keep_refused` there are only rows that are not refused, and no column of that name.
         """
         leads, columns = tuple(leads), list(columns)
         needed = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
@@ -299,12 +299,13 @@ class ShardedDataset:
                 known_B = ~np.isnan(batch[labelled])
                 batch = {name: values[known_B] for name, values in batch.items()}
             prepared = preprocess_signals(signals_mv(batch, leads), batch["rate_hz"], leads, config)
-            rows = {"x_LT": prepared.x_BLT, "lead_mask_L": prepared.lead_mask_BL}
-            rows |= {name: batch[name] for name in columns}
-            if not keep_refused:
-                return {name: values[prepared.accepted_B] for name, values in rows.items()}
             refused = [reason.code if reason else None for reason in prepared.refused_B]
-            return rows | {"refused": np.array(refused, dtype=object)}
+            return {
+                "x_LT": prepared.x_BLT,
+                "lead_mask_L": prepared.lead_mask_BL,
+                "refused": np.array(refused, dtype=object),
+                **{name: batch[name] for name in columns},
+            }
 
         chosen = self.dataset(split).select_columns([*needed, *(c for c in columns if c not in needed)])
         return chosen.map_batches(prepare, batch_size=batch_size, zero_copy_batch=True)

@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ log = logging.getLogger(__name__)
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 BUNDLE_FOLDER = "bundle"
+
+_METRICS_A_CALL = 1000  # what a server takes at once
+_OUTBOX = 100_000
+_PAUSE_S = 10.0  # before a server that was away is tried again
 
 
 def tracking_uri() -> str:
@@ -57,6 +63,9 @@ class Run:
         self.run_id = run_id
         self._client = _client()
         self._quiet = False
+        self._outbox: deque[Metric] = deque()
+        self._sender: threading.Thread | None = None
+        self._not_before = 0.0
 
     @classmethod
     def start(cls, experiment: str, name: str, params: Mapping[str, Any], *, resume: str | None = None) -> "Run":
@@ -79,10 +88,38 @@ class Run:
         return cls(run.info.run_id)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Finite numbers only; NaN means not measured and is left out."""
+        """Finite numbers only; NaN means not measured and is left out. They are sent by a thread, in batches.
+
+        While the server is away up to a hundred thousand numbers wait for it, and nobody waits for them.
+        """
         now = int(time.time() * 1000)
-        entries = [Metric(key, float(v), now, step) for key, v in values.items() if math.isfinite(float(v))]
-        self._try(lambda: self._client.log_batch(self.run_id, metrics=entries))
+        self._outbox += [Metric(key, float(v), now, step) for key, v in values.items() if math.isfinite(float(v))]
+        while len(self._outbox) > _OUTBOX:
+            self._outbox.popleft()
+        if self._sender is None or not self._sender.is_alive():
+            self._sender = threading.Thread(target=self._send, daemon=True, name="mlflow")
+            self._sender.start()
+
+    def _send(self) -> None:
+        """What waits, until nothing waits or the server cannot be written to; the next number tries again."""
+        if time.monotonic() < self._not_before:
+            return
+        while self._outbox:
+            entries = [self._outbox.popleft() for _ in range(min(len(self._outbox), _METRICS_A_CALL))]
+            if not self._try(lambda entries=entries: self._client.log_batch(self.run_id, metrics=entries)):
+                self._outbox.extendleft(reversed(entries))
+                self._not_before = time.monotonic() + _PAUSE_S
+                return
+
+    def flush(self) -> None:
+        """Send what waits, as far as the server takes it."""
+        if self._sender is not None:
+            self._sender.join()
+        self._not_before = 0.0
+        self._send()
+        if self._outbox:
+            log.warning(f"MLflow is away: {len(self._outbox)} numbers of run {self.run_id} are lost")
+            self._outbox.clear()
 
     def tags(self, values: Mapping[str, str]) -> None:
         self._try(lambda: self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()]))
@@ -106,6 +143,7 @@ class Run:
         return int(version.version)
 
     def end(self, status: str = "FINISHED") -> None:
+        self.flush()
         self._try(lambda: self._client.set_terminated(self.run_id, status))
 
     @property
@@ -116,15 +154,29 @@ class Run:
         experiment_id = self._client.get_run(self.run_id).info.experiment_id
         return f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
 
-    def _try(self, call: Callable[[], Any]) -> None:
+    def _try(self, call: Callable[[], Any]) -> bool:
         try:
             call()
         except (MlflowException, OSError) as error:
             if not self._quiet:
                 log.warning(f"MLflow cannot be written to, going on without: {str(error).splitlines()[0][:200]}")
             self._quiet = True
-        else:
-            self._quiet = False
+            return False
+        self._quiet = False
+        return True
+
+
+@contextmanager
+def system_metrics(run_id: str) -> Iterator[None]:
+    """MLflow's own record of processors, memory, disk, network and GPUs of this machine, while the block runs."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri())
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 def _create_experiment(client: MlflowClient, name: str) -> str:

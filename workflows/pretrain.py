@@ -5,6 +5,7 @@ The same command again continues an unfinished run from its newest checkpoint, a
 
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,8 @@ from lsemvae import __version__
 from lsemvae.bundle import CONFIG, WEIGHTS, describe
 from lsemvae.config import PretrainRecipe
 from lsemvae.errors import LsemvaeError
-from lsemvae.fit import PretrainJob, pretrain_worker
+from lsemvae.feed import Feed
+from lsemvae.pretraining import PretrainJob, pretrain_worker
 from lsemvae.recipes import PRETRAIN
 from lsemvae.shards import ShardedDataset
 from lsemvae.storage import Storage
@@ -34,8 +36,9 @@ class Args:
     """Shards: the --output of workflows/ingest.py (folder or s3:// URI)."""
     storage: str
     """Where checkpoints and the bundle go (folder or s3:// URI that every worker can reach)."""
-    num_workers: int = 2
-    """Training workers; each gets one share of the data."""
+    num_workers: str = "2"
+    """Training workers, or a range such as 4-8: as many as the cluster has, fewer when machines are lost and more when
+    they return. The batches, and what they hold, are the same for any number."""
     use_gpu: bool = False
     """One GPU for each worker."""
     name: str | None = None
@@ -44,17 +47,20 @@ class Args:
     """The MLflow model that the bundle becomes a version of."""
     max_failures: int = 3
     """How often lost workers are replaced before the run gives up."""
+    all: bool = False
+    """Train on validation subjects too, without validation: the paper's last step, with settings chosen before."""
+    wait_s: float = 600
+    """How long to wait for a cluster that has too few free processors or GPUs."""
 
 
 def main(args: Args) -> None:
     data = ShardedDataset.open(args.data)
     recipe = args.recipe
-    rows = {
-        "train": data.require_rows("train", at_least=args.num_workers),
-        "val": data.require_rows("val", at_least=args.num_workers),
-    }
+    workers = parse_workers(args.num_workers)
+    feeds = make_feeds(data, recipe, args.all)
+    feeds["train"].order.streams_of(0, workers[1])
     storage = Storage.open(args.storage)
-    name = args.name or f"pretrain-{_digest(recipe, data)}"
+    name = args.name or f"pretrain-{_digest(recipe, data, args.all)}"
     place = storage / name
     if place.exists(RESULT):
         result = json.loads(place.read_bytes(RESULT))
@@ -62,16 +68,23 @@ def main(args: Args) -> None:
         _say_where(result)
         return
 
+    _require_writable(place)
+
     start_ray()
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    require_resources(workers[0], args.use_gpu, args.wait_s)
     params = asdict(recipe)
     previous = json.loads(place.read_bytes("run.json"))["run"] if place.exists("run.json") else None
     run = Run.start("pretrain", name, params, resume=previous)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "storage": place.uri})
     place.write_bytes("run.json", json.dumps({"run": run.run_id}).encode())
-    print(f"{name}: {rows['train']} recordings to train on, {rows['val']} to validate, {args.num_workers} workers")
+    rows = {split: feed.order.records for split, feed in feeds.items() if feed}
+    print(
+        f"{name}: {rows['train']} recordings to train on, {rows.get('val', 0)} to validate, "
+        f"{args.num_workers} workers, {feeds['train'].order.steps} steps an epoch"
+    )
     print(f"MLflow: {run.url}", flush=True)
 
     provenance = {
@@ -80,16 +93,14 @@ def main(args: Args) -> None:
         "mlflow_run": run.run_id,
         "lsemvae": __version__,
     }
-    accepted = {
-        split: data.model_input(recipe.leads, recipe.preprocess, split, columns=(), keep_refused=False)
-        for split in rows
-    }
+    job = PretrainJob(recipe, feeds["train"], feeds["val"], run.run_id, provenance)
     trainer = TorchTrainer(
         pretrain_worker,
-        train_loop_config={"job": PretrainJob(recipe, rows, run.run_id, provenance)},
+        train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=600),
-        scaling_config=ray.train.ScalingConfig(num_workers=args.num_workers, use_gpu=args.use_gpu),
-        datasets=accepted,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers[0] if workers[0] == workers[1] else workers, use_gpu=args.use_gpu
+        ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage.base,
@@ -127,8 +138,73 @@ def main(args: Args) -> None:
     _say_where(result)
 
 
-def _digest(recipe: PretrainRecipe, data: ShardedDataset) -> str:
-    text = json.dumps([asdict(recipe), data.manifest.digest], sort_keys=True)
+def parse_workers(text: str) -> tuple[int, int]:
+    """`"4"` -> (4, 4), `"2-8"` -> (2, 8)."""
+    fewest, _, most = text.partition("-")
+    try:
+        found = int(fewest), int(most or fewest)
+    except ValueError:
+        found = (0, 0)
+    if not 1 <= found[0] <= found[1]:
+        raise LsemvaeError(f"num_workers is {text!r}: give a number such as 4, or a range such as 2-8")
+    return found
+
+
+def make_feeds(data: ShardedDataset, recipe: PretrainRecipe, everything: bool = False) -> dict[str, Feed | None]:
+    """The `train` and `val` feeds of a recipe; with `everything` all recordings are to train on."""
+    settings = {
+        "batch_size": recipe.optim.batch_size,
+        "streams": recipe.streams,
+        "buffer": recipe.shuffle_buffer,
+        "seed": recipe.optim.seed,
+    }
+    split = "all" if everything else "train"
+    data.require_rows(split, at_least=recipe.optim.batch_size)
+    train = Feed.of(data, split, recipe.leads, recipe.preprocess, **settings)
+    if everything:
+        return {"train": train, "val": None}
+    if not data.manifest.rows_in("val"):
+        raise LsemvaeError(
+            f"{data.storage.uri} holds out no subject to validate on: ingest again with --val-share, with recordings "
+            "of two subjects at least, or give --all to train without validation"
+        )
+    data.require_rows("val", at_least=recipe.streams)
+    return {"train": train, "val": Feed.of(data, "val", recipe.leads, recipe.preprocess, **settings, shuffle=False)}
+
+
+def require_resources(workers: int, use_gpu: bool, wait_s: float) -> None:
+    """Wait until the cluster has what the workers need; raises LsemvaeError that says what is missing."""
+    import ray
+
+    needed = {"GPU": workers, "CPU": 1} if use_gpu else {"CPU": workers + 1}  # one CPU reads and preprocesses
+    deadline, said = time.monotonic() + wait_s, False
+    while True:
+        there = ray.cluster_resources()
+        missing = {name: count - there.get(name, 0) for name, count in needed.items() if there.get(name, 0) < count}
+        if not missing:
+            return
+        what = ", ".join(f"{there.get(name, 0):g} {name}, {needed[name]:g} are needed" for name in missing)
+        if time.monotonic() > deadline:
+            raise LsemvaeError(
+                f"{workers} workers cannot be had: the cluster has {what} (waited {wait_s:g} s, see --wait-s): "
+                "ask for fewer --num-workers, or add machines"
+            )
+        if not said:
+            print(f"waiting for machines: the cluster has {what}", flush=True)
+        said = True
+        time.sleep(min(5.0, max(wait_s / 10, 0.1)))
+
+
+def _require_writable(place: Storage) -> None:
+    """Fails before anything expensive starts."""
+    try:
+        place.write_bytes("writable", b"")
+    except (LsemvaeError, OSError) as error:
+        raise LsemvaeError(f"--storage {place.uri} cannot be written to: {error}") from None
+
+
+def _digest(recipe: PretrainRecipe, data: ShardedDataset, everything: bool) -> str:
+    text = json.dumps([asdict(recipe), data.manifest.digest, everything], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -141,11 +217,14 @@ def _root_cause(error: BaseException) -> str:
 
 def _say_where(result: dict[str, object]) -> None:
     metrics = result["metrics"]
-    print(
-        f"epoch {metrics['epoch']}: validation loss {metrics['val.loss']:.4g}, "
-        f"{metrics['val.active_units']:.0f} active units, mean Pearson r {metrics['val.pearson_r']:.3f}"
-    )
-    if metrics["val.collapsed"]:
+    if "val.active_units" in metrics:
+        print(
+            f"epoch {metrics['epoch']}: validation loss {metrics['val.loss']:.4g}, "
+            f"{metrics['val.active_units']:.0f} active units, mean Pearson r {metrics['val.pearson_r']:.3f}"
+        )
+    else:
+        print(f"epoch {metrics['epoch']}: training loss {metrics['train.loss']:.4g}, nothing was held out")
+    if metrics.get("val.collapsed"):
         print("warning: the posterior has collapsed, z says nothing of the recordings:")
         print("         raise --model.reconstruction-weight, lower --model.beta, or train longer")
     print(f"bundle:  {result['bundle']} (digest {result['digest']})")

@@ -93,16 +93,21 @@ class Head(nn.Module):
         """h_BF -> probability_B of the positive class."""
         return torch.sigmoid(self.logit(h_BF, lead_mask_BL).float())
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
         """batch: `h_BF`, `y_B` (0 or 1), optionally `lead_mask_BL` -> "loss", and "focal", the same detached.
 
-        Raises NonFiniteBatch with the positions of records whose loss is not finite.
+        `share_B` and `check` as for LSEMVAE. Raises NonFiniteBatch with the positions of records whose loss is
+        not finite.
         """
         logit_B = self.logit(batch["h_BF"], batch.get("lead_mask_BL"))
         loss_B = objectives.binary_focal(logit_B, batch["y_B"], self.focal_gamma, self.focal_alpha)
-        objectives.require(objectives.finite_records(loss_B.detach()), "NaN or infinity")
-        loss = loss_B.mean()
-        return {"loss": loss, "focal": loss.detach()}
+        good_B = objectives.finite_records(loss_B.detach())
+        loss = objectives.average(loss_B, batch.get("share_B"))
+        found = {"loss": loss, "focal": loss.detach()}
+        if not check:
+            return found | {"good_B": good_B}
+        objectives.require(good_B, "NaN or infinity")
+        return found
 
     def _features_of(self, lead_mask_BL: Tensor) -> Tensor:
         """The mask of the leads, repeated over each lead's features: [B, F]."""

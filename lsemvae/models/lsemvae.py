@@ -76,6 +76,12 @@ class LSEMVAEConfig:
         return replace(preset, **changes)
 
 
+TERMS = (
+    "loss", "reconstruction", "kl", "alignment", "weighted_reconstruction", "weighted_kl", "weighted_alignment",
+)  # fmt: skip
+"""What `LSEMVAE.forward` returns."""
+
+
 class LSEMVAE(nn.Module):
     """The model over `leads`, by name, in the fixed order I … V6.
 
@@ -130,11 +136,13 @@ class LSEMVAE(nn.Module):
         noise_BD: Tensor | None = None,
         generator: torch.Generator | None = None,
         diagnostics: Diagnostics | None = None,
+        check: bool = True,
     ) -> dict[str, Tensor]:
         """The loss of a batch and its terms, each a scalar: means over the records (eqs. 1 and 2).
 
         batch: `x_BLT`, `lead_mask_BL`; optionally `target_BLT` and `target_mask_BL` over the decoder's leads,
-        by default the input and its mask (a decoder lead that is not read is then no target).
+        by default the input and its mask (a decoder lead that is not read is then no target), and `share_B`, each
+        record's share in the means (by default 1/B).
         `kl_scale` is how far beta has risen, 0 to 1. z = mu + s * noise, in training and out of it; pass
         noise, or a generator, to repeat it. `diagnostics` is updated with the posterior and with the
         reconstruction from its mean.
@@ -142,9 +150,10 @@ class LSEMVAE(nn.Module):
         Returns "loss" (the only one with a gradient), the unweighted "reconstruction", "kl" (nats) and
         "alignment", and "weighted_reconstruction", "weighted_kl" and "weighted_alignment", which sum to it.
         Raises NonFiniteBatch with the positions of records that hold NaN, or no lead at all, or whose loss
-        is not finite.
+        is not finite. With `check=False` it does not look, which would make an accelerator wait, but also returns
+        "good_B": which records are none of these.
         """
-        x_BLT, lead_mask_BL = batch["x_BLT"], batch["lead_mask_BL"]
+        x_BLT, lead_mask_BL, share_B = batch["x_BLT"], batch["lead_mask_BL"], batch.get("share_B")
         target_BLT, target_mask_BL = self._targets(batch)
         seen_mask_BL = lead_mask_BL
         if self.training and self.config.lead_dropout > 0:
@@ -175,9 +184,9 @@ class LSEMVAE(nn.Module):
                 from_mean_BLT = self.decoder(posterior.mu_BD)
             diagnostics.update(posterior.mu_BD, posterior.logvar_BD, from_mean_BLT, target_BLT, target_mask_BL)
         terms = {
-            "reconstruction": reconstruction_B.mean(),
-            "kl": kl_B.mean(),
-            "alignment": alignment_B.mean(),
+            "reconstruction": objectives.average(reconstruction_B, share_B),
+            "kl": objectives.average(kl_B, share_B),
+            "alignment": objectives.average(alignment_B, share_B),
         }
         weights = {
             "reconstruction": self.config.reconstruction_weight,
@@ -191,10 +200,11 @@ class LSEMVAE(nn.Module):
             & objectives.finite_records((reconstruction_B + kl_B + alignment_B).detach())
             & lead_mask_BL.any(dim=1)
         )
-        loss = sum(weighted.values())
-        # Last, because torch.compile splits its graph where Python looks at a value.
+        found = {"loss": sum(weighted.values())} | {name: term.detach() for name, term in (terms | weighted).items()}
+        if not check:
+            return found | {"good_B": good_B}
         objectives.require(good_B, "NaN, infinity or no lead at all")
-        return {"loss": loss} | {name: term.detach() for name, term in (terms | weighted).items()}
+        return found
 
     def _experts(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         return self.encoders(_masked_input(self.encoders, x_BLT, lead_mask_BL))

@@ -87,6 +87,11 @@ def binary_focal(logit_B: Tensor, y_B: Tensor, gamma: float = 2.0, alpha: float 
     return loss_B if alpha is None else loss_B * (alpha * y_B + (1 - alpha) * (1 - y_B))
 
 
+def average(values_B: Tensor, share_B: Tensor | None = None) -> Tensor:
+    """Their mean, or their sum weighted by each record's share in a mean over more than this batch."""
+    return values_B.mean() if share_B is None else (values_B * share_B).sum()
+
+
 def finite_records(values: Tensor, mask_BL: Tensor | None = None) -> Tensor:
     """Which records hold only finite values, [B] bool; with a mask [B, L], only its leads are looked at."""
     finite = values.isfinite()
