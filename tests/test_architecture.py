@@ -3,13 +3,17 @@
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "lsemvae"
 FILES = sorted(LIBRARY.rglob("*.py"))
+HEAVY = ("ray", "mlflow", "wfdb", "pydicom", "pyarrow", "pandas", "sklearn", "matplotlib", "boto3", "fastapi", "tyro")
 EVERYWHERE = {"numpy", "lsemvae"} | set(sys.stdlib_module_names)
 
 # What a file may import beside the standard library, numpy and this package; the longest matching path decides.
@@ -18,8 +22,8 @@ MAY_IMPORT = {
     "record.py": set(),
     "preprocess.py": {"scipy"},
     "simulate.py": {"scipy"},
-    "formats": {"wfdb"},
-    "cohorts": {"pandas"},
+    "formats": {"wfdb", "defusedxml", "pydicom", "ecgdatakit"},
+    "cohorts": {"pandas", "pyarrow"},
     "storage.py": {"pyarrow"},
     "shards.py": {"pyarrow", "ray"},
     "feed.py": {"pyarrow", "ray"},
@@ -50,12 +54,37 @@ def test_a_file_imports_what_it_may(path: Path):
     assert imports(path) <= EVERYWHERE | MAY_IMPORT[rule]
 
 
-def test_a_model_trains_and_scores_without_ray_mlflow_and_the_format_libraries():
-    """With those imports made impossible: the models, the loop, bundles and the scorer need none of them."""
+def bare_environment(folder: Path, *distributions: str) -> Path:
+    """A virtual environment with these distributions, what they need, and this package's source -> its Python.
+
+    The files are those of the environment that runs the tests, linked: nothing is fetched.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    wanted, seen = list(distributions), set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = metadata.distribution(name)
+        needed = [Requirement(text) for text in distribution.requires or []]
+        wanted += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+        for top in {path.parts[0] for path in distribution.files or [] if path.parts[0] != ".."}:
+            link, target = site / top, Path(distribution.locate_file(top))
+            if not link.exists() and top != "__pycache__":
+                link.symlink_to(target)
+    (site / "lsemvae").symlink_to(LIBRARY)
+    return folder / "bin" / "python"
+
+
+def test_a_model_trains_and_scores_in_a_bare_environment(tmp_path: Path):
+    """With torch, numpy, scipy and safetensors: no Ray, no MLflow, no library of any format."""
+    python = bare_environment(tmp_path / "bare", "torch", "numpy", "scipy", "safetensors")
+    listed = f"import importlib.util as u; print([n for n in {HEAVY!r} if u.find_spec(n)])"
+    done = subprocess.run([python, "-I", "-c", listed], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
     program = """
-import sys
-for name in ("ray", "mlflow", "wfdb", "pyarrow", "pandas", "sklearn", "matplotlib", "boto3", "fastapi", "tyro"):
-    sys.modules[name] = None
 import numpy as np, torch, tempfile
 from pathlib import Path
 from lsemvae.bundle import Bundle, Scorer, save
@@ -85,8 +114,16 @@ with tempfile.TemporaryDirectory() as folder:
     save(described, classifier, Path(folder) / "b")
     assert all(0 < answer.score < 1 for answer in Scorer(Path(folder) / "b").score(records))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_model_is_measured_with_torch_and_numpy_alone(tmp_path: Path):
+    python = bare_environment(tmp_path / "bare", "torch", "numpy")
+    command = [python, ROOT / "workflows" / "bench.py", "model", "--size", "smoke", "--batch", "4", "--threads", "1"]
+    done = subprocess.run([*command, "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "train step b4" in done.stdout
 
 
 @pytest.mark.parametrize("folder", ["lsemvae", "workflows", "serve"])

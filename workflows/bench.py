@@ -27,7 +27,7 @@ from lsemvae.errors import LsemvaeError
 # case is asked for: `model` must run where neither Ray nor MLflow is installed.
 CASES = {
     "model": ("benchmarks.model", "bench_model", "training step and forward pass against the paper's loop over leads"),
-    "infer": ("benchmarks.model", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
+    "infer": ("benchmarks.infer", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
     "collapse": ("benchmarks.collapse", "bench_collapse", "what the reconstruction weight does to the posterior"),
 }
 

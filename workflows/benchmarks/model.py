@@ -1,23 +1,15 @@
-"""`model` and `infer`: the model against the loop over leads that the paper describes. Torch and numpy are enough."""
+"""`model`: the model against the loop over leads that the paper describes. Torch and numpy are all it needs."""
 
 import argparse
-import copy
-import tempfile
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, alternate, less_is_better, more_is_better, peak_bytes, roofs
-from lsemvae.bundle import CHUNK, Bundle, Scorer, save
-from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.models.classifier import Classifier, ClassifierConfig
+from lsemvae.leads import LEADS
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
-from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 
 SIZES = {
     "full": LSEMVAEConfig(),
@@ -27,8 +19,8 @@ SIZES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of both cases."""
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (model: 64, on a GPU 128 and 1024)")
+    """Options of the case."""
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (64, on a GPU 128 and 1024)")
     parser.add_argument("--size", default="full", choices=SIZES, help="of the model")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="float32, on a GPU bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile ours (GPU: yes)")
@@ -201,65 +193,3 @@ def _training_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------- infer
-
-
-def bench_infer(args: argparse.Namespace) -> list[Row]:
-    """Scorer on a 6-lead bundle against a bare loop over the leads with the same weights, both from int16."""
-    config = ClassifierConfig(encoder=SIZES[args.size])
-    torch.manual_seed(0)
-    model = Classifier(config, LIMB_LEADS).eval()
-    preprocessing = PreprocessConfig(samples=config.encoder.samples, min_seconds=1)
-    encoders = [PaperEncoder(config.encoder) for _ in LIMB_LEADS]
-    for row, encoder in enumerate(encoders):
-        for part in ("conv1", "conv2", "conv3"):
-            getattr(encoder, part).weight.data = getattr(model.encoders, part).weight.data[row]
-            getattr(encoder, part).bias.data = getattr(model.encoders, part).bias.data[row]
-        encoder.fc_mu.weight.data = model.encoders.fc_mu.weight.data[row].T
-        encoder.fc_mu.bias.data = model.encoders.fc_mu.bias.data[row]
-        encoder.to(args.device)
-    head = copy.deepcopy(model.head).to(args.device)
-    rng = np.random.default_rng(0)
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "bundle"
-        save(Bundle.of(model, preprocessing, task="ph", threshold=0.5), model, folder)
-        megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        del model
-        scorer = Scorer(folder, args.device)
-        print(f"6-lead bundle: {megabytes:.1f} MB on disk (at most 250 at full size)")
-
-        def in_mv(raw_BLT: np.ndarray) -> list[np.ndarray]:
-            return list(raw_BLT.astype(np.float32) * np.float32(0.005))
-
-        def our_scores(raw_BLT: np.ndarray) -> np.ndarray:
-            answers = scorer.score_signals(in_mv(raw_BLT), [500.0] * len(raw_BLT))
-            return np.array([answer.score for answer in answers])
-
-        @torch.inference_mode()
-        def bare_scores(raw_BLT: np.ndarray) -> np.ndarray:
-            scores = []
-            for start in range(0, len(raw_BLT), CHUNK):
-                signals = in_mv(raw_BLT[start : start + CHUNK])
-                x_BLT = preprocess_signals(signals, [500.0] * len(signals), LIMB_LEADS, preprocessing).x_BLT
-                x_BLT = torch.from_numpy(x_BLT).to(args.device)
-                h_BF = torch.cat([mean_of(encoder, x_BLT[:, [k]]) for k, encoder in enumerate(encoders)], dim=1)
-                scores.append(head.predict(h_BF).cpu().numpy())
-            return np.concatenate(scores)
-
-        rows = []
-        for batch in args.batch or [1, 32, 1024]:
-            raw_BLT = rng.integers(-400, 400, (batch, len(LIMB_LEADS), config.encoder.samples), dtype=np.int16)
-            np.testing.assert_allclose(our_scores(raw_BLT), bare_scores(raw_BLT), atol=1e-5)
-            rounds = args.rounds or (30 if batch == 1 else 7 if batch < 1000 else 3)
-            seconds = alternate(partial(our_scores, raw_BLT), partial(bare_scores, raw_BLT), rounds, args.device)
-            rows.append(more_is_better(f"infer 6L b{batch}", *(batch / s for s in seconds), "records/s"))
-    return rows
-
-
-def mean_of(encoder: PaperEncoder, x_B1T: Tensor) -> Tensor:
-    """One lead's mean alone, as the loop computes it."""
-    h = F.relu(encoder.conv3(F.relu(encoder.conv2(F.relu(encoder.conv1(x_B1T)))))).flatten(1)
-    return encoder.fc_mu(h)
-
-
-# ------------------------------------------------------------------------------------------------- collapse
