@@ -13,7 +13,9 @@ _BY_FOLDED_NAME = {lead.casefold(): lead for lead in LEADS}
 
 def canonical(name: str) -> str:
     """`"AVL"`, `" avl "` or `"Lead aVL"` -> `"aVL"`; an unknown name raises LsemvaeError."""
-    folded = name.strip().casefold().removeprefix("lead").strip(" _-")
+    folded = name.strip().casefold()
+    if folded.startswith("lead"):
+        folded = folded.removeprefix("lead").lstrip(" _-")  # else the minus of an inverted lead would be lost
     try:
         return _BY_FOLDED_NAME[folded]
     except KeyError:

@@ -10,13 +10,21 @@ from lsemvae.leads import CHEST_LEADS, LEADS, LIMB_LEADS, canonical, in_order, l
 
 @pytest.mark.parametrize(
     ("written", "lead"),
-    [("AVL", "aVL"), (" avl ", "aVL"), ("Lead aVL", "aVL"), ("lead_II", "II"), ("i", "I"), ("v1", "V1")],
+    [
+        ("AVL", "aVL"),
+        (" avl ", "aVL"),
+        ("Lead aVL", "aVL"),
+        ("lead_II", "II"),
+        ("Lead-I", "I"),
+        ("i", "I"),
+        ("v1", "V1"),
+    ],
 )
 def test_canonical(written: str, lead: str) -> None:
     assert canonical(written) == lead
 
 
-@pytest.mark.parametrize("name", ["", "MLII", "V7", "0", "aV", "lead", "I I", "IV", "\x00", "V1" * 10_000])
+@pytest.mark.parametrize("name", ["", "MLII", "V7", "0", "aV", "lead", "IV", "-aVR", "-I", "\x00", "V1" * 10_000])
 def test_unknown_lead_is_refused_in_one_short_line(name: str) -> None:
     with pytest.raises(LsemvaeError) as caught:
         canonical(name)
