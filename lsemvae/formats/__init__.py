@@ -5,12 +5,13 @@ which gives the bytes of a file beside the recording. Nothing else is opened, no
 input raises `UnreadableRecording`, which names the file, the value and the mend.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from lsemvae.errors import UnreadableRecording
-from lsemvae.formats import wfdb
+from lsemvae.formats import alivecor, cardiosoft, clinical, dicom, plain, wfdb
 from lsemvae.record import Record
 
 Fetch = Callable[[str], bytes]
@@ -25,14 +26,41 @@ class Reader(Protocol):
     def __call__(self, name: str, content: bytes, fetch: Fetch, *, uv_per_lsb: float | None = None) -> Record: ...
 
 
-# In this order: the first that recognises the beginning of the file reads it.
+# In this order: the first that recognises the beginning of the file reads it. The surest signs come first.
 READERS: list[tuple[Callable[[bytes], bool], Reader]] = [
+    (alivecor.recognise_atc, alivecor.read_atc),
+    (plain.recognise_npy, plain.read_npy),
+    (dicom.recognise, dicom.read),
+    (cardiosoft.recognise, cardiosoft.read),
+    (clinical.recognise, clinical.read),
+    (alivecor.recognise_kardia, alivecor.read_kardia),
     (wfdb.recognise, wfdb.read),
+    (plain.recognise_csv, plain.read_csv),
 ]
 _HEAD_BYTES = 4096
 
-SUFFIXES = (".hea",)
+SUFFIXES = (".hea", ".xml", ".dcm", ".scp", ".atc", ".npy")
 """How the main files of recordings end: where to look in a listing. What they are, their content says."""
+UNSURE_SUFFIXES = (".csv", ".json")
+"""How some recordings end, and tables, labels and side files too."""
+
+
+def main_files(paths: Iterable[str], read_bytes: Fetch) -> list[str]:
+    """Of a listing, the main files of recordings, in its order.
+
+    Files that end in `SUFFIXES` are, whether or not they can be read. Of those in `UNSURE_SUFFIXES`, which are
+    few beside other recordings, the content decides, which `read_bytes` gives (32 at a time).
+    """
+    named = [path for path in paths if path.lower().endswith(SUFFIXES + UNSURE_SUFFIXES)]
+
+    def is_main(path: str) -> bool:
+        if path.lower().endswith(SUFFIXES):
+            return True
+        head = read_bytes(path)[:_HEAD_BYTES]
+        return any(recognise(head) for recognise, _ in READERS)
+
+    with ThreadPoolExecutor(32) as pool:
+        return [path for path, main in zip(named, pool.map(is_main, named), strict=True) if main]
 
 
 def read(path: Path | str, *, uv_per_lsb: float | None = None) -> Record:
@@ -79,7 +107,8 @@ def read_record(name: str, fetch: Fetch, *, uv_per_lsb: float | None = None) -> 
                 return reader(candidate, content, fetch_sibling, uv_per_lsb=uv_per_lsb)
         raise UnreadableRecording(
             "format",
-            f"{candidate!r} ({len(content)} bytes) is of no known format: give a WFDB header (.hea)",
+            f"{candidate!r} ({len(content)} bytes) is of no known format: give WFDB (.hea), DICOM, SCP-ECG, "
+            "XML (CardioSoft, MUSE, Philips, aECG), AliveCor .atc, Kardia JSON, or CSV or NPY as plain.py describes",
         )
     raise UnreadableRecording("missing_file", f"neither {candidates[0]!r} nor {candidates[1]!r} exists: check the path")
 

@@ -16,20 +16,18 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.formats.limits import (
+    MAX_SAMPLES,
+    MAX_SIGNALS,
+    MAX_TOTAL_SAMPLES,
+    RATE_RANGE_HZ,
+    STEP_RANGE_UV,
+    UV_PER_UNIT,
+)
 from lsemvae.leads import LEADS, canonical
 from lsemvae.record import Record
 
 MAX_HEADER_BYTES = 2**18
-MAX_SIGNALS = 64
-MAX_SAMPLES = 10_000_000
-"""Of one signal."""
-MAX_TOTAL_SAMPLES = 20_000_000
-"""Of all signals together: 80 MB in the record that results."""
-RATE_RANGE_HZ = (1.0, 100_000.0)
-STEP_RANGE_UV = (1e-6, 1e6)
-"""Microvolts a count. Outside of it the gain is a mistake, and millivolts could overflow float32."""
-
-_UV_PER_UNIT = {"v": 1e6, "mv": 1e3, "uv": 1.0, "\u00b5v": 1.0, "\u03bcv": 1.0, "nv": 1e-3}
 
 # Format -> (bytes, samples in these bytes, count that stands for "nothing was recorded"). The compressed
 # formats (508, 516, 524) are left out: the size of their files does not bound what they unpack to.
@@ -231,7 +229,7 @@ def _scale(signal: _Signal, uv_per_lsb: float | None) -> tuple[float, int]:
     """Counts a millivolt, and the count of 0 mV; from the header, or for the step that is known better."""
     if uv_per_lsb is not None:
         return 1000 / uv_per_lsb, 0
-    uv_per_unit = _UV_PER_UNIT.get(signal.unit.casefold())
+    uv_per_unit = UV_PER_UNIT.get(signal.unit.casefold())
     if uv_per_unit is None:
         raise UnreadableRecording("unit", f"lead {signal.lead} is in {signal.unit[:20]!r}: V, mV, uV or nV can be read")
     try:

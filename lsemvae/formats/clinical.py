@@ -1,0 +1,215 @@
+"""What ecgdatakit parses: GE MUSE XML, Philips Sierra XML, HL7 aECG and SCP-ECG. `pip install 'lsemvae[formats]'`.
+
+The library (2.0.3, Apache-2.0) is young, so it is kept at arm's length. It sees a document only after our own
+XML gate, and what unpacks only after we know to how much; it reads one file, a copy under a name of our own in a
+private folder, and opens nothing else; whatever it raises becomes UnreadableRecording, without what it quotes of
+the file. What is taken from it is the stored integers, their step and offset, lead names and the rate: never its
+scaled samples, its medians or its patient.
+"""
+
+import base64
+import importlib
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
+
+import numpy as np
+
+from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.formats import xml
+from lsemvae.formats.counts import naming
+from lsemvae.formats.leadwise import LeadCounts, to_record
+from lsemvae.formats.limits import MAX_SIGNALS, UV_PER_UNIT
+from lsemvae.leads import canonical
+from lsemvae.record import Record
+
+if TYPE_CHECKING:
+    from ecgdatakit import ECGRecord, Lead
+
+MAX_SCP_BYTES = 2**20
+"""Ten seconds of twelve leads have 10,000 to 250,000; Huffman codes unpack to 8 samples a byte."""
+MAX_XML_BYTES = 2**23
+MAX_XLI_SAMPLES = 2_000_000
+"""Of all leads together. Philips' compression can reach 1:600, so it is measured before it is unpacked."""
+
+# Root element or signature -> name, and where ecgdatakit has its parser.
+_FORMATS = {
+    "RestingECG": ("GE MUSE XML", "ge_muse_xml", "GEMuseXMLParser"),
+    "restingecgdata": ("Philips Sierra XML", "sierra_xml", "SierraXMLParser"),
+    "AnnotatedECG": ("HL7 aECG", "hl7_aecg", "HL7aECGParser"),
+    "SCP": ("SCP-ECG", "scp_ecg", "SCPECGParser"),
+}
+_RATE_ROUNDING = 1e-3
+"""Intervals are stored in few digits: 1.667 ms is 600 Hz, not 599.88."""
+
+
+def recognise(head: bytes) -> bool:
+    """The root element of one of the three kinds of XML, or SCP-ECG's section 0, whose first entry is itself."""
+    return _kind(head) is not None
+
+
+def _kind(head: bytes) -> str | None:
+    if head[8:10] == head[22:24] == b"\0\0" and head[28:32] == b"\x07\0\0\0":
+        return "SCP"
+    root = xml.root_name(head)
+    return root if root in _FORMATS else None
+
+
+def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
+    """`content`, the file `name` -> Record of its rhythm, never of a median beat. `fetch` is not used.
+
+    The first rhythm block of the file (in aECG the first set of sequences of the first series); what is none of
+    the twelve leads is left out. Leads that begin at different samples (SCP-ECG) are put on one time axis. The
+    calibration pulse that Philips appends is cut off. `checksum` is flagged where one of the file's (MUSE,
+    SCP-ECG) is wrong. `uv_per_lsb` replaces step, offset and unit. MUSE takes 4 ms, aECG 11, Philips 33, SCP-ECG
+    3 or, Huffman-coded, 41. Raises UnreadableRecording.
+    """
+    kind = _kind(content[:4096])
+    if kind is None:
+        raise UnreadableRecording("format", f"{name}: neither MUSE, Sierra or aECG XML nor SCP-ECG")
+    with naming(name):
+        limit = MAX_SCP_BYTES if kind == "SCP" else MAX_XML_BYTES
+        if len(content) > limit:
+            raise UnreadableRecording(
+                "too_large", f"{len(content)} bytes of {_FORMATS[kind][0]}: {limit} are the limit"
+            )
+    if kind != "SCP":
+        root = xml.parse(name, content, named_dtd=kind == "RestingECG")
+    with naming(name):
+        if kind == "restingecgdata":
+            _check_xli(root)
+        parsed = _parse(kind, content)
+        leads = [
+            LeadCounts(lead, *_scaled(lead, found, uv_per_lsb), start=int(found.annotations.get("start_sample", 1)) - 1)
+            for found in parsed.leads
+            if (lead := _lead(found.label))
+        ]
+        if kind == "restingecgdata":
+            leads = _without_calibration(leads)
+        flags = ("checksum",) if parsed.raw_metadata.get("checksum_valid") is False else ()
+        return to_record(name, leads, _rate_hz(parsed), flags=flags)
+
+
+def _parse(kind: str, content: bytes) -> "ECGRecord":
+    title, module, parser = _FORMATS[kind]
+    parser = getattr(_ecgdatakit(title, module), parser)
+    with tempfile.TemporaryDirectory(prefix="lsemvae-ecg-") as folder:
+        path = Path(folder, "recording")
+        path.write_bytes(content)
+        try:
+            return parser().parse(path)
+        except Exception as error:  # it is not to be foreseen what a young parser raises
+            reason = type(error).__name__
+            if type(error).__module__ == "ecgdatakit.exceptions":
+                reason = re.sub(r"""(['"]).*?\1""", "…", str(error).replace(str(path), "it"))[:120]
+            raise UnreadableRecording("format", f"it cannot be read as {title} ({reason}): export it again") from None
+
+
+def _lead(label: str) -> str | None:
+    label = re.sub(r"_\d+$", "", label)  # what ecgdatakit appends to a lead that is there twice
+    try:
+        return None if label.startswith("-") else canonical(label)  # -aVR is aVR upside down
+    except LsemvaeError:
+        return None
+
+
+def _scaled(lead: str, found: "Lead", uv_per_lsb: float | None) -> tuple[np.ndarray, float, float]:
+    """Counts, microvolts a count, and of the count 0."""
+    if uv_per_lsb is not None:
+        return found.samples, uv_per_lsb, 0.0
+    if (
+        found.adc_resolution == 0 or found.resolution_unit.casefold() not in UV_PER_UNIT
+    ):  # else its default would be taken
+        raise UnreadableRecording(
+            "gain", f"lead {lead} has no step in a unit of voltage: export it again, or give the step (uv_per_lsb)"
+        )
+    uv = UV_PER_UNIT[found.resolution_unit.casefold()]
+    return found.samples, found.resolution * uv, found.offset * uv
+
+
+def _rate_hz(parsed: "ECGRecord") -> float:
+    """ecgdatakit rounds to whole hertz, which is right only for what a short decimal fraction does to a rate."""
+    rounded = float(parsed.leads[0].sampling_rate) if parsed.leads else math.nan
+    metadata: dict[str, Any] = parsed.raw_metadata
+    exact = metadata.get("rhythm_time", {}).get("sampling_rate_exact", rounded)
+    if interval_us := metadata.get("rhythm_sample_interval_us"):
+        exact = 1e6 / interval_us
+    return rounded if abs(exact - rounded) <= _RATE_ROUNDING * exact else exact
+
+
+def _without_calibration(leads: list[LeadCounts]) -> list[LeadCounts]:
+    """Cuts off where all leads become the same and all that follows is zero and one rectangular pulse.
+
+    In a real file of 11 s the ECG lasts 10.528 s; 0.172 s of zeros, 0.2 s of 1 mV and 0.1 s of zeros follow.
+    """
+    if len(leads) < 2 or len({len(lead.counts_T) for lead in leads}) > 1:
+        return leads
+    counts_LT = np.stack([lead.counts_T for lead in leads])
+    differ = np.flatnonzero((counts_LT != counts_LT[0]).any(axis=0))
+    end = int(differ[-1]) + 1 if differ.size else 0
+    tail_T = counts_LT[0, end:]
+    levels = np.unique(tail_T)
+    edges = np.count_nonzero(np.diff(tail_T))
+    if not (end > 0 and len(levels) == 2 and levels[0] == tail_T[0] == 0 and edges in (1, 2)):
+        return leads
+    return [LeadCounts(lead.lead, lead.counts_T[:end], lead.step_uv, lead.offset_uv) for lead in leads]
+
+
+def _check_xli(root: Element) -> None:
+    """Refuses waveforms that would unpack to more than a recording holds."""
+    samples = 0
+    for element in root.iter():
+        compressed = any(value.strip().upper() == "XLI" for value in element.attrib.values())
+        if not (compressed and str(element.tag).rpartition("}")[2].lower() == "parsedwaveforms"):
+            continue
+        text = "".join([element.text or "", *(child.tail or "" for child in element)])
+        try:
+            data = base64.b64decode("".join(text.split()), validate=True)
+        except ValueError:
+            raise UnreadableRecording("format", "its waveforms are no Base64: export it again") from None
+        chunks = offset = 0
+        while offset < len(data):
+            size = int.from_bytes(data[offset : offset + 4], "little")
+            samples += _unpacked_bytes(data[offset + 8 : offset + 8 + size], 2 * MAX_XLI_SAMPLES) // 2
+            offset, chunks = offset + 8 + size, chunks + 1
+            if samples > MAX_XLI_SAMPLES or chunks > MAX_SIGNALS:
+                raise UnreadableRecording(
+                    "too_large",
+                    f"its waveforms unpack to over {MAX_XLI_SAMPLES} samples or {MAX_SIGNALS} leads: give 10 s of ECG",
+                )
+
+
+def _unpacked_bytes(chunk: bytes, limit: int) -> int:
+    """How long LZW data of 10-bit codes becomes; counting ends at `limit`. As ecgdatakit's LzwDecoder reads it."""
+    bits = np.unpackbits(np.frombuffer(chunk, dtype=np.uint8))
+    codes = bits[: len(bits) // 10 * 10].reshape(-1, 10) @ (1 << np.arange(10)[::-1])
+    lengths = dict.fromkeys(range(256), 1)
+    following, previous, total = 256, 0, 0
+    for code in codes.tolist():
+        if code == 1023 or total > limit:
+            break
+        length = lengths.setdefault(code, previous + 1)
+        if previous and following <= 1022:
+            lengths[following] = previous + 1
+            following += 1
+        previous = length
+        total += length
+    return total
+
+
+@cache
+def _ecgdatakit(title: str, module: str) -> Any:
+    """One of its parsers' modules, imported when the first such file is read (0.1 s), its warnings kept off."""
+    try:
+        parsers = importlib.import_module(f"ecgdatakit.parsing.parsers.{module}")
+    except ModuleNotFoundError:
+        raise UnreadableRecording("missing_package", f"{title} needs pip install 'lsemvae[formats]'") from None
+    # They quote lead names and codes of the file, and are attributed to whoever calls the parser: this module.
+    warnings.filterwarnings("ignore", module=r"ecgdatakit|lsemvae\.formats\.clinical")
+    return parsers
