@@ -4,9 +4,11 @@ The gains in its headers are wrong: they scale every lead to a peak-to-peak of 1
 law. The raw counts fulfil it exactly; that one of them is 1 uV is inferred.
 """
 
+import numpy as np
 import pandas as pd
 
 from lsemvae.cohorts.tables import join_labels, only_present, read_table, require_columns
+from lsemvae.labels import stated
 from lsemvae.storage import Storage
 
 TABLE = "ludb.csv"
@@ -43,8 +45,8 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
     identifiers = listed["ID"].astype(str)
     table = pd.DataFrame({"path": "data/" + identifiers, "record_id": identifiers, "subject_id": identifiers})
     for name, (column, positive) in _LABELS.items():
-        stated = listed[column].fillna("").map(lambda cell: {line.strip() for line in cell.splitlines()} - {""})
-        values = stated.map(lambda found, positive=positive: float(not found.isdisjoint(positive)))
-        table[f"label.{name}"] = values.where(stated.map(bool)) if column in _ALWAYS_STATED else values
+        statements = listed[column].fillna("").map(lambda cell: {line.strip() for line in cell.splitlines()} - {""})
+        values = stated(statements, positive)
+        table[f"label.{name}"] = values if column in _ALWAYS_STATED else np.nan_to_num(values, nan=0.0)
     table = only_present(table, storage, TABLE)
     return table if labels is None else join_labels(table, labels)

@@ -1,7 +1,11 @@
-"""MIMIC-IV-ECG, its demo and simulated cohorts of the same layout. https://physionet.org/content/mimic-iv-ecg/"""
+"""MIMIC-IV-ECG, its demo and simulated cohorts of the same layout. https://physionet.org/content/mimic-iv-ecg/
+
+A recording that is listed but absent is found out when it is read: its 1.6 million files are never listed.
+"""
 
 import pandas as pd
 
+from lsemvae import labels as definitions
 from lsemvae.cohorts.tables import join_labels, read_table, require_columns
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
@@ -10,32 +14,45 @@ RECORD_LIST = "record_list.csv"
 LABELS = "labels.csv"
 MEASUREMENTS = "machine_measurements.csv"
 
-_MEASURED = (
-    "rr_interval", "p_onset", "p_end", "qrs_onset", "qrs_end", "t_end", "p_axis", "qrs_axis", "t_axis",
-)  # fmt: skip
-# How the machine writes "not measurable": no interval is that long (ms), no axis that wide (degrees).
-_NOT_MEASURABLE = (29999, 32767, -32768, 65535)
+# Column -> label with its unit, and what can be a measurement in 10 s. "Not measurable" is written as 29999 for
+# times, 65535 for the RR interval, 32767 or -32768 for axes.
+_MEASURED = {
+    "rr_interval": ("rr_interval_ms", 1, 10_000),
+    **{name: (f"{name}_ms", 0, 10_000) for name in ("p_onset", "p_end", "qrs_onset", "qrs_end", "t_end")},
+    **{name: (f"{name}_deg", -360, 360) for name in ("p_axis", "qrs_axis", "t_axis")},
+}
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
-    """What record_list.csv lists, with the labels of labels.csv in the source where none are given."""
-    listed = read_table(storage, RECORD_LIST)
-    require_columns(listed, RECORD_LIST, "subject_id", "study_id", "path")
+    """What record_list.csv lists, with what the machine measured where machine_measurements.csv is there.
+
+    The labels of labels.csv in the source are taken where none are given.
+    """
+    ids = ["subject_id", "study_id"]
+    listed = read_table(storage, RECORD_LIST, only=[*ids, "path"])
+    require_columns(listed, RECORD_LIST, *ids, "path")
     table = pd.DataFrame({"path": listed["path"], "record_id": listed["study_id"], "subject_id": listed["subject_id"]})
     if table.isna().any(axis=None) or table["record_id"].duplicated().any():
         raise LsemvaeError(f"{RECORD_LIST} has rows without path or ids, or a study twice: mend it")
+    if storage.exists(MEASUREMENTS):
+        table = join_labels(table, machine_measurements(storage))
     if labels is None and storage.exists(LABELS):
         labels = read_table(storage, LABELS)
     return table if labels is None else join_labels(table, labels)
 
 
 def machine_measurements(storage: Storage) -> pd.DataFrame:
-    """What the machine measured of every study: intervals in ms, axes in degrees, NaN where it could not.
+    """study_id and what the machine measured: times in ms, axes in degrees, NaN where it could not.
 
-    The 18 columns of its report are left out.
+    An onset or end is counted from the beginning of the machine's average beat. `left_axis` and `right_axis`
+    follow from the QRS axis. What no recording can hold is NaN, as what is marked so: nobody can mend it.
     """
-    table = read_table(storage, MEASUREMENTS, leave_out=tuple(f"report_{line}" for line in range(18)))
-    require_columns(table, MEASUREMENTS, "subject_id", "study_id", *_MEASURED)
-    measured = table[list(_MEASURED)].astype("float64")
-    table[list(_MEASURED)] = measured.mask(measured.isin(_NOT_MEASURABLE))
-    return table
+    table = read_table(storage, MEASUREMENTS, only=["study_id", *_MEASURED])
+    require_columns(table, MEASUREMENTS, "study_id", *_MEASURED)
+    measured = {"study_id": table["study_id"]}
+    for column, (label, low, high) in _MEASURED.items():
+        values = pd.to_numeric(table[column], errors="coerce").astype("float64")
+        measured[label] = values.where(values.between(low, high))
+    measured["left_axis"] = definitions.left_axis_deviation(measured["qrs_axis_deg"])
+    measured["right_axis"] = definitions.right_axis_deviation(measured["qrs_axis_deg"])
+    return pd.DataFrame(measured)

@@ -7,11 +7,11 @@ data set's own example and the published benchmarks, a statement that is listed 
 import ast
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from lsemvae.cohorts.tables import join_labels, only_present, read_table, require_columns
 from lsemvae.errors import LsemvaeError
+from lsemvae.labels import stated
 from lsemvae.storage import Storage
 
 DATABASE = "ptbxl_database.csv"
@@ -77,9 +77,7 @@ def label_table(database: pd.DataFrame, storage: Storage) -> pd.DataFrame:
     groups |= {name: set(chosen) for name, chosen in (_DIAGNOSES | _RHYTHMS).items()}
     for name, chosen in groups.items():
         kind = rhythms if name in _RHYTHMS else set(superclass.index)
-        table[f"label.{name}"] = [
-            float(not chosen.isdisjoint(found)) if not kind.isdisjoint(found) else np.nan for found in codes
-        ]
+        table[f"label.{name}"] = stated([found.keys() for found in codes], chosen, kind)
     axis = database["heart_axis"]
     for name, chosen in (("left_axis", _LEFT_AXIS), ("right_axis", _RIGHT_AXIS)):
         table[f"label.{name}"] = axis.isin(chosen).astype(float).where(axis.notna())

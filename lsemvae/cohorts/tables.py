@@ -1,20 +1,28 @@
-"""Tables that come with recordings: read them, and join labels by whichever key they have."""
+"""Tables that come with recordings: read them, check what they measure, join labels by whichever key they have."""
 
 import io
+import logging
 import re
+from collections.abc import Callable, Collection
 
+import numpy as np
 import pandas as pd
 
+from lsemvae import labels as definitions
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 
 LABEL_PREFIX = "label."
 KEYS = ("path", "record_id", "study_id", "file", "ecg_id", "subject_id")
 """What may identify a row of a labels table, in the order in which they are tried."""
+SUBJECTS = ("subject_id", "patient_id")
 
-_SUBJECTS = ("subject_id", "patient_id")
-_IDENTIFIERS = {*KEYS, *_SUBJECTS}
-_EXTENSION = re.compile(r"\.(hea|dat|mat|xml|dcm|atc)$", re.IGNORECASE)
+_IDENTIFIERS = {*KEYS, *SUBJECTS, "eid"}
+# Other names that are as common; names are compared in small letters, with _ for whatever is no letter or digit.
+_ALSO = {"patient": "patient_id", "f_eid": "eid", "mpap": "mpap_mmhg", "pawp": "pawp_mmhg"}
+_EXTENSION = re.compile(r"\.(hea|dat|mat|xml|dcm|atc|npy|csv|json|scp)$", re.IGNORECASE)
+
+logger = logging.getLogger(__name__)
 
 
 def read_labels(uri: str) -> pd.DataFrame:
@@ -25,24 +33,43 @@ def read_labels(uri: str) -> pd.DataFrame:
         raise LsemvaeError(f"{uri} is no file: give the path or URI of a labels CSV") from None
 
 
-def read_table(storage: Storage, name: str, leave_out: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A CSV of the source, identifiers as text. Raises LsemvaeError; FileNotFoundError when it is absent."""
+def read_table(storage: Storage, name: str, only: Collection[str] | None = None) -> pd.DataFrame:
+    """A CSV of the source, identifiers as text. Raises LsemvaeError; FileNotFoundError when it is absent.
+
+    `only` these columns, where they are there: large tables have columns that nobody needs.
+    """
     content = storage.read_bytes(name)
     try:
+        columns = pd.read_csv(io.BytesIO(content), nrows=0, index_col=False).columns
         table = pd.read_csv(
             io.BytesIO(content),
-            dtype=dict.fromkeys(_IDENTIFIERS, str),
+            dtype={column: str for column in columns if plain_name(column) in _IDENTIFIERS},
             index_col=False,  # a comma at the end of every row must not shift its columns
-            usecols=(lambda column: column not in leave_out) if leave_out else None,
+            usecols=None if only is None else [column for column in columns if column in only],
             low_memory=False,
         )
     except (ValueError, pd.errors.ParserError) as error:  # also no UTF-8, and an empty file
         reason = " ".join(str(error).split())[:200]
         raise LsemvaeError(f"{storage.path(name)} is no CSV with a header line ({reason}): mend it") from None
-    for column in _IDENTIFIERS & set(table.columns):
-        # A column of whole numbers with gaps is often written as 15709.0.
-        table[column] = table[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
+    for column in table.columns:
+        if plain_name(column) in _IDENTIFIERS:
+            # A column of whole numbers with gaps is often written as 15709.0.
+            table[column] = table[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
     return table
+
+
+def plain_name(column: str) -> str:
+    """`"mPAP (mmHg)"` -> `"mpap_mmhg"`, `"f.eid"` -> `"eid"`."""
+    name = re.sub(r"[^0-9a-z]+", "_", str(column).lower().removeprefix(LABEL_PREFIX)).strip("_")
+    return _ALSO.get(name, name)
+
+
+def plain_names(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The table with plain column names. Raises LsemvaeError when two of them become the same."""
+    plain = [plain_name(column) for column in table.columns]
+    if repeated := sorted({column for column in plain if plain.count(column) > 1}):
+        raise LsemvaeError(f"{name} has {', '.join(repeated)} more than once, written differently: keep one of each")
+    return table.set_axis(plain, axis="columns")
 
 
 def require_columns(table: pd.DataFrame, name: str, *columns: str) -> None:
@@ -60,23 +87,71 @@ def only_present(table: pd.DataFrame, storage: Storage, name: str) -> pd.DataFra
             f"{storage.uri} holds none of the {len(table)} recordings that {name} lists below "
             f"{', '.join(folders[:3])}: download them beside it"
         )
+    if len(present) < len(table):
+        logger.info(f"{name}: {len(table) - len(present)} of its {len(table)} recordings are not in the source")
     return present
 
 
-def join_labels(recordings: pd.DataFrame, labels: pd.DataFrame, *, replace_subjects: bool = False) -> pd.DataFrame:
+def clinical_labels(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A cohort's table, with plain names, its measurements checked, and the labels that follow from them.
+
+    What follows: `ph` from mpap_mmhg, `post_capillary` also from pawp_mmhg, `cmr_pawp_mmhg` and `elevated_pawp`
+    from la_volume_ml and lv_mass_g. Raises LsemvaeError for what is no number or outside
+    `lsemvae.labels.PLAUSIBLE`, with its row, as a wrong label would be learnt.
+    """
+    table = plain_names(table, name)
+    for column, (low, high) in definitions.PLAUSIBLE.items():
+        if column in table.columns:
+            table[column] = _measured(table[column], name, low, high)
+    for label, (define, measured) in _FOLLOWING.items():
+        if set(measured) <= set(table.columns):
+            table[label] = define(*(table[column] for column in measured))
+    return table
+
+
+_FOLLOWING: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
+    "ph": (definitions.pulmonary_hypertension, ("mpap_mmhg",)),
+    "post_capillary": (definitions.post_capillary, ("mpap_mmhg", "pawp_mmhg")),
+    "cmr_pawp_mmhg": (definitions.cmr_pawp_mmhg, ("la_volume_ml", "lv_mass_g")),
+    "elevated_pawp": (definitions.elevated_pawp, ("cmr_pawp_mmhg",)),
+}
+
+
+def _measured(values: pd.Series, name: str, low: float, high: float) -> pd.Series:
+    numbers = pd.to_numeric(values, errors="coerce").astype("float64")
+    wrong = values.astype("string").str.strip().fillna("").ne("").astype(bool) & ~numbers.between(low, high)
+    if wrong.any():
+        value = numbers[wrong].iloc[0]
+        shown = repr(str(values[wrong].iloc[0])[:20]) if np.isnan(value) else f"{value:g}"
+        raise LsemvaeError(
+            f"{name}, {first_row(wrong)}: {values.name} is {shown}, no number from {low:g} to {high:g} "
+            f"({wrong.sum()} such rows): mend it, or leave it empty if it was not measured"
+        )
+    return numbers
+
+
+def first_row(wrong: pd.Series) -> str:
+    """Where a table is wrong, as a spreadsheet counts; its identifiers are nobody's business."""
+    return f"row {int(np.flatnonzero(wrong.to_numpy())[0]) + 2} (the header is row 1)"
+
+
+def join_labels(
+    recordings: pd.DataFrame, labels: pd.DataFrame, *, replace_subjects: bool = False, only_labelled: bool = False
+) -> pd.DataFrame:
     """`recordings` with the numeric columns of `labels` as `label.NAME`, NaN where it does not mention them.
 
     The first of `KEYS` by which anything matches decides; `study_id` and `ecg_id` are other names of the
-    record, `file` is its file name, and with `subject_id` a label holds for all recordings of a patient. With
-    `replace_subjects` a column `subject_id` or `patient_id` says whose the recordings are. Raises
-    LsemvaeError when there is no key, a key is there twice, or nothing matches.
+    record, `file` is its path or else its file name, and with `subject_id` a label holds for all recordings of
+    a patient. With `replace_subjects` a column `subject_id` or `patient_id` says whose the recordings are; with
+    `only_labelled` recordings that the labels do not mention are left out. Raises LsemvaeError when there is no
+    key, a key is there twice, nothing matches, or two recordings have the file name of one label.
     """
     keys = [key for key in KEYS if key in labels.columns]
     if not keys:
         raise LsemvaeError(f"the labels have no key: give a column {' or '.join(KEYS)}; they have {_shown(labels)}")
     for key in keys:
-        ours, theirs = _key_values(recordings, key), _key_values(labels, key)
-        if ours.isin(theirs.dropna()).any():
+        ours, theirs = _key_values(recordings, labels, key)
+        if (mentioned := ours.isin(theirs.dropna())).any():
             break
     else:
         raise LsemvaeError(
@@ -85,9 +160,11 @@ def join_labels(recordings: pd.DataFrame, labels: pd.DataFrame, *, replace_subje
         )
     if repeated := theirs.dropna().duplicated().sum():
         raise LsemvaeError(f"the labels repeat {repeated} values of their key {key!r}: keep one row of each")
+    if key == "file" and (shared := ours[mentioned].duplicated().sum()):
+        raise LsemvaeError(f"{shared} file names of the labels belong to several recordings: write their paths instead")
 
-    values = _label_values(labels)
-    subject = next((column for column in _SUBJECTS if column in labels.columns and column != key), None)
+    values = label_values(labels)
+    subject = next((column for column in SUBJECTS if column in labels.columns and column != key), None)
     if values.empty and subject is None:
         raise LsemvaeError(f"the labels have no numeric column beside their key {key!r}: they have {_shown(labels)}")
     known = theirs.notna()
@@ -95,24 +172,50 @@ def join_labels(recordings: pd.DataFrame, labels: pd.DataFrame, *, replace_subje
     values = by_key.set_axis(recordings.index, axis="index")
     joined = recordings.drop(columns=values.columns, errors="ignore").join(values)
     if replace_subjects and subject is not None:
-        by_key = labels.loc[known, subject].astype("string").set_axis(theirs[known], axis="index").reindex(ours)
+        subjects = labels.loc[known, subject].astype("string")
+        _require_one_spelling(subjects, subject)
+        by_key = subjects.set_axis(theirs[known], axis="index").reindex(ours)
         subjects = by_key.set_axis(recordings.index, axis="index").fillna(joined["subject_id"])
         joined["subject_id"] = subjects.astype(object)
-    return joined
+
+    without_recording = len(labels) - int(theirs.isin(ours.dropna()).sum())
+    unmentioned = len(recordings) - int(mentioned.sum())
+    if without_recording or unmentioned:
+        consequence = "are left out" if only_labelled else "no label"
+        logger.info(
+            f"labels by {key}: {without_recording} of {len(labels)} rows have no recording and are left out, "
+            f"{unmentioned} of {len(recordings)} recordings have no row and {consequence}"
+        )
+    return joined[mentioned].reset_index(drop=True) if only_labelled else joined
 
 
-def _key_values(table: pd.DataFrame, key: str) -> pd.Series:
-    """Text that is equal where a recording and a label belong together."""
-    column = key
-    if key not in table.columns:  # a source names its recordings by path and record_id
-        column = "path" if key == "file" else "record_id"
-    values = table[column].astype("string")
-    if key in ("path", "file"):
-        values = values.str.removeprefix("./").str.replace(_EXTENSION, "", regex=True)
-    return values.str.rpartition("/")[2] if key == "file" else values
+def _key_values(recordings: pd.DataFrame, labels: pd.DataFrame, key: str) -> tuple[pd.Series, pd.Series]:
+    """Of recordings and of labels, texts that are equal where they belong together."""
+    if key not in ("path", "file"):  # a source names its recordings by path and record_id
+        ours = recordings[key if key in recordings.columns else "record_id"]
+        return ours.astype("string"), labels[key].astype("string")
+    ours, theirs = _without_extension(recordings["path"]), _without_extension(labels[key])
+    if key == "path" or (theirs.str.contains("/", regex=False).any() and ours.isin(theirs.dropna()).any()):
+        return ours, theirs
+    return tuple(paths.str.replace(r"^.*/", "", regex=True) for paths in (ours, theirs))
 
 
-def _label_values(labels: pd.DataFrame) -> pd.DataFrame:
+def _without_extension(paths: pd.Series) -> pd.Series:
+    paths = paths.astype("string").str.replace("\\", "/", regex=False).str.removeprefix("./")
+    return paths.str.replace(_EXTENSION, "", regex=True)
+
+
+def _require_one_spelling(subjects: pd.Series, column: str) -> None:
+    """Raises LsemvaeError where 12 and 00012 are both there: one patient in two folds, most likely."""
+    spellings = subjects.dropna().drop_duplicates()
+    if twice := spellings.str.lstrip("0").duplicated().sum():
+        raise LsemvaeError(
+            f"{twice} values of {column} are there with and without leading zeros: write them in one way"
+        )
+
+
+def label_values(labels: pd.DataFrame) -> pd.DataFrame:
+    """The numeric and yes-or-no columns that are no keys, as `label.NAME` in float64."""
     columns = {}
     for name in labels.columns:
         values = labels[name]

@@ -1,0 +1,48 @@
+"""A catheterised cohort as the ASPIRE registry's: recordings of any format, and a table of pressures.
+
+`aspire.csv` in the source (or, with `--cohort aspire`, the table of `--labels`) has a row a recording:
+
+    file,patient,mpap_mmhg,pawp_mmhg
+    ecg/0001.dcm,A17,43,11
+
+`file` is a path below the source, or a file name where these are unique; `patient` (or patient_id, subject_id)
+is text; pressures are in mmHg, and an empty cell was not measured. `mPAP` and `PAWP` are understood, too. Other
+numeric columns become labels as they are. The labels `ph` and `post_capillary` are computed.
+"""
+
+import pandas as pd
+
+from lsemvae.cohorts.folder import as_recordings
+from lsemvae.cohorts.tables import SUBJECTS, clinical_labels, first_row, join_labels, read_table, require_columns
+from lsemvae.errors import LsemvaeError
+from lsemvae.storage import Storage
+
+TABLE = "aspire.csv"
+
+# What lies beside recordings and is none. DICOM files often have no extension, or a number of their UID.
+_BESIDE = r"(?i)(?:^|/)\.|\.(?:dat|txt|md|pdf|zip|jpg|png|xlsx?)$"
+
+
+def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
+    """The recordings of the table that are in the source, others are left out.
+
+    Raises LsemvaeError when a row names no patient: another recording of that patient might test what this one
+    has taught.
+    """
+    own = storage.exists(TABLE)
+    if not own and labels is None:
+        raise LsemvaeError(f"{storage.uri} has no {TABLE}: put it there, or give the table with --labels")
+    name = TABLE if own else "the labels"
+    table = clinical_labels(read_table(storage, TABLE) if own else labels, name)
+    require_columns(table, name, "mpap_mmhg")
+    subject = next((column for column in SUBJECTS if column in table.columns), "patient_id")
+    key = next((column for column in ("path", "file") if column in table.columns), "file")
+    require_columns(table, name, key, subject)
+    unknown = table[key].isna() | table[subject].isna()
+    if unknown.any():
+        raise LsemvaeError(f"{name}, {first_row(unknown)}: no {key} or no {subject}: fill it in, or delete the row")
+
+    paths = pd.Series(storage.list(), dtype=str)
+    files = as_recordings(paths[~paths.str.contains(_BESIDE, regex=True) & (paths != TABLE)])
+    table = join_labels(files, table, replace_subjects=True, only_labelled=True)
+    return join_labels(table, labels) if own and labels is not None else table

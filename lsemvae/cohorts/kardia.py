@@ -1,0 +1,39 @@
+"""KardiaMobile recordings: a folder of `.atc` files and JSON of the Kardia API.
+
+A table is optional, `kardia.csv` in the source or `--labels`, with a row a recording: `file`, `patient` (or
+patient_id, subject_id), and labels. Pressures in mmHg (mpap_mmhg, pawp_mmhg) give `ph` and `post_capillary`.
+"""
+
+import pandas as pd
+
+from lsemvae.cohorts.folder import as_recordings
+from lsemvae.cohorts.tables import clinical_labels, join_labels, read_table
+from lsemvae.errors import LsemvaeError
+from lsemvae.formats import main_files
+from lsemvae.storage import Storage
+
+TABLE = "kardia.csv"
+SUFFIXES = (".atc", ".json")
+
+
+def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
+    """Every recording below the source, each its own subject unless the table says whose it is.
+
+    Where a recording is there as `.atc` and as `.json`, the `.atc` is taken.
+    """
+    paths = [path for path in storage.list() if path.lower().endswith(SUFFIXES)]
+    paths = pd.Series(main_files(paths, storage.read_bytes), dtype=str)
+    if paths.empty:
+        raise LsemvaeError(f"{storage.uri} has no recordings: none of its files is .atc or Kardia JSON")
+    atc = paths.str.lower().str.endswith(".atc")
+    stem = paths.str.rpartition(".")[0]
+    table = as_recordings(paths[atc | ~stem.isin(stem[atc])])
+    if storage.exists(TABLE):
+        own = clinical_labels(read_table(storage, TABLE), TABLE)
+        table = join_labels(table, own, replace_subjects=True)
+    return table if labels is None else join_labels(table, clinical_labels(labels, "the labels"), replace_subjects=True)
+
+
+def recognise(files: list[str]) -> bool:
+    """Whether these recordings are `.atc`, all of them."""
+    return all(file.lower().endswith(".atc") for file in files)

@@ -1,0 +1,104 @@
+"""Labels: from what was measured, or stated about an ECG, to 1, 0 or NaN where it cannot be known.
+
+Every function takes numbers or arrays (NaN: not measured) and returns float64 of their shape. An unknown input
+makes an unknown label, never a 0. docs/labels.md lists which cohort has which label.
+"""
+
+from collections.abc import Iterable, Set
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+PLAUSIBLE = {
+    "mpap_mmhg": (5.0, 150.0),
+    "pawp_mmhg": (1.0, 60.0),
+    "la_volume_ml": (5.0, 600.0),
+    "lv_mass_g": (20.0, 600.0),
+}
+"""Smallest and largest value that is taken for a measurement of an adult; chosen wide of what is seen in disease.
+
+A value outside is a mistake of the table: another unit (25 mmHg are 3.3 kPa, 80 ml are 0.08 l), a slip, or a 0
+or -1 that stands for "not measured" and would become a false label.
+"""
+
+
+def pulmonary_hypertension(mpap_mmhg: ArrayLike) -> np.ndarray:
+    """1 where the mean pulmonary artery pressure at rest is above 20 mmHg.
+
+    Source: Humbert et al., 2022 ESC/ERS guidelines, Eur Heart J 43:3618, doi 10.1093/eurheartj/ehac237.
+    """
+    return _above(mpap_mmhg, 20.0)
+
+
+def post_capillary(mpap_mmhg: ArrayLike, pawp_mmhg: ArrayLike) -> np.ndarray:
+    """1 for post-capillary, 0 for pre-capillary PH: wedge pressure (PAWP) above 15 mmHg or not; NaN without PH.
+
+    ESC/ERS 2022 (as above): post-capillary PH is mPAP > 20 and PAWP > 15 mmHg, isolated or combined by its
+    resistance (PVR). Pre-capillary PH also needs PVR > 2 WU, which the paper's task does not ask for, nor does
+    this: the few with PAWP <= 15 mmHg and PVR <= 2 WU, "unclassified" in the guidelines, are 0.
+    """
+    return np.where(pulmonary_hypertension(mpap_mmhg) == 1, elevated_pawp(pawp_mmhg), np.nan)
+
+
+def elevated_pawp(pawp_mmhg: ArrayLike) -> np.ndarray:
+    """1 where the pulmonary artery wedge pressure is above 15 mmHg (ESC/ERS 2022, as above)."""
+    return _above(pawp_mmhg, 15.0)
+
+
+def cmr_pawp_mmhg(la_volume_ml: ArrayLike, lv_mass_g: ArrayLike) -> np.ndarray:
+    """Wedge pressure in mmHg, to 2 decimals, that cardiac MRI suggests: a proxy, correlation 0.55 with catheters.
+
+    `la_volume_ml` is the largest volume of the left atrium, `lv_mass_g` the mass of the left ventricle; neither
+    is divided by body surface. Source: Garg et al. 2022, Eur Heart J 43:2511, PMC9259376; the rounding, and
+    `elevated_pawp` of it as a label, are the LS-EMVAE paper's (arXiv 2503.13470).
+    """
+    return np.round(6.1352 + 0.07204 * _known(la_volume_ml) + 0.02256 * _known(lv_mass_g), 2)
+
+
+def left_axis_deviation(qrs_axis_deg: ArrayLike) -> np.ndarray:
+    """1 for a frontal QRS axis from -90 to below -30 degrees, NaN where `right_axis_deviation` is NaN.
+
+    Source: Surawicz et al. 2009, AHA/ACCF/HRS recommendations part III, doi 10.1016/j.jacc.2008.12.013.
+    """
+    axis = _turned(qrs_axis_deg)
+    return np.where(np.isnan(axis), np.nan, (axis >= -90) & (axis < -30))
+
+
+def right_axis_deviation(qrs_axis_deg: ArrayLike) -> np.ndarray:
+    """1 for a frontal QRS axis above 90 and up to 180 degrees, in adults (source as above).
+
+    An axis beyond that (-180 to -90) is an extreme one, of which nobody can say to which side it deviates: NaN.
+    """
+    axis = _turned(qrs_axis_deg)
+    return np.where(np.isnan(axis), np.nan, axis > 90)
+
+
+def stated(statements: Iterable[Set[str]], positive: Iterable[str], answers: Iterable[str] | None = None) -> np.ndarray:
+    """1 for each set of statements that has a `positive` one; else 0 if it has one of `answers`, else NaN.
+
+    Without `answers` any statement at all is an answer: a reader who states something has looked.
+    """
+    positive, answers = set(positive), None if answers is None else set(answers)
+
+    def label(found: Set[str]) -> float:
+        if not positive.isdisjoint(found):
+            return 1.0
+        return 0.0 if (found if answers is None else not answers.isdisjoint(found)) else np.nan
+
+    return np.array([label(found) for found in statements], dtype=float)
+
+
+def _known(values: ArrayLike) -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _above(values: ArrayLike, limit: float) -> np.ndarray:
+    values = _known(values)
+    return np.where(np.isnan(values), np.nan, values > limit)
+
+
+def _turned(axis_deg: ArrayLike) -> np.ndarray:
+    """The same direction from -90 to 180 degrees; NaN for an extreme axis. Machines write 270 for -90, too."""
+    axis = 180 - (180 - _known(axis_deg)) % 360  # above -180, up to 180
+    return np.where(axis < -90, np.nan, axis)
