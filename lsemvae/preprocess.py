@@ -94,9 +94,27 @@ def preprocess_signals(
     config: PreprocessConfig,
 ) -> Prepared:
     """Like `preprocess`, from arrays [L, T] in mV with NaN for what is missing; T may differ by record."""
+    return finish(window_signals(signals_mv, rates_hz, leads, config), leads, config)
+
+
+class Windows(NamedTuple):
+    """Records before filtering: gaps filled, at one rate and length. What an accelerator goes on with."""
+
+    filled_mv_BLT: np.ndarray
+    nan_share_BL: np.ndarray
+    length_B: np.ndarray
+    """Samples that are the recording's; zeros beyond them take no part in the scale."""
+    refused_B: list[Refused | None]
+
+
+def window_signals(
+    signals_mv: Sequence[np.ndarray],
+    rates_hz: Sequence[float],
+    leads: Sequence[str],
+    config: PreprocessConfig,
+) -> Windows:
+    """The first half of the definition: rate and length are checked, signals resampled, cut and gaps filled."""
     shape = (len(signals_mv), len(leads), config.samples)
-    if not signals_mv:  # a batch whose rows were all left out
-        return Prepared(np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=bool), [])
     window_mv_BLT = np.full(shape, np.nan, dtype=np.float32)
     length_B = np.full(len(signals_mv), config.samples)
     refused_B: list[Refused | None] = [None] * len(signals_mv)
@@ -113,8 +131,16 @@ def preprocess_signals(
     with np.errstate(invalid="ignore"):
         missing_BLT = ~np.isfinite(window_mv_BLT)
     nan_share_BL = (missing_BLT & inside_BT[:, None]).sum(2) / length_B[:, None]
-    filled_mv_BLT = _interpolate(window_mv_BLT, missing_BLT)
-    filtered_mv_BLT = _filter(filled_mv_BLT, config)
+    return Windows(_interpolate(window_mv_BLT, missing_BLT), nan_share_BL, length_B, refused_B)
+
+
+def finish(windows: Windows, leads: Sequence[str], config: PreprocessConfig) -> Prepared:
+    """The second half: filter, scale, refuse. lsemvae/device.py does the same on an accelerator."""
+    filled_mv_BLT, nan_share_BL, length_B, refused_B = windows
+    if not refused_B:  # a batch whose rows were all left out
+        return Prepared(filled_mv_BLT.astype(np.float32), np.zeros(nan_share_BL.shape, dtype=bool), [])
+    inside_BT = np.arange(config.samples) < length_B[:, None]
+    filtered_mv_BLT = filter_mv(filled_mv_BLT, config)
     filtered_mv_BLT *= inside_BT[:, None]
 
     count_B11 = length_B[:, None, None]
@@ -124,8 +150,10 @@ def preprocess_signals(
     std_mv_BL = np.sqrt(variance_BL)
     lead_mask_BL = (nan_share_BL <= config.max_nan_share) & (std_mv_BL >= config.min_std_mv)
 
-    for b in range(len(refused_B)):
-        refused_B[b] = refused_B[b] or _refusal(std_mv_BL[b], lead_mask_BL[b], leads, config)
+    refused_B = [
+        reason or refusal(std_mv_L, lead_mask_L, leads, config)
+        for reason, std_mv_L, lead_mask_L in zip(refused_B, std_mv_BL, lead_mask_BL, strict=True)
+    ]
     lead_mask_BL &= np.array([reason is None for reason in refused_B], dtype=bool)[:, None]
 
     safe_std_BL = np.where(lead_mask_BL, std_mv_BL, 1.0)
@@ -215,7 +243,8 @@ def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray) -> np.ndarray:
     return filled_BLT
 
 
-def _filter(signal_mv_BLT: np.ndarray, config: PreprocessConfig) -> np.ndarray:
+def filter_mv(signal_mv_BLT: np.ndarray, config: PreprocessConfig) -> np.ndarray:
+    """Zero-phase high-pass and moving average along time: linear, so a matrix over a window's samples."""
     sos = sps.butter(config.highpass_order, config.highpass_hz, "highpass", fs=config.rate_hz, output="sos")
     filtered_mv_BLT = sps.sosfiltfilt(sos, signal_mv_BLT, axis=-1)
     if config.mains_hz > 0:
@@ -224,9 +253,10 @@ def _filter(signal_mv_BLT: np.ndarray, config: PreprocessConfig) -> np.ndarray:
     return filtered_mv_BLT
 
 
-def _refusal(
+def refusal(
     std_mv_L: np.ndarray, lead_mask_L: np.ndarray, leads: Sequence[str], config: PreprocessConfig
 ) -> Refused | None:
+    """Why a filtered record is refused, from its leads' standard deviations and which of them can be used."""
     loudest = int(np.argmax(std_mv_L))
     if std_mv_L[loudest] > config.max_std_mv:
         return Refused(

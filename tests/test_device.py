@@ -1,0 +1,45 @@
+"""Preprocessing on an accelerator gives the numbers of the one definition."""
+
+import numpy as np
+import pytest
+import torch
+
+from lsemvae.device import DeviceFinish
+from lsemvae.leads import LEADS
+from lsemvae.preprocess import PreprocessConfig, finish, window_signals
+from lsemvae.simulate import EcgParameters, simulate_ecg
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+
+
+def odd_recordings() -> tuple[list[np.ndarray], list[float]]:
+    """What refusals and masks depend on: far from zero, gaps, flat, short, slow, loud, few leads."""
+    rng = np.random.default_rng(0)
+    signals = [simulate_ecg(EcgParameters(severity=b / 8), rng)[0].astype(np.float32) for b in range(9)]
+    signals[1] += 5.0
+    signals[2][3, 100:400] = np.nan
+    signals[3][0] = 0.25
+    signals[4] = signals[4][:, :2000]
+    signals[5] *= 1000
+    signals[6][:8] = np.nan
+    signals[7] = signals[7][:, ::2]
+    signals[8][:, 0:2500] = np.nan
+    return signals, [500.0] * 7 + [250.0, 500.0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "config", [PreprocessConfig(scale=s) for s in ("lead", "record", "none")], ids=lambda c: c.scale
+)
+def test_equals_the_definition(config: PreprocessConfig, device: str):
+    signals, rates = odd_recordings()
+    windows = window_signals(signals, rates, LEADS, config)
+    assert windows.refused_B == [None] * len(signals)
+    wanted = finish(windows, LEADS, config)
+    tensors = [torch.from_numpy(np.asarray(values)).to(device) for values in windows[:3]]
+    tensors[0] = tensors[0].float()
+    x_BLT, lead_mask_BL, accepted_B = (t.cpu().numpy() for t in DeviceFinish(config, LEADS, device)(*tensors))
+    np.testing.assert_array_equal(accepted_B, wanted.accepted_B)
+    assert 0 < accepted_B.sum() < len(accepted_B)
+    np.testing.assert_array_equal(lead_mask_BL, wanted.lead_mask_BL)
+    np.testing.assert_allclose(x_BLT, wanted.x_BLT, atol=1e-4)
