@@ -3,7 +3,7 @@
 python workflows/simulate.py --output cohort --subjects 200 --seed 0
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from command import run_command
 from tqdm import tqdm
 
 from lsemvae.leads import LEADS
+from lsemvae.record import Record
 from lsemvae.simulate import RATE_HZ, CohortConfig, EcgParameters, simulate_cohort, simulate_ecg
 
 
@@ -20,15 +21,15 @@ class Args:
     output: Path
     """A new folder for the cohort."""
     cohort: tyro.conf.OmitArgPrefixes[CohortConfig] = field(default_factory=CohortConfig)
-    picture: Path | None = None
-    """Also draw an average heart, healthy and overloaded, as a twelve-lead ECG into this PNG file."""
+    pictures: Path | None = None
+    """Also draw an average heart on ECG paper, healthy and overloaded: two SVG files in this folder."""
 
 
 def main(args: Args) -> None:
     with tqdm(total=args.cohort.subjects, unit=" subjects", delay=0.3, disable=None) as bar:
         summary = simulate_cohort(args.cohort, args.output, progress=bar.update)
-    if args.picture:
-        draw(args.picture)
+    if args.pictures:
+        draw(args.pictures)
     print(f"The cohort is in {summary.folder}, its labels in labels.csv, its best AUROC in truth.json")
     print(
         f"{summary.records} records of {summary.subjects} subjects: {summary.ph_records} with PH, "
@@ -37,47 +38,18 @@ def main(args: Args) -> None:
     )
 
 
-def draw(path: Path) -> None:
-    """Two printouts of 3 x 4 leads and a rhythm strip, 25 mm/s and 10 mm/mV."""
-    import matplotlib
+def draw(folder: Path) -> None:
+    """An average heart at mPAP 14 mmHg and at 69 mmHg, each as it would be printed."""
+    from lsemvae.plots import ecg_paper  # matplotlib, for this alone
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    healthy = EcgParameters(severity=0.0)
-    figure, panels = plt.subplots(2, 1, figsize=(12, 13.5), layout="constrained")
-    for axes, parameters, title in (
-        (panels[0], healthy, "Average heart, severity 0 (mPAP 14 mmHg)"),
-        (panels[1], replace(healthy, severity=1.6), "The same heart, severity 1.6 (mPAP 69 mmHg)"),
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, severity, title in (
+        ("healthy.svg", 0.0, "Average heart, severity 0 (mPAP 14 mmHg)"),
+        ("overloaded.svg", 1.6, "The same heart, severity 1.6 (mPAP 69 mmHg)"),
     ):
-        signal_mv_LT, _ = simulate_ecg(parameters, np.random.default_rng(3))
-        quarter = signal_mv_LT.shape[1] // 4
-        time_s = np.arange(signal_mv_LT.shape[1]) / RATE_HZ
-        for column in range(4):
-            part = slice(column * quarter, (column + 1) * quarter)
-            for row in range(3):
-                lead = LEADS[3 * column + row]
-                offset_mv = 3.0 * (3 - row)
-                axes.plot(time_s[part], signal_mv_LT[3 * column + row, part] + offset_mv, "k", lw=0.9)
-                axes.text(time_s[part][0] + 0.05, offset_mv + 1.0, lead, weight="bold")
-        axes.plot(time_s, signal_mv_LT[LEADS.index("II")], "k", lw=0.9)
-        axes.text(0.05, 1.0, "II", weight="bold")
-        axes.set(
-            xlim=(0, 10),
-            ylim=(-1.5, 11.0),
-            aspect=0.4,
-            title=title,
-            xlabel="A large box is 0.2 s and 0.5 mV.",
-        )
-        axes.set_xticks(np.arange(0, 10.01, 0.2), labels=[])
-        axes.set_xticks(np.arange(0, 10, 0.04), minor=True)
-        axes.set_yticks(np.arange(-1.5, 11.01, 0.5), labels=[])
-        axes.set_yticks(np.arange(-1.5, 11, 0.1), minor=True)
-        axes.tick_params(which="both", length=0)
-        axes.grid(color="#e8a0a0", lw=0.6)
-        axes.grid(which="minor", color="#f6d8d8", lw=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+        signal_mv_LT, _ = simulate_ecg(EcgParameters(severity=severity), np.random.default_rng(3))
+        record = Record.from_leads(dict(zip(LEADS, signal_mv_LT, strict=True)), RATE_HZ)
+        (folder / name).write_text(ecg_paper(record, title))
 
 
 if __name__ == "__main__":
