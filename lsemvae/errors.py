@@ -5,6 +5,17 @@ class LsemvaeError(ValueError):
     """A mistake in what the user gave. Commands print its one line and exit with status 2."""
 
 
+class StorageError(LsemvaeError):
+    """A folder or an object store that fails, or refuses: no property of the file that was asked for.
+
+    `passing` says whether the same request may be answered later.
+    """
+
+    def __init__(self, message: str, passing: bool = True) -> None:
+        super().__init__(message)
+        self.passing = passing
+
+
 class UnreadableRecording(LsemvaeError):
     """A recording that no reader can turn into a `Record`. `code` is the short reason used in tables."""
 

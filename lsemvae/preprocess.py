@@ -17,9 +17,11 @@ import numpy as np
 from scipy import signal as sps
 
 from lsemvae.errors import LsemvaeError, Refused
+from lsemvae.filters import highpass, moving_average
 from lsemvae.leads import LEADS
 from lsemvae.record import Record
 
+PART = 4  # records filtered at once: what they take stays in a core's cache
 VERSION = 1  # rises when the numbers change; a bundle refuses a version it was not trained with
 
 
@@ -94,7 +96,12 @@ def preprocess_signals(
     config: PreprocessConfig,
 ) -> Prepared:
     """Like `preprocess`, from arrays [L, T] in mV with NaN for what is missing; T may differ by record."""
-    return finish(window_signals(signals_mv, rates_hz, leads, config), leads, config)
+    parts = [
+        finish(window_signals(signals_mv[b : b + PART], rates_hz[b : b + PART], leads, config), leads, config)
+        for b in range(0, max(len(signals_mv), 1), PART)
+    ]
+    x_BLT, lead_mask_BL = (np.concatenate([part[i] for part in parts]) for i in range(2))
+    return Prepared(x_BLT, lead_mask_BL, [reason for part in parts for reason in part.refused_B])
 
 
 class Windows(NamedTuple):
@@ -139,13 +146,15 @@ def finish(windows: Windows, leads: Sequence[str], config: PreprocessConfig) -> 
     filled_mv_BLT, nan_share_BL, length_B, refused_B = windows
     if not refused_B:  # a batch whose rows were all left out
         return Prepared(filled_mv_BLT.astype(np.float32), np.zeros(nan_share_BL.shape, dtype=bool), [])
-    inside_BT = np.arange(config.samples) < length_B[:, None]
+    inside_B1T = (np.arange(config.samples) < length_B[:, None])[:, None]
+    whole = bool(inside_B1T.all())
     filtered_mv_BLT = filter_mv(filled_mv_BLT, config)
-    filtered_mv_BLT *= inside_BT[:, None]
-
-    count_B11 = length_B[:, None, None]
-    mean_BL1 = filtered_mv_BLT.sum(2, keepdims=True) / count_B11
-    centred_BLT = (filtered_mv_BLT - mean_BL1) * inside_BT[:, None]
+    if not whole:
+        filtered_mv_BLT *= inside_B1T
+    mean_mv_BL1 = filtered_mv_BLT.sum(2, keepdims=True) / length_B[:, None, None]
+    centred_BLT = np.subtract(filtered_mv_BLT, mean_mv_BL1, out=None if config.scale == "none" else filtered_mv_BLT)
+    if not whole:
+        centred_BLT *= inside_B1T
     variance_BL = np.einsum("blt,blt->bl", centred_BLT, centred_BLT) / (length_B[:, None] - 1)
     std_mv_BL = np.sqrt(variance_BL)
     lead_mask_BL = (nan_share_BL <= config.max_nan_share) & (std_mv_BL >= config.min_std_mv)
@@ -156,17 +165,22 @@ def finish(windows: Windows, leads: Sequence[str], config: PreprocessConfig) -> 
     ]
     lead_mask_BL &= np.array([reason is None for reason in refused_B], dtype=bool)[:, None]
 
-    safe_std_BL = np.where(lead_mask_BL, std_mv_BL, 1.0)
     match config.scale:
         case "lead":
-            x_BLT = centred_BLT / safe_std_BL[..., None]
+            unit_mv_BL = std_mv_BL
         case "record":
-            usable_B = np.maximum(lead_mask_BL.sum(1), 1)
-            rms_B = np.sqrt((variance_BL * lead_mask_BL).sum(1) / usable_B)
-            x_BLT = centred_BLT / np.where(rms_B > 0, rms_B, 1.0)[:, None, None]
+            usable_B1 = np.maximum(lead_mask_BL.sum(1, keepdims=True), 1)
+            unit_mv_BL = np.sqrt((variance_BL * lead_mask_BL).sum(1, keepdims=True) / usable_B1)
         case "none":
-            x_BLT = filtered_mv_BLT
-    x_BLT = np.where(lead_mask_BL[..., None], x_BLT, 0.0).astype(np.float32)
+            centred_BLT, unit_mv_BL = filtered_mv_BLT, np.ones_like(std_mv_BL)
+    factor_BL = np.divide(1.0, unit_mv_BL, where=lead_mask_BL, out=np.zeros_like(std_mv_BL))
+    x_BLT = np.multiply(
+        centred_BLT,
+        factor_BL[..., None],
+        dtype=np.float64,
+        out=np.empty(centred_BLT.shape, np.float32),
+        casting="same_kind",
+    )
     return Prepared(x_BLT, lead_mask_BL, refused_B)
 
 
@@ -245,12 +259,8 @@ def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray) -> np.ndarray:
 
 def filter_mv(signal_mv_BLT: np.ndarray, config: PreprocessConfig) -> np.ndarray:
     """Zero-phase high-pass and moving average along time: linear, so a matrix over a window's samples."""
-    sos = sps.butter(config.highpass_order, config.highpass_hz, "highpass", fs=config.rate_hz, output="sos")
-    filtered_mv_BLT = sps.sosfiltfilt(sos, signal_mv_BLT, axis=-1)
-    if config.mains_hz > 0:
-        taps = int(config.rate_hz / config.mains_hz)
-        filtered_mv_BLT = sps.filtfilt(np.ones(taps), [taps], filtered_mv_BLT, axis=-1)
-    return filtered_mv_BLT
+    filtered_mv_BLT = highpass(signal_mv_BLT, config.highpass_order, config.highpass_hz, config.rate_hz)
+    return moving_average(filtered_mv_BLT, int(config.rate_hz / config.mains_hz) if config.mains_hz > 0 else 1)
 
 
 def refusal(

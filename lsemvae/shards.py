@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.leads import LEADS
 from lsemvae.preprocess import PreprocessConfig, lead_positions, preprocess_signals
 from lsemvae.record import Record
-from lsemvae.storage import Storage
+from lsemvae.storage import Storage, explained
 
 if TYPE_CHECKING:
     import ray.data
@@ -121,18 +122,19 @@ def decode_signals(encoded: Sequence[bytes], samples: int) -> np.ndarray:
 def signals_mv(columns: Mapping[str, Sequence[Any]], leads: Sequence[str] = LEADS) -> list[np.ndarray]:
     """Columns of shard rows -> one float32 array [L, T] in mV for each, NaN where nothing was recorded."""
     positions = lead_positions(leads)
-    samples_B = np.asarray(columns["samples"])
-    out: list[np.ndarray] = [np.empty(0)] * len(samples_B)
-    for samples in np.unique(samples_B):
-        rows = np.flatnonzero(samples_B == samples)
-        raw_BLT = decode_signals([columns["signal"][row] for row in rows], int(samples))[:, positions]
-        for raw_LT, row in zip(raw_BLT, rows, strict=True):
-            step_mv_L1 = np.asarray(columns["uv_per_lsb"][row], dtype=np.float64)[positions, None] / 1000
-            offset_L1 = np.asarray(columns["offset"][row])[positions, None]
-            signal_mv_LT = ((raw_LT.astype(np.float64) + offset_L1) * step_mv_L1).astype(np.float32)
-            signal_mv_LT[raw_LT == _MISSING] = np.nan
-            out[row] = signal_mv_LT
-    return out
+    signals = []
+    for row, samples in enumerate(columns["samples"]):  # one by one: what a record takes stays in a core's cache
+        raw_LT = decode_signals([columns["signal"][row]], int(samples))[0, positions]
+        step_mv_L1 = np.asarray(columns["uv_per_lsb"][row], dtype=np.float64)[positions, None] / 1000
+        offset_L1 = np.asarray(columns["offset"][row])[positions, None]
+        counts_LT = raw_LT + offset_L1 if offset_L1.any() else raw_LT
+        signal_mv_LT = np.empty(raw_LT.shape, dtype=np.float32)
+        np.multiply(counts_LT, step_mv_L1, out=signal_mv_LT, casting="same_kind")
+        missing_LT = raw_LT == _MISSING
+        if missing_LT.any():
+            signal_mv_LT[missing_LT] = np.nan
+        signals.append(signal_mv_LT)
+    return signals
 
 
 def unpack(row: Mapping[str, Any]) -> Record:
@@ -161,11 +163,6 @@ def shard_bytes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], metada
         table, buffer, compression="zstd", use_dictionary=False, write_page_checksum=True, row_group_size=ROWS_PER_GROUP
     )
     return buffer.getvalue()
-
-
-def shard_metadata(storage: Storage, path: str) -> dict[str, Any]:
-    with storage.filesystem.open_input_file(storage.path(path)) as stream:
-        return json.loads(pq.read_schema(stream).metadata[b"lsemvae"])
 
 
 # --- the data set --------------------------------------------------------------------------------------------
@@ -250,12 +247,45 @@ class ShardedDataset:
         return rows
 
     def read(self, columns: Sequence[str], split: str = "all") -> pa.Table:
-        """Chosen columns of every row in memory: for labels and ids, not for signals."""
-        tables = []
-        for shard in self.manifest.of_split(split):
-            with self.storage.filesystem.open_input_file(self.storage.path(shard.path)) as stream:
-                tables.append(pq.read_table(stream, columns=list(columns)))
-        return pa.concat_tables(tables)
+        """Chosen columns of every row in memory: for labels and ids, not for signals.
+
+        Raises LsemvaeError when a shard is absent or damaged, StorageError when the storage fails.
+        """
+        return pa.concat_tables([self._read(shard, columns) for shard in self.manifest.of_split(split)])
+
+    def _read(self, shard: Shard, columns: Sequence[str]) -> pa.Table:
+        path = self.storage.path(shard.path)
+        try:
+            with explained(path), self.storage.filesystem.open_input_file(path) as stream:
+                if stream.size() != shard.bytes:
+                    raise pa.ArrowInvalid(f"it has {stream.size()} bytes, not {shard.bytes}")
+                return pq.read_table(stream, columns=list(columns), page_checksum_verification=True)
+        except (FileNotFoundError, StorageError) as error:
+            cause = error.__cause__ or error
+            # Parquet's own complaints are OSErrors too, without a number.
+            if isinstance(error, StorageError) and (getattr(cause, "errno", None) or "AWS Error" in str(cause)):
+                raise
+            raise self._damaged(shard, " ".join(str(cause).split())[:200]) from error
+
+    def _damaged(self, shard: Shard, why: str) -> LsemvaeError:
+        return LsemvaeError(
+            f"{self.storage.uri}/{shard.path} is not what was ingested ({why}): remove it and {MANIFEST}, and ingest "
+            "again"
+        )
+
+    def verify(self) -> None:
+        """Reads every shard; raises LsemvaeError when the bytes of one have not the manifest's digest."""
+
+        def check(shard: Shard) -> None:
+            try:
+                content = self.storage.read_bytes(shard.path)
+            except FileNotFoundError:
+                raise self._damaged(shard, "it is gone") from None
+            if hashlib.sha256(content).hexdigest() != shard.digest:
+                raise self._damaged(shard, "its SHA-256 is another")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(check, self.manifest.shards))
 
     def require_label(self, name: str) -> str:
         """The column of a binary label; raises LsemvaeError when it is absent or has one class."""

@@ -4,10 +4,15 @@
 would use (environment, profile, role) and go to `AWS_ENDPOINT_URL` where that is set. One URI can say otherwise:
 `s3://physionet-open/mimic-iv-ecg/1.0?anonymous=true&endpoint=https://s3.amazonaws.com&region=us-east-1` reads a
 public bucket without credentials, wherever the other buckets are.
+
+What may pass (503, a connection that is reset, cut or silent) is tried again, AWS_MAX_ATTEMPTS times (7) in all, with
+growing random pauses: half a minute. What does not pass by waiting (403, 404) fails at once.
 """
 
 import os
+import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +21,12 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import LsemvaeError, StorageError
+
+CONNECT_TIMEOUT_S = 10
+REQUEST_TIMEOUT_S = 30
+"""A server that sends nothing for so long counts as silent."""
+MAX_ATTEMPTS = 7
 
 
 @dataclass(frozen=True)
@@ -76,37 +86,37 @@ class Storage:
         return Storage(f"s3://{parts.netloc}{parts.path.rstrip('/')}/{relative}{query}")
 
     def read_bytes(self, relative: str) -> bytes:
-        """Raises FileNotFoundError when it is absent, LsemvaeError when the place cannot be reached."""
-        if self.is_local:
-            return Path(self.path(relative)).read_bytes()
-        with self._explained(), self.filesystem.open_input_file(self.path(relative)) as stream:
-            return stream.read()
+        """Raises FileNotFoundError when it is absent, StorageError when the place fails."""
+        with explained(self._shown(relative)):
+            if self.is_local:
+                return Path(self.path(relative)).read_bytes()
+            with self.filesystem.open_input_file(self.path(relative)) as stream:
+                return stream.read()
 
     def write_bytes(self, relative: str, content: bytes) -> None:
-        """Whole or not at all: a reader never sees a part of it."""
-        with self._explained():
+        """Whole or not at all: a reader never sees a part of it. Raises StorageError."""
+        with explained(self._shown(relative)):
             if self.is_local:
-                target = Path(self.path(relative))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-                partial.write_bytes(content)
-                partial.replace(target)
+                _write_local(Path(self.path(relative)), content)
             else:  # an S3 object appears when its upload is complete
                 with self.filesystem.open_output_stream(self.path(relative)) as stream:
                     stream.write(content)
 
     def exists(self, relative: str = "") -> bool:
-        with self._explained():
+        with explained(self._shown(relative)):
             return self.filesystem.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
 
     def list(self, prefix: str = "", suffix: str | None = None) -> Iterator[str]:
         """Relative paths of the files below `prefix`, sorted; only those ending in `suffix` if given."""
         selector = pafs.FileSelector(self.path(prefix), recursive=True, allow_not_found=True)
-        with self._explained():
+        with explained(self._shown(prefix)):
             infos = self.filesystem.get_file_info(selector)
         start = len(self.base) + 1
         paths = (info.path[start:] for info in infos if info.type == pafs.FileType.File)
         yield from sorted(path for path in paths if suffix is None or path.endswith(suffix))
+
+    def _shown(self, relative: str) -> str:
+        return self.path(relative) if self.is_local else f"s3://{self.path(relative)}"
 
     def require(self) -> "Storage":
         """Itself; raises LsemvaeError when nothing is there."""
@@ -114,32 +124,52 @@ class Storage:
             raise LsemvaeError(f"{self.uri} does not exist: check the path or URI")
         return self
 
-    def _explained(self) -> "_Explained":
-        return _Explained(self.uri)
 
-
-class _Explained:
-    """Turns an object store's own error into one line that names the place and the mend."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError | pa.ArrowException) or isinstance(error, FileNotFoundError):
-            return
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turns a storage's own error into a StorageError: one line that names the place and the mend."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except (OSError, pa.ArrowException) as error:
         text = " ".join(str(error).split())
-        if "ACCESS_DENIED" in text or "403" in text or "SignatureDoesNotMatch" in text:
-            mend = "access denied: check the credentials, or add ?anonymous=true for a public bucket"
-        elif "NO_SUCH_BUCKET" in text or "bucket does not exist" in text.lower():
-            mend = "there is no such bucket"
-        elif isinstance(error, PermissionError):
-            mend = "permission denied"
-        else:
-            mend = text[:200]
-        raise LsemvaeError(f"{self._uri}: {mend}") from error
+        mend = next((mend for signs, mend in _MENDS if any(sign in text for sign in signs)), text[:300])
+        raise StorageError(f"{path}: {mend}", passing=mend not in _LASTING) from error
+
+
+_MENDS = [
+    (
+        # 400 without a body is what some servers answer to a request without credentials.
+        ("ACCESS_DENIED", "HTTP status 403", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "HTTP status 400"),
+        "access denied: check the credentials (AWS_ACCESS_KEY_ID, …), or add ?anonymous=true for a public bucket",
+    ),
+    (("NO_SUCH_BUCKET",), "there is no such bucket: check the name, or create it"),
+    (
+        ("NETWORK_CONNECTION", "REQUEST_TIMEOUT"),
+        "the object store does not answer, or breaks off: check the endpoint (AWS_ENDPOINT_URL) and the network",
+    ),
+    (
+        ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "HTTP status 503", "INTERNAL_FAILURE", "HTTP status 500"),
+        "the object store is overloaded: give the same command again later, or with fewer --threads",
+    ),
+    (("Permission denied",), "permission denied: check who may read and write it"),
+]
+_LASTING = {mend for signs, mend in _MENDS if {"ACCESS_DENIED", "NO_SUCH_BUCKET", "Permission denied"} & set(signs)}
+
+
+def _write_local(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a machine that loses power may keep the name without the content
+        partial.replace(target)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @lru_cache
@@ -155,10 +185,14 @@ def _s3_filesystem(anonymous: bool, endpoint: str | None, region: str | None) ->
         where = {"endpoint_override": parts.netloc or parts.path, "scheme": parts.scheme or "https"}
     if region or endpoint:
         where["region"] = region or "us-east-1"
+    if endpoint:  # Ceph and others do not know the trailing checksums that the AWS client sends by default
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     return pafs.S3FileSystem(
         anonymous=anonymous,
-        connect_timeout=10,
-        request_timeout=60,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(int(os.environ.get("AWS_MAX_ATTEMPTS", MAX_ATTEMPTS))),
+        # With True an upload that cannot begin would be closed, and so completed, with what was left in the buffer.
+        allow_delayed_open=False,
         **where,
     )

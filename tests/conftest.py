@@ -20,6 +20,7 @@ from pathlib import Path
 import boto3
 import demo
 import pytest
+import swift_server
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -73,8 +74,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     wait_for(f"{endpoint}/moto-api/", process, log)
     environment = {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ACCESS_KEY_ID": swift_server.ACCESS_KEY,  # the mock takes any
+        "AWS_SECRET_ACCESS_KEY": swift_server.SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     os.environ.update(environment)
@@ -83,6 +84,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     end_group(process)
     for key in environment:
         os.environ.pop(key)
+
+
+@pytest.fixture(scope="session")
+def object_store(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[swift_server.ObjectStore]:
+    """A production server with the bucket `ecg` -> use it by `?endpoint=`; `s3` has set the credentials of both."""
+    store = swift_server.start(tmp_path_factory.mktemp("swift"))
+    yield store
+    store.end()
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 import json
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.recipes import read_recipe
 
 Args = TypeVar("Args")
 
@@ -25,6 +27,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints boxes even when told to be silent
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a command, at once
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # Have glibc keep freed memory: every step allocates its gradients anew, and the page faults are a third of it.
@@ -42,28 +45,41 @@ def run_command(main: Callable[[Args], None], args_type: type[Args], default: Ar
     try:
         main(args)
     except LsemvaeError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _say_and_exit(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _say_and_exit(error: LsemvaeError) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def run_recipe_command(
     main: Callable[[Args], None], args_type: type[Args], recipes: Mapping[str, Any], **fixed: Any
 ) -> None:
-    """Like `run_command`, with the recipe's name as the first word: `COMMAND RECIPE [--field value …]`."""
+    """Like `run_command`, with the recipe as the first word: `COMMAND RECIPE [--field value …]`.
+
+    It is a recipe's name, or the path or s3:// URI of a recipe's JSON file.
+    """
     names = ", ".join(recipes)
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help", ""):
-        print(f"{sys.modules[main.__module__].__doc__}\nRecipes: {names}\n")
+        print(f"{sys.modules[main.__module__].__doc__}\nRecipes: {names}, or the path of a recipe's .json file\n")
         print(f"usage: {sys.argv[0]} RECIPE [options]      options: {sys.argv[0]} RECIPE --help")
         raise SystemExit(0 if name else 2)
-    if name not in recipes:
-        print(f"error: there is no recipe {name!r}: choose one of {names}", file=sys.stderr)
-        raise SystemExit(2)
+    try:
+        if name.endswith(".json"):
+            recipe = read_recipe(name, type(next(iter(recipes.values()))))
+        elif name in recipes:
+            recipe = recipes[name]
+        else:
+            raise LsemvaeError(f"there is no recipe {name!r}: choose one of {names}, or give a recipe's .json file")
+    except LsemvaeError as error:
+        _say_and_exit(error)
     del sys.argv[1]
     sys.argv[0] += f" {name}"
-    default = args_type(recipe=recipes[name], **{"data": tyro.MISSING, **fixed})
+    default = args_type(recipe=recipe, **{"data": tyro.MISSING, **fixed})
     run_command(main, args_type, default)
 
 
@@ -76,6 +92,8 @@ def start_ray(cpus: int = 4) -> None:
     import ray
     import ray.data
 
+    from lsemvae.tracking import tracking_uri
+
     if ray.is_initialized():
         return
     # What the job's own environment holds already must not be given again, Ray refuses even equal values.
@@ -87,6 +105,11 @@ def start_ray(cpus: int = 4) -> None:
         # Said outright, else Ray would join whatever cluster it finds traces of on this machine.
         where = {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
         where |= {"object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+        # Ray Train's clean-up looks for the cluster itself, and would find another one that runs on this machine.
+        os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
+        runtime_env["env_vars"]["RAY_ADDRESS"] = f"127.0.0.1:{os.environ['RAY_GCS_SERVER_PORT']}"
+        # Workers have folders of their own, and would each make a file of MLflow's there.
+        runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] = tracking_uri()
     try:
         ray.init(logging_level="ERROR", runtime_env=runtime_env, **where)
     except ConnectionError as error:
@@ -95,6 +118,12 @@ def start_ray(cpus: int = 4) -> None:
             "RAY_AUTH_MODE=token with the token if it wants one"
         ) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
 
 
 # No secret is among them: a job's environment is shown in Ray's dashboard. Nodes hold their own credentials.
@@ -111,6 +140,8 @@ _WORKERS_NEED = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
+    "AWS_MAX_ATTEMPTS",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
 )
 
 

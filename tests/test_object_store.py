@@ -1,0 +1,389 @@
+"""A production object store with faults between it and us: what passes is waited for, the rest is said at once.
+
+The server is OpenStack Swift. `Between` is a proxy of the test's own, which answers 503, resets or cuts connections,
+falls silent, or sends less than there is.
+"""
+
+import csv
+import hashlib
+import http.client
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, workflow
+from swift_server import BUCKET, ObjectStore
+
+from lsemvae import storage
+from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.leads import LEADS
+from lsemvae.record import Record
+from lsemvae.shards import MANIFEST, UNREADABLE, Manifest, Shard, ShardedDataset, pack, shard_bytes
+from lsemvae.storage import Storage
+
+ATTEMPTS = 3
+MULTIPART = 12 * 2**20  # two parts
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests of a method to a path with `part` in it, after `spared` of them."""
+
+    kind: str
+    times: int = 10**9
+    method: str = ""
+    part: str = ""
+    spared: int = 0
+
+
+class Between:
+    """A proxy in a thread of this process that passes requests on, and remembers them."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.silent = threading.Event()
+        self._release = threading.Event()
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, endpoint.removeprefix("http://")))
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # clients that are killed
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def uri(self, path: str) -> str:
+        return f"s3://{path}?endpoint={self.endpoint}"
+
+    def heal(self) -> None:
+        self.faults.clear()
+        self.requests.clear()
+        self._release.set()
+
+    def wait(self) -> None:
+        self.silent.set()
+        self._release.wait()
+
+    def close(self) -> None:
+        self._release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def meet(self, method: str, path: str, headers: dict[str, str]) -> str | None:
+        with self._lock:
+            self.requests.append((method, path, headers))
+            for fault in self.faults:
+                if fault.method in ("", method) and fault.part in path and fault.times:
+                    if fault.spared:
+                        fault.spared -= 1
+                        continue
+                    fault.times -= 1
+                    return fault.kind
+        return None
+
+
+def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def pass_on(self) -> None:
+            kind = between.meet(self.command, self.path, dict(self.headers))
+            body = self._body()
+            if kind == "503":
+                refusal = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>"
+                return self._answer(503, [], refusal)
+            if kind == "403":
+                return self._answer(403, [], b"<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
+            if kind == "silence":
+                between.wait()
+            if kind in ("reset", "silence"):
+                return self._reset()
+            upstream = http.client.HTTPConnection(server)
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("expect", "connection", "transfer-encoding", "content-length"):
+                    upstream.putheader(name, value)
+            upstream.putheader("Content-Length", str(len(body)))
+            upstream.endheaders(body)
+            answer = upstream.getresponse()
+            content, headers = answer.read(), answer.getheaders()
+            upstream.close()
+            half = content[: len(content) // 2]
+            if kind == "less":  # and a length that agrees with it
+                return self._answer(answer.status, headers, half)
+            if kind in ("cut", "reset in mid-body"):
+                self._answer(answer.status, headers, half, length=len(content))
+                return self._reset() if kind == "reset in mid-body" else self.wfile.flush()
+            return self._answer(answer.status, headers, content)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            chunks = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass
+            return b"".join(chunks)
+
+        def _answer(self, status: int, headers: list, content: bytes, length: int | None = None) -> None:
+            if self.command == "HEAD":
+                length = int(dict(headers).get("Content-Length", 0))
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+            self.close_connection = length is not None and self.command != "HEAD"
+
+        def _reset(self) -> None:
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
+
+
+@pytest.fixture
+def between(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Between]:
+    monkeypatch.setattr(storage, "MAX_ATTEMPTS", ATTEMPTS)
+    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1)
+    proxy = Between(object_store.endpoint)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def place(object_store: ObjectStore, tmp_path: Path) -> Storage:
+    """Straight to the server."""
+    return Storage.open(f"s3://{BUCKET}/{quote(tmp_path.name)}?endpoint={object_store.endpoint}")
+
+
+def through(between: Between, place: Storage) -> Storage:
+    return Storage.open(between.uri(place.base))
+
+
+def test_files_of_one_part_and_of_several(between, place):
+    content = {"small": os.urandom(1000), "large": os.urandom(MULTIPART), "empty": b""}
+    for name, whole in content.items():
+        through(between, place).write_bytes(f"a/{name}", whole)
+    assert list(place.list()) == [f"a/{name}" for name in sorted(content)]
+    for name, whole in content.items():
+        assert through(between, place).read_bytes(f"a/{name}") == whole
+    place.write_bytes("a/small", b"another")
+    assert place.read_bytes("a/small") == b"another"
+
+
+def test_a_listing_of_more_than_a_thousand(object_store, place):
+    client, prefix = object_store.client(), place.base.partition("/")[2]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: client.put_object(Bucket=BUCKET, Key=f"{prefix}/{i:04d}.hea", Body=b""), range(1003)))
+    assert list(place.list(suffix=".hea")) == [f"{i:04d}.hea" for i in range(1003)]
+
+
+WORKS = {
+    "read": ("GET", lambda there, content: there.read_bytes("x") == content),
+    "ask": ("HEAD", lambda there, content: there.exists("x")),
+    "list": ("GET", lambda there, content: list(there.list()) == ["x"]),
+    "write": ("PUT", lambda there, content: there.write_bytes("y", content) is None),
+    "write parts": ("PUT", lambda there, content: there.write_bytes("y", content * 40) is None),
+}
+FAULTS = [("503", work) for work in WORKS] + [("reset", "read"), ("reset", "write parts"), ("silence", "read")]
+FAULTS += [("cut", "read"), ("cut", "list"), ("reset in mid-body", "read")]
+
+
+@pytest.mark.parametrize(("kind", "work"), FAULTS)
+def test_what_may_pass_is_tried_again(between, place, kind, work):
+    content = os.urandom(300_000)
+    place.write_bytes("x", content)
+    method, do = WORKS[work]
+    between.faults = [Fault(kind, times=ATTEMPTS - 1 if kind != "silence" else 1, method=method)]
+    assert do(through(between, place), content)
+    assert between.faults[0].times == 0
+    if "write" in work:
+        assert place.read_bytes("y")[: len(content)] == content
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("503", "overloaded"), ("reset", "does not answer, or breaks off"), ("cut", "breaks off")]
+)
+def test_what_does_not_pass_ends_in_one_line(between, place, kind, says):
+    place.write_bytes("x", os.urandom(300_000))
+    between.faults = [Fault(kind, method="GET")]
+    with pytest.raises(StorageError, match=says) as raised:
+        through(between, place).read_bytes("x")
+    assert str(raised.value).startswith(f"s3://{place.base}/x: ")
+    # The connection that a reset broke had been used before, and curl opens another by itself.
+    assert ATTEMPTS <= sum(method == "GET" for method, _, _ in between.requests) <= ATTEMPTS + 1
+
+
+def test_a_shard_that_is_not_what_was_written_is_noticed(between, place):
+    """By its pages' checksums and its digest: pyarrow itself fills up what a lying server leaves out, with zeros."""
+    rng = np.random.default_rng(0)
+    signal_mv = {lead: rng.integers(-500, 500, 5000) / 200 for lead in LEADS}
+    rows = [pack(Record.from_leads(signal_mv, 500, record_id=f"r{i}")) for i in range(8)]
+    content = shard_bytes(rows, [], {"plan": "x"})
+    shard = Shard("train-0.parquet", "train", 8, len(content), hashlib.sha256(content).hexdigest())
+    place.write_bytes(MANIFEST, Manifest("here", "folder", "x", 8, 8, 0, {}, [shard]).to_json().encode())
+    place.write_bytes(shard.path, content)
+    data = ShardedDataset.open(through(between, place).uri)
+    data.verify()
+    assert data.read(["record_id", "signal"])["record_id"].to_pylist() == [f"r{i}" for i in range(8)]
+    between.faults = [Fault("less", method="GET", part=".parquet")]
+    for look in (data.verify, lambda: data.read(["record_id", "signal"])):
+        with pytest.raises(LsemvaeError, match=r"train-0.parquet .* ingest again"):
+            look()
+
+
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [
+        (1000, Fault("503", method="PUT")),
+        (1000, Fault("503", method="POST", part="uploadId")),
+        (MULTIPART, Fault("503", method="POST", part="?uploads")),
+        (MULTIPART, Fault("reset", method="PUT", part="partNumber=2")),
+        (MULTIPART, Fault("503", method="POST", part="uploadId")),
+    ],
+    ids=["small", "complete small", "begin", "second part", "complete"],
+)
+def test_an_upload_that_fails_leaves_nothing_to_read(between, place, size, fault):
+    place.write_bytes("old", b"old")
+    for name in ("new", "old"):
+        between.faults = [Fault(**vars(fault))]
+        with pytest.raises(StorageError):
+            through(between, place).write_bytes(name, os.urandom(size))
+    assert list(place.list()) == ["old"]
+    assert place.read_bytes("old") == b"old"
+
+
+def test_wrong_credentials_and_absent_buckets_fail_at_the_first_answer(between, place, monkeypatch):
+    place.write_bytes("x", b"x")
+    absent = Storage.open(between.uri("no-such-bucket/x"))
+    with pytest.raises(StorageError, match="there is no such bucket"):
+        absent.write_bytes("x", b"x")
+    with pytest.raises(LsemvaeError, match="does not exist"):
+        absent.require()
+    between.heal()
+    anonymous = Storage.open(f"{through(between, place).uri}&anonymous=true")
+    with pytest.raises(StorageError, match="access denied"):  # Swift wants every S3 request signed
+        anonymous.read_bytes("x")
+    assert len(between.requests) == 1 and "authorization" not in between.requests[0][2]
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage._s3_filesystem.cache_clear()
+    wrong = through(between, place)
+    for work in (lambda: wrong.read_bytes("x"), lambda: wrong.write_bytes("y", b""), lambda: wrong.exists("x"),
+                 lambda: list(wrong.list()), wrong.require):  # fmt: skip
+        between.requests.clear()
+        with pytest.raises(StorageError, match="access denied: check the credentials"):
+            work()
+        assert len(between.requests) == 1 and "authorization" in between.requests[0][2]
+    between.requests.clear()
+    done = workflow("ingest", "--source", wrong.uri, "--output", wrong.uri, check=False)
+    assert done.returncode == 2 and len(between.requests) == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: s3://") and "access denied" in line
+    storage._s3_filesystem.cache_clear()
+
+
+# --- ingest ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recordings(cohort: Path, place: Storage, tmp_path: Path) -> pd.DataFrame:
+    """The first 48 recordings of the cohort in the object store."""
+    listed = pd.read_csv(cohort / "record_list.csv", dtype=str).head(48)
+    listed.to_csv(tmp_path / "record_list.csv", index=False)
+    place.write_bytes("source/record_list.csv", (tmp_path / "record_list.csv").read_bytes())
+    files = [path + suffix for path in listed["path"] for suffix in (".hea", ".dat")]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: place.write_bytes(f"source/{name}", (cohort / name).read_bytes()), files))
+    return listed
+
+
+def arguments(between: Between, place: Storage, output: str) -> list[str]:
+    there = through(between, place)
+    return ["--source", (there / "source").uri, "--output", (there / output).uri, "--shard-records", "8",
+            "--val-share", "0.2", "--threads", "2"]  # fmt: skip
+
+
+def fetched(between: Between) -> Counter[str]:
+    """How often each signal file was asked for."""
+    asked = (path.partition("/source/")[2].split("?")[0] for method, path, _ in between.requests if method == "GET")
+    return Counter(name for name in asked if name.endswith(".dat"))
+
+
+@pytest.mark.ray
+def test_a_killed_ingest_goes_on_and_reads_nothing_twice(ray_cluster, between, place, recordings):
+    """SIGKILL while reads hang; then the same command, through bursts of 503 and broken connections."""
+    between.faults = [Fault("silence", method="GET", part=".dat", spared=40)]
+    command = [sys.executable, str(ROOT / "workflows" / "ingest.py"), *arguments(between, place, "shards")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    between.silent.wait()
+    while not (finished := list(place.list("shards", ".parquet"))):  # four tasks at most have not all they need
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not place.exists(f"shards/{MANIFEST}")
+    whole = {name: place.read_bytes(name) for name in finished}
+
+    between.heal()
+    between.faults = [
+        Fault("503", times=6, method="GET", part=".dat"),
+        Fault("reset in mid-body", times=2, method="GET", part=".hea"),
+    ]
+    workflow("ingest", *arguments(between, place, "shards"))
+    assert [fault.times for fault in between.faults] == [0, 0]
+    assert {name: place.read_bytes(name) for name in finished} == whole
+    data = ShardedDataset.open((place / "shards").uri)
+    data.verify()
+    table = data.read(["record_id", "path"])
+    assert sorted(table["record_id"].to_pylist()) == sorted(recordings["study_id"])
+    again = fetched(between)
+    assert again
+    for shard in data.manifest.shards:
+        if f"shards/{shard.path}" in finished:
+            rows = ShardedDataset(data.storage, replace(data.manifest, shards=[shard])).read(["path"])
+            assert not {f"{path}.dat" for path in rows["path"].to_pylist()} & again.keys()
+
+
+@pytest.mark.ray
+def test_a_store_that_fails_in_mid_run_is_not_an_unreadable_recording(
+    ray_cluster, object_store, between, place, recordings
+):
+    missing = recordings["path"][7]
+    object_store.client().delete_object(Bucket=BUCKET, Key=f"{place.base.partition('/')[2]}/source/{missing}.dat")
+    between.faults = [Fault("503", method="GET", part=".dat", spared=20)]
+    failed = workflow("ingest", *arguments(between, place, "out"), check=False, AWS_MAX_ATTEMPTS="2")
+    assert failed.returncode == 2, failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: s3://") and "overloaded" in last and "the same command again goes on" in last
+    assert not place.exists(f"out/{UNREADABLE}") and not place.exists(f"out/{MANIFEST}")
+    between.heal()
+    assert "47 recordings" in workflow("ingest", *arguments(between, place, "out")).stdout
+    listed = list(csv.DictReader(place.read_bytes(f"out/{UNREADABLE}").decode().splitlines()))
+    assert [(row["path"], row["code"]) for row in listed] == [(missing, "missing_file")]
