@@ -1,12 +1,13 @@
 """A trained model is a directory, the bundle: `config.json` and `model.safetensors`. Nothing is pickled.
 
 Checkpoints, MLflow versions, batch scoring and Serve all use it. `config.json` carries the architecture, the
-preprocessing with its version, leads, task, threshold and provenance, and the SHA-256 of the weights; its own
-SHA-256 is the bundle's digest, so one digest names everything that decides a score.
+preprocessing with its version, leads, task, threshold, calibration, the score of an example and provenance, and the
+SHA-256 of the weights; its own SHA-256 is the bundle's digest, so one digest names everything that decides a score.
 """
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,19 +23,54 @@ from torch import nn
 
 from lsemvae import __version__
 from lsemvae.errors import BundleError, LsemvaeError, Refused
-from lsemvae.leads import in_order
+from lsemvae.leads import LEADS, in_order
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
 from lsemvae.preprocess import Prepared, PreprocessConfig, preprocess_signals, windows
 from lsemvae.record import Record
+from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EXAMPLE_TOLERANCE = 1e-4
+"""Other processors and thread numbers move a score by 1e-6; other preprocessing or arithmetic by more than this."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """score -> probability, by Platt's sigmoid: logit(probability) = slope * logit(score) + intercept.
+
+    The slope is above 0, so the order of recordings, and with it AUROC and every decision, stays as it was.
+    """
+
+    slope: float
+    intercept: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.slope) and self.slope > 0 and math.isfinite(self.intercept)):
+            raise LsemvaeError(
+                f"calibration has slope {self.slope!r} and intercept {self.intercept!r}: give two finite numbers, the "
+                "slope above 0"
+            )
+
+    def probability(self, score: np.ndarray | float) -> np.ndarray:
+        """Scores between 0 and 1, of any shape -> probabilities of that shape."""
+        return np.exp(-np.logaddexp(0.0, -(self.slope * logit(score) + self.intercept)))
+
+
+def logit(score: np.ndarray | float) -> np.ndarray:
+    """ln(score / (1 - score)). A float32 score may be 0 or 1: there it ends at +-16."""
+    score = np.clip(np.asarray(score, dtype=np.float64), 1e-7, 1 - 1e-7)
+    return np.log(score) - np.log1p(-score)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `config.json` says. `task` and `threshold` are None for a pre-trained encoder."""
+    """What `config.json` says. `task` and `threshold` are None for a pre-trained encoder.
+
+    `calibration` is None where there is none. `example` is the score of `example_record` when the bundle was saved:
+    None for an encoder, and in bundles older than it.
+    """
 
     architecture: str
     config: dict[str, Any]
@@ -42,6 +78,8 @@ class Bundle:
     preprocess: PreprocessConfig
     task: str | None = None
     threshold: float | None = None
+    calibration: Calibration | None = None
+    example: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     digest: str = ""
@@ -54,7 +92,10 @@ class Bundle:
 
 
 def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
-    """Writes the directory in one step (an old one of that name is replaced) -> the bundle with its digest."""
+    """Writes the directory in one step (an old one of that name is replaced) -> the bundle with its digest.
+
+    What has a task is loaded again and scores the example, which is stored with it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -70,11 +111,16 @@ def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
             "preprocess_version": PREPROCESS_VERSION,
             "task": bundle.task,
             "threshold": bundle.threshold,
+            "calibration": asdict(bundle.calibration) if bundle.calibration else None,
+            "example": None,
             "provenance": bundle.provenance,
             "weights_sha256": _sha256(partial / WEIGHTS),
         }
-        text = json.dumps(content, indent=2, sort_keys=True)
-        (partial / CONFIG).write_text(text)
+        (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True))
+        if bundle.task is not None:
+            content["example"] = Scorer(partial).score([example_record()])[0].score
+            (partial / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True))
+        saved = describe(partial)
         partial.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -82,7 +128,7 @@ def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return describe(folder)
+    return saved
 
 
 def describe(folder: Path) -> Bundle:
@@ -112,9 +158,13 @@ def describe(folder: Path) -> Bundle:
         raise BundleError(f"{path}: unknown preprocessing setting {', '.join(unknown)}")
     try:
         leads, settings = in_order(content["leads"]), PreprocessConfig(**content["preprocess"])
+        calibration = Calibration(**content["calibration"]) if content.get("calibration") else None
         config_from(content["architecture"], content["config"])
     except (LsemvaeError, TypeError) as error:
         raise BundleError(f"{path}: {error}") from None
+    example = content.get("example")
+    if not (example is None or (isinstance(example, float) and 0 <= example <= 1)):
+        raise BundleError(f"{path}: the score of the example is {example!r}, must be between 0 and 1")
     return Bundle(
         architecture=content["architecture"],
         config=content["config"],
@@ -122,6 +172,8 @@ def describe(folder: Path) -> Bundle:
         preprocess=settings,
         task=content.get("task"),
         threshold=content.get("threshold"),
+        calibration=calibration,
+        example=example,
         provenance=content.get("provenance", {}),
         weights_sha256=content["weights_sha256"],
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -164,12 +216,26 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """The answer for one recording: a score, or the reason why there is none."""
+    """The answer for one recording: a score, or the reason why there is none.
+
+    `probability` is the calibrated score, None where the bundle has no calibration.
+    """
 
     score: float | None
     decision: bool | None
     leads_used: tuple[str, ...]
     refused: Refused | None = None
+    probability: float | None = None
+
+
+def example_record() -> Record:
+    """The recording whose score a bundle keeps: 12 leads, 10 s, no noise, some overload of the right heart.
+
+    Bundles hold its score, so it must stay what it is for ever.
+    """
+    quiet = EcgParameters(severity=0.8, heart_rate_bpm=66.0, noise_mv=(0.0,) * 5)
+    signal_mv_LT, _ = simulate_ecg(quiet, np.random.default_rng(20503))
+    return Record.from_leads(dict(zip(LEADS, signal_mv_LT.astype(np.float32), strict=True)), RATE_HZ)
 
 
 CHUNK = 64  # recordings in one pass: larger ones only cost memory
@@ -182,7 +248,20 @@ class Scorer:
         self.bundle, self._model = load(folder, device)
         if self.bundle.task is None:
             raise BundleError(f"{folder} is a pre-trained encoder, it has no task: fine-tune it first")
-        self._device = device
+        self._folder, self._device = folder, device
+        if device != "cpu":  # TF32 would move scores by more than versions of torch do
+            torch.backends.cudnn.allow_tf32 = False
+
+    def check_example(self) -> None:
+        """Raises BundleError when the example's score is no longer the stored one; without a stored one nothing."""
+        if self.bundle.example is None:
+            return
+        score = self.score([example_record()])[0].score
+        if score is None or not abs(score - self.bundle.example) <= EXAMPLE_TOLERANCE:
+            raise BundleError(
+                f"{self._folder} scores its example {score}, and {self.bundle.example} when it was saved: the versions "
+                "of lsemvae, torch or numpy here are not those that made it, or it was altered"
+            )
 
     def score(self, records: Sequence[Record]) -> list[Score]:
         """One `Score` for each record, in order. Leads are taken by name; those the bundle lacks are not used."""
@@ -214,10 +293,15 @@ class Scorer:
             return of_windows[0]
         score = float(np.mean([answer.score for answer in accepted]))
         used = {lead for answer in accepted for lead in answer.leads_used}
-        return Score(score, score >= self._threshold, tuple(lead for lead in self.bundle.leads if lead in used))
+        return self._scored(score, tuple(lead for lead in self.bundle.leads if lead in used))
+
+    def _scored(self, score: float, leads_used: tuple[str, ...]) -> Score:
+        calibration = self.bundle.calibration
+        probability = float(calibration.probability(score)) if calibration else None
+        return Score(score, score >= self.threshold, leads_used, probability=probability)
 
     @property
-    def _threshold(self) -> float:
+    def threshold(self) -> float:
         return self.bundle.threshold if self.bundle.threshold is not None else 0.5
 
     def _answers(self, prepared: Prepared) -> list[Score]:
@@ -236,5 +320,5 @@ class Scorer:
                 answers.append(Score(None, None, (), reason))
                 continue
             used = tuple(lead for lead, usable in zip(self.bundle.leads, mask_L, strict=True) if usable)
-            answers.append(Score(float(score), bool(score >= self._threshold), used))
+            answers.append(self._scored(float(score), used))
         return answers

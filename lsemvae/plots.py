@@ -195,7 +195,7 @@ def reconstructions(
     seconds: float = 4.0,
 ) -> None:
     """Recordings (columns) by lead (rows): what went in, in grey, and what came out, in red."""
-    shown = int(seconds * rate_hz)
+    shown = min(int(seconds * rate_hz), x_BLT.shape[-1])
     time_s_T = np.arange(shown) / rate_hz
     columns = len(x_BLT)
     figure = Figure(figsize=(5.2 * columns, 0.95 * len(leads) + 0.8), layout="constrained")
@@ -266,9 +266,9 @@ def grid_search(
         for group in dict.fromkeys(others):
             rows = sorted((row for row, other in enumerate(others) if other == group), key=lambda row: x_N[row])
             panel.plot(x_N[rows], value_N[rows], color="0.8", linewidth=1, zorder=1)
-        panel.scatter(x_N[~dead], value_N[~dead], color="#2f5d8a", zorder=2, label="trial")
-        if dead.any():
-            panel.scatter(x_N[dead], value_N[dead], color="#c0392b", marker="x", zorder=2, label="collapsed")
+        for shown, color, marker, kind in ((~dead, "#2f5d8a", "o", "trial"), (dead, "#c0392b", "x", "collapsed")):
+            if shown.any():
+                panel.scatter(x_N[shown], value_N[shown], color=color, marker=marker, zorder=2, label=kind)
         if best is not None:
             panel.scatter(
                 x_N[best], value_N[best], s=150, facecolor="none", edgecolor="#2e8b57", linewidth=1.8, label="best"

@@ -7,6 +7,7 @@ because tracking is down: what cannot be logged is said once and left out. Regis
 import logging
 import math
 import os
+import re
 import tempfile
 import threading
 import time
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
+from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
+def shown(text: str) -> str:
+    """The text, for people and logs, without the user and password of a URL in it."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
 def _client() -> MlflowClient:
     # MLflow itself tries for minutes by default; a user should hear sooner that no server is there.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -52,8 +58,7 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        first_line = str(error).splitlines()[0][:200]
-        raise LsemvaeError(f"{what} failed at {tracking_uri()}: {first_line}") from error
+        raise LsemvaeError(shown(f"{what} failed at {tracking_uri()}: {str(error).splitlines()[0][:200]}")) from error
 
 
 class Run:
@@ -68,8 +73,19 @@ class Run:
         self._not_before = 0.0
 
     @classmethod
-    def start(cls, experiment: str, name: str, params: Mapping[str, Any], *, resume: str | None = None) -> "Run":
-        """A new run, or the unfinished or finished one with the id `resume` if it is still there."""
+    def start(
+        cls,
+        experiment: str,
+        name: str,
+        params: Mapping[str, Any],
+        *,
+        resume: str | None = None,
+        parent: str | None = None,
+    ) -> "Run":
+        """A new run, or the unfinished or finished one with the id `resume` if it is still there.
+
+        It is shown below the run with the id `parent`.
+        """
         client = _client()
         with _explained("starting an MLflow run"):
             if resume:
@@ -80,7 +96,8 @@ class Run:
                     log.warning(f"MLflow run {resume} is gone: starting a new one")
             found = client.get_experiment_by_name(experiment)
             experiment_id = found.experiment_id if found else _create_experiment(client, experiment)
-            run = client.create_run(experiment_id, run_name=name)
+            tags = {"mlflow.parentRunId": parent} if parent else {}
+            run = client.create_run(experiment_id, run_name=name, tags=tags)
             # A batch takes at most 100 parameters, each at most 6,000 characters.
             entries = [Param(key, str(value)[:500]) for key, value in flatten(params).items()]
             for start in range(0, len(entries), 100):
@@ -124,6 +141,10 @@ class Run:
     def tags(self, values: Mapping[str, str]) -> None:
         self._try(lambda: self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()]))
 
+    def status(self, status: str) -> None:
+        """RUNNING, SCHEDULED …; for those that end a run see `end`."""
+        self._try(lambda: self._client.update_run(self.run_id, status))
+
     def file(self, path: Path, folder: str = "") -> None:
         self._try(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
 
@@ -148,7 +169,7 @@ class Run:
 
     @property
     def url(self) -> str:
-        uri = tracking_uri()
+        uri = shown(tracking_uri())
         if not uri.startswith("http"):
             return f"run {self.run_id} in {uri}"
         experiment_id = self._client.get_run(self.run_id).info.experiment_id
@@ -159,7 +180,7 @@ class Run:
             call()
         except (MlflowException, OSError) as error:
             if not self._quiet:
-                log.warning(f"MLflow cannot be written to, going on without: {str(error).splitlines()[0][:200]}")
+                log.warning(f"MLflow cannot be written to, going on without: {shown(str(error).splitlines()[0][:200])}")
             self._quiet = True
             return False
         self._quiet = False
@@ -207,32 +228,80 @@ class FetchedBundle:
     version: int | None = None
 
 
-def resolve(model: str) -> tuple[str, int]:
-    """`models:/NAME@alias` or `models:/NAME/3` -> (name, version); raises LsemvaeError naming what is absent."""
+@dataclass(frozen=True)
+class Version:
+    """A registered version. `source` is where its files are: unlike the number, no other server has the same.
+
+    `digest` is what it was registered with, None where that was not by `Run.register`.
+    """
+
+    name: str
+    number: int
+    source: str
+    digest: str | None = None
+
+
+def parse_model(model: str) -> tuple[str, str | None, int | None]:
+    """`models:/NAME@alias` or `models:/NAME/3` -> (name, alias or None, number or None); raises LsemvaeError."""
     reference = model.removeprefix("models:/")
+    name, _, alias = reference.rpartition("@")
+    if name and alias:
+        return name, alias, None
+    name, _, number = reference.partition("/")
+    if not name or not number.isdecimal():
+        raise LsemvaeError(f"{model!r} is no model: write models:/NAME@alias or models:/NAME/VERSION")
+    return name, None, int(number)
+
+
+def locate(model: str) -> Version:
+    """The version that `models:/NAME@alias` or `models:/NAME/3` is now; raises LsemvaeError naming what is absent."""
+    name, alias, number = parse_model(model)
     client = _client()
-    if "@" in reference:
-        name, alias = reference.rsplit("@", 1)
-        try:
-            return name, int(client.get_model_version_by_alias(name, alias).version)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise LsemvaeError(
-                    f"{tracking_uri()} has no model {name!r} with alias {alias!r}: fine-tune it, then "
-                    f"`python workflows/promote.py --name {name}`, or set the alias in the MLflow UI"
-                ) from None
+    try:
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, str(number))
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             with _explained(f"looking up {model}"):
                 raise
-    name, _, version = reference.partition("/")
-    if not version.isdigit():
-        raise LsemvaeError(f"{model!r} is no model: write models:/NAME@alias or models:/NAME/VERSION")
-    try:
-        return name, int(client.get_model_version(name, version).version)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise LsemvaeError(f"{tracking_uri()} has no version {version} of model {name!r}") from None
-        with _explained(f"looking up {model}"):
-            raise
+        if alias:
+            raise LsemvaeError(
+                f"{shown(tracking_uri())} has no model {name!r} with alias {alias!r}: fine-tune it, then "
+                f"`python workflows/promote.py --name {name}`, or set the alias in the MLflow UI"
+            ) from None
+        raise LsemvaeError(f"{shown(tracking_uri())} has no version {number} of model {name!r}") from None
+    return Version(name, int(found.version), found.source, found.tags.get("digest"))
+
+
+def resolve(model: str) -> tuple[str, int]:
+    """`models:/NAME@alias` or `models:/NAME/3` -> (name, version); raises LsemvaeError naming what is absent."""
+    version = locate(model)
+    return version.name, version.number
+
+
+def download(version: Version, folder: Path) -> Path:
+    """The version's bundle, in `folder`.
+
+    Raises BundleError, before anything is fetched, when the version is not exactly the two files of a bundle: what
+    else is there, pickles for one, is never on this machine. And when its digest is not what was registered.
+    """
+    from lsemvae.bundle import CONFIG, WEIGHTS, describe  # torch, which promoting needs not
+
+    what = f"models:/{version.name}/{version.number}"
+    with _explained(f"fetching {what}"):
+        source = _client().get_model_version_download_uri(version.name, str(version.number))
+        files = {item.path.rsplit("/", 1)[-1] for item in list_artifacts(source, tracking_uri=tracking_uri())}
+        if files != {CONFIG, WEIGHTS}:
+            raise BundleError(
+                f"{what} is no bundle: it holds {', '.join(sorted(files)[:10]) or 'nothing'}, must hold {CONFIG} and "
+                f"{WEIGHTS} and nothing else"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG, WEIGHTS):
+            download_artifacts(f"{source}/{name}", dst_path=str(folder), tracking_uri=tracking_uri())
+    digest = describe(folder).digest
+    if version.digest not in (None, digest):
+        raise BundleError(f"{what} has digest {digest}, was registered with {version.digest}: its {CONFIG} was altered")
+    return folder
 
 
 def fetch(model: str, folder: Path | None = None) -> FetchedBundle:
@@ -249,13 +318,10 @@ def fetch(model: str, folder: Path | None = None) -> FetchedBundle:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             (target / path).write_bytes(storage.read_bytes(path))
         return FetchedBundle(target)
-    name, version = resolve(model)
-    with _explained(f"fetching {model}"):
-        target = folder or Path(tempfile.mkdtemp(prefix="lsemvae-"))
-        target.mkdir(parents=True, exist_ok=True)
-        source = _client().get_model_version_download_uri(name, str(version))
-        local = download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=tracking_uri())
-    return FetchedBundle(Path(local), name, version)
+    version = locate(model)
+    return FetchedBundle(
+        download(version, folder or Path(tempfile.mkdtemp(prefix="lsemvae-"))), version.name, version.number
+    )
 
 
 def promote(name: str, source: str = CANDIDATE, target: str = CHAMPION) -> tuple[int, int | None]:

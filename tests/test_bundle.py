@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lsemvae import bundle as bundles
-from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Scorer
+from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Scorer, example_record
 from lsemvae.errors import BundleError
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import ARCHITECTURES, build
@@ -21,6 +23,7 @@ from lsemvae.simulate import EcgParameters, simulate_ecg
 
 SMALL = LSEMVAEConfig(latent=4, channels=(2, 3, 4))
 CONFIGS = [SMALL, ClassifierConfig(encoder=SMALL, hidden=8)]
+CALIBRATION = Calibration(slope=2.5, intercept=-0.75)
 
 
 def records(count: int, seed: int = 0) -> list[Record]:
@@ -32,8 +35,8 @@ def records(count: int, seed: int = 0) -> list[Record]:
 def save(folder: Path, config: object = CONFIGS[1], leads: tuple[str, ...] = LIMB_LEADS) -> Bundle:
     torch.manual_seed(1)
     model = build(config, leads)
-    described = Bundle.of(model, PreprocessConfig(), task="ph", threshold=0.5, provenance={"data": "made up"})
-    return bundles.save(described, model, folder)
+    rest = {"task": "ph", "threshold": 0.5, "calibration": CALIBRATION} if config is not SMALL else {}
+    return bundles.save(Bundle.of(model, PreprocessConfig(), provenance={"data": "made up"}, **rest), model, folder)
 
 
 def test_every_architecture_is_tested_here():
@@ -106,6 +109,13 @@ def tensors(change):
         (edit("preprocess_version", 99), "preprocessing version 99"),
         (edit("preprocess", {"rate_hz": 500, "blur": 3}), "blur"),
         (edit("config", {"hidden": 8}), "lacks"),
+        (edit("calibration", {"slope": -1.0, "intercept": 0.0}), "slope -1.0"),
+        (edit("calibration", {"slope": 1.0, "intercept": float("nan")}), "intercept nan"),
+        (edit("calibration", {"slope": 1.0}), "intercept"),
+        (edit("calibration", {"slope": "steep", "intercept": 0.0}), "real number"),
+        (edit("calibration", [1.0, 0.0]), "must be a mapping"),
+        (edit("example", 1.5), "example is 1.5"),
+        (edit("example", float("nan")), "example is nan"),
         (tensors(lambda state: state.pop("head.fc2.bias")), "lacks 'head.fc2.bias'"),
         (tensors(lambda state: state.update(extra=torch.zeros(1))), "has 'extra'"),
         (tensors(lambda state: state.update({"head.fc2.bias": torch.zeros(2)})), r"is \[2\], must be \[1\]"),
@@ -206,3 +216,99 @@ def test_a_classifier_made_from_an_encoder_keeps_its_embeddings(tmp_path: Path):
         torch.testing.assert_close(
             loaded.embed(x_BLT[:, :6], mask_BL[:, :6]), encoder.embed(x_BLT, mask_BL)[:, : 6 * SMALL.latent]
         )
+
+
+def test_a_bundle_knows_the_score_of_its_example(tmp_path: Path):
+    saved = save(tmp_path / "b")
+    scorer = Scorer(tmp_path / "b")
+    assert saved.example == scorer.bundle.example == pytest.approx(scorer.score([example_record()])[0].score, abs=1e-6)
+    scorer.check_example()
+    edit("example", saved.example + 2e-4)(tmp_path / "b")
+    with pytest.raises(BundleError, match="scores its example"):
+        Scorer(tmp_path / "b").check_example()
+
+
+@pytest.mark.parametrize("changed", [{"highpass_hz": 1.0}, {"scale": "lead"}, {"min_std_mv": 5.0}])
+def test_the_example_finds_other_preprocessing(changed: dict, tmp_path: Path):
+    """As if the code had changed and not the version: the same weights on an otherwise prepared signal."""
+    save(tmp_path / "b")
+    content = json.loads((tmp_path / "b" / CONFIG).read_text())
+    edit("preprocess", content["preprocess"] | changed)(tmp_path / "b")
+    with pytest.raises(BundleError, match="scores its example"):
+        Scorer(tmp_path / "b").check_example()
+
+
+def test_bundles_of_before_calibration_and_example_still_score(tmp_path: Path):
+    save(tmp_path / "b")
+    with_both = Scorer(tmp_path / "b").score(records(1))[0]
+    edit("calibration", None)(tmp_path / "b")
+    edit("example", None)(tmp_path / "b")
+    old = Scorer(tmp_path / "b")
+    old.check_example()
+    assert (old.bundle.calibration, old.bundle.example) == (None, None)
+    (answer,) = old.score(records(1))
+    assert (answer.score, answer.probability) == (with_both.score, None)
+    assert save(tmp_path / "encoder", SMALL).example is None
+
+
+EXAMPLE_MEAN_MV = [
+    0.042057,
+    0.071695,
+    0.040376,
+    0.05581,
+    0.026735,
+    0.053237,
+    0.044373,
+    0.025317,
+    0.081726,
+    0.10646,
+    0.099181,
+    0.073417,
+]
+EXAMPLE_PEAK_MV = [
+    0.463002,
+    1.130505,
+    0.678425,
+    0.298687,
+    0.065058,
+    0.902637,
+    0.276744,
+    0.330101,
+    0.890841,
+    1.307541,
+    1.262864,
+    0.946927,
+]
+
+
+def test_the_example_is_for_ever():
+    """Every bundle holds the score of this recording. If this fails, a change has made all of them invalid."""
+    record = example_record()
+    assert record.leads == LEADS and record.rate_hz == 500 and record.signal_mv_LT.shape == (12, 5000)
+    np.testing.assert_allclose(np.abs(record.signal_mv_LT).mean(axis=1), EXAMPLE_MEAN_MV, atol=2e-6)
+    np.testing.assert_allclose(record.signal_mv_LT.max(axis=1), EXAMPLE_PEAK_MV, atol=2e-6)
+    assert int(record.signal_mv_LT[1].argmax()) == 3297
+
+
+def test_a_probability_is_the_calibrated_score_and_moves_no_decision(tmp_path: Path):
+    save(tmp_path / "b")
+    answers = Scorer(tmp_path / "b").score(records(6))
+    for answer in answers:
+        odds = (answer.score / (1 - answer.score)) ** 2.5 * np.exp(-0.75)
+        assert answer.probability == pytest.approx(odds / (1 + odds), rel=1e-6)
+        assert answer.decision is (answer.score >= 0.5)
+    assert np.argsort([a.score for a in answers]).tolist() == np.argsort([a.probability for a in answers]).tolist()
+    (refused,) = Scorer(tmp_path / "b").score([Record.from_leads({"V1": np.zeros(5000)}, 500)])
+    assert refused.probability is None
+
+
+@settings(max_examples=50)
+@given(
+    scores=st.lists(st.floats(0, 1, width=32), min_size=2, max_size=20),
+    slope=st.floats(0.01, 20),
+    intercept=st.floats(-20, 20),
+)
+def test_calibration_keeps_the_order_of_any_scores(scores: list[float], slope: float, intercept: float):
+    probability = Calibration(slope, intercept).probability(np.array(sorted(scores)))
+    assert ((probability >= 0) & (probability <= 1)).all()
+    assert (np.diff(probability) >= 0).all()

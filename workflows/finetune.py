@@ -1,7 +1,8 @@
 """Fine-tune: a head on a frozen encoder's embeddings, cross-validated by Ray Tune, refit, and registered.
 
 Out-of-fold results stand beside two rows that are always there: the naive score (the label's mean) and the same
-head on an untrained encoder. Folds are stratified by label and keep each subject's recordings together.
+head on an untrained encoder. Folds are stratified by label and keep each subject's recordings together. The model's
+probability is its score, calibrated on the out-of-fold scores.
 """
 
 import tempfile
@@ -18,7 +19,7 @@ from command import run_recipe_command, start_ray
 from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
-from lsemvae import __version__, plots
+from lsemvae import __version__, calibration, plots
 from lsemvae.bundle import Bundle, load, save
 from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
@@ -115,6 +116,8 @@ def main(args: Args) -> None:
     try:
         scores, by_fold = cross_validate(embedded, folds, args, run.run_id)
         results = summarise(embedded, scores, folds, recipe)
+        errors, diagrams = reliability(embedded, scores, folds)
+        fitted = calibration.fit(embedded.y_B, scores[ENCODER], calibration.subject_weights(embedded.subject_B))
         head = train_head(embedded.h_BF[ENCODER], embedded.lead_mask_BL, embedded.y_B, recipe)
     except BaseException:
         run.end("FAILED")
@@ -127,6 +130,7 @@ def main(args: Args) -> None:
         bundle.preprocess,
         task=args.task,
         threshold=threshold,
+        calibration=fitted,
         provenance={
             "recipe": asdict(recipe),
             "data": {
@@ -140,7 +144,7 @@ def main(args: Args) -> None:
             "lsemvae": __version__,
         },
     )
-    table = as_table(results, by_fold)
+    table = as_table(results, errors, by_fold)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +154,9 @@ def main(args: Args) -> None:
             f"{args.task}, {lead_set_name(leads)}: {len(embedded.y_B)} recordings, {int(embedded.y_B.sum())} positive"
         )
         plots.discrimination(embedded.y_B, scores, folder / "curves.png", title)
+        plots.reliability(diagrams, folder / "reliability.png", title)
         saved = save(described, classifier, folder / "bundle")
-        for name in ("results.csv", "scores.csv", "curves.png"):
+        for name in ("results.csv", "scores.csv", "curves.png", "reliability.png"):
             run.file(folder / name)
         run.bundle(folder / "bundle")
     run.metrics(
@@ -162,6 +167,13 @@ def main(args: Args) -> None:
             for suffix, value in (("", estimate.value), (".low", estimate.low), (".high", estimate.high))
         }
     )
+    run.metrics(
+        {
+            f"{row}.{name.lower()}".replace(" ", "_"): value
+            for row, values in errors.items()
+            for name, value in values.items()
+        }
+    )
     version = run.register(model_name, {"digest": saved.digest, "task": args.task, "leads": ",".join(leads)}, CANDIDATE)
     run.end()
 
@@ -169,6 +181,10 @@ def main(args: Args) -> None:
     print(table.to_string(index=False))
     print(f"\nmodel:   models:/{model_name}/{version} (alias {CANDIDATE}, digest {saved.digest})")
     print(f"         decision at {threshold:.3f} or above")
+    if saved.calibration:
+        print(f"         probability {saved.calibration.probability(threshold):.3f} there")
+    else:
+        print("         no probabilities: out of fold, higher scores did not mean more positives")
     if args.output:
         print(f"files:   {args.output}")
     print(f"MLflow:  {run.url}")
@@ -359,14 +375,36 @@ def summarise(
     }
 
 
-def as_table(results: dict[str, dict[str, Estimate]], by_fold: dict[str, list[float]]) -> pd.DataFrame:
+def reliability(
+    embedded: Embedded, scores: dict[str, np.ndarray], folds: list[Any]
+) -> tuple[dict[str, dict[str, float]], dict[str, calibration.Diagram]]:
+    """Brier score and expected calibration error by row, of the scores as they are and cross-fitted; and the diagrams
+    of the encoder's."""
+    y_B, weight_B = embedded.y_B, calibration.subject_weights(embedded.subject_B)
+    errors: dict[str, dict[str, float]] = {}
+    diagrams: dict[str, calibration.Diagram] = {}
+    for row, score_B in {**scores, NAIVE: np.full(len(y_B), y_B.mean())}.items():
+        errors[row] = {}
+        for kind, p_B in (("", score_B), ("calibrated", calibration.cross_fitted(y_B, score_B, weight_B, folds))):
+            if p_B is None:
+                continue
+            errors[row][f"Brier {kind}".strip()] = calibration.brier(y_B, p_B, weight_B)
+            errors[row][f"ECE {kind}".strip()] = calibration.expected_calibration_error(y_B, p_B, weight_B)
+            if row == ENCODER:
+                diagrams[f"{kind}, cross-fitted" if kind else "score"] = calibration.diagram(y_B, p_B, weight_B)
+    return errors, diagrams
+
+
+def as_table(
+    results: dict[str, dict[str, Estimate]], errors: dict[str, dict[str, float]], by_fold: dict[str, list[float]]
+) -> pd.DataFrame:
     rows = []
     for name, metrics in results.items():
         folds = by_fold.get(name)
         mean_of_folds = f"{np.mean(folds):.3f} ± {np.std(folds, ddof=1):.3f}" if folds else "-"
-        rows.append(
-            {"scored by": name} | {m.upper(): str(metrics[m]) for m in METRICS} | {"AUROC of folds": mean_of_folds}
-        )
+        row = {"scored by": name} | {m.upper(): str(metrics[m]) for m in METRICS} | {"AUROC of folds": mean_of_folds}
+        row |= {error: f"{errors[name][error]:.3f}" if error in errors[name] else "-" for error in errors[ENCODER]}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
