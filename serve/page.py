@@ -1,0 +1,80 @@
+"""The page at `/`: drop a recording and see it on ECG paper with its score. Static files, and what they need.
+
+The page asks nothing of any other site; `SECURITY_HEADERS` let it ask of no other.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse
+
+from lsemvae.leads import LEADS
+from lsemvae.quality import FLAGS
+from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
+
+FOLDER = Path(__file__).with_name("page")
+MEDIA_TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript"}  # not what the machine's table says
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # a new version of the service brings its own page
+}
+
+EXAMPLE_SEED = 7
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/")
+def index() -> FileResponse:
+    return _file("index.html")
+
+
+@router.get("/page/page.css")
+def style() -> FileResponse:
+    return _file("page.css")
+
+
+@router.get("/page/page.js")
+def script() -> FileResponse:
+    return _file("page.js")
+
+
+@router.get("/page/paper.js")
+def paper() -> FileResponse:
+    return _file("paper.js")
+
+
+@router.get("/page/flags.json")
+def flags() -> Response:
+    """Quality flag -> what it means."""
+    return Response(json.dumps(FLAGS), media_type="application/json", headers=SECURITY_HEADERS)
+
+
+@router.get("/page/example.csv")
+def example() -> Response:
+    """A simulated recording for a first look."""
+    return Response(example_csv(), media_type="text/csv", headers=SECURITY_HEADERS)
+
+
+@lru_cache(maxsize=1)
+def example_csv() -> str:
+    """Ten simulated seconds of twelve leads as `formats/plain.py` reads them, the same every time."""
+    parameters = EcgParameters(severity=0.6, heart_rate_bpm=72.0)
+    signal_mv_LT, _ = simulate_ecg(parameters, np.random.default_rng(EXAMPLE_SEED))
+    rows = "\n".join(",".join(f"{value:.3f}" for value in row) for row in signal_mv_LT.T)
+    return f"# simulated: nobody's heart\n# rate_hz: {RATE_HZ}\n# unit: mV\n{','.join(LEADS)}\n{rows}\n"
+
+
+def _file(name: str) -> FileResponse:
+    return FileResponse(FOLDER / name, media_type=MEDIA_TYPES[name.rsplit(".")[-1]], headers=SECURITY_HEADERS)

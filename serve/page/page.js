@@ -1,0 +1,385 @@
+// The page: sends recordings to this service and shows its answers. Nothing is stored, nothing is sent elsewhere.
+
+import { drawPaper, layouts, LEADS, MM_PER_MV, MOST_MM, PAGE_S, seconds } from "./paper.js";
+
+const MAIN_FILE = /\.(hea|xml|dcm|scp|atc|npy|csv|json)$/i;
+const UNREACHED =
+  "The service does not answer. Is it running, and is the network there? A file beyond its limit may end like this too.";
+const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
+
+const at = (id) => document.getElementById(id);
+let items = []; // {name, simulated, result}, one for each recording
+let shown = null; // the item on display
+let page = 0; // which ten seconds of it
+let running = new AbortController();
+let flagMeanings = {};
+
+at("files").addEventListener("change", () => send([...at("files").files]));
+at("example").addEventListener("click", sendExample);
+at("token").addEventListener("change", describeService);
+at("layout").addEventListener("change", () => draw());
+at("size").addEventListener("change", resize);
+at("earlier").addEventListener("click", () => turn(-1));
+at("later").addEventListener("click", () => turn(1));
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    event.preventDefault(); // else the browser would open the file
+    at("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
+    if (kind === "drop" && event.dataTransfer.files.length) send([...event.dataTransfer.files]);
+  });
+}
+
+// --- asking the service ---------------------------------------------------------------------------------------
+
+class Answered extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** The JSON of an answer; one with `results` counts as such whatever its status. Else what the service says is thrown. */
+async function ask(path, options = {}) {
+  const token = at("token").value.trim();
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Answered(UNREACHED, 0);
+  }
+  const text = await answer.text();
+  let body = null;
+  try {
+    body = JSON.parse(text);
+  } catch {
+    // a proxy's own page: its status and beginning are shown below
+  }
+  if (body !== null && (answer.ok || Array.isArray(body.results))) return body;
+  const wait = answer.headers.get("Retry-After");
+  throw new Answered(
+    `${says(body) ?? text.slice(0, 300)} (HTTP ${answer.status})${wait ? ` Try again in ${wait} s.` : ""}`,
+    answer.status,
+  );
+}
+
+/** The service's own words. */
+function says(body) {
+  const detail = body?.detail;
+  if (typeof detail === "string") return detail;
+  if (Array.isArray(detail)) return detail.map((entry) => `${(entry.loc ?? []).join(".")}: ${entry.msg}`).join("; ");
+  return detail?.reason ?? detail?.message ?? null;
+}
+
+/** Says what is served. Null, or why nothing can be scored now. */
+async function describeService() {
+  try {
+    const models = await ask("v1/models");
+    const named = models.map(
+      (model) =>
+        `${model.name}${model.version === null ? "" : ` version ${model.version}`} (${model.leads.length} leads)`,
+    );
+    at("served").textContent = named.length
+      ? `This service holds: ${named.join(", ")}.`
+      : "This service holds no model yet.";
+    return null;
+  } catch (error) {
+    at("served").textContent = error.message;
+    return error;
+  }
+}
+
+async function sendExample() {
+  complain();
+  at("status").textContent = "Fetching the simulated recording …";
+  try {
+    const answer = await fetch("page/example.csv");
+    if (!answer.ok) throw new Answered(`The simulated recording cannot be had (HTTP ${answer.status}).`, answer.status);
+    await send([new File([await answer.blob()], "simulated.csv")], true);
+  } catch (error) {
+    complain(error instanceof Answered ? error.message : UNREACHED);
+    at("status").textContent = "Nothing was scored.";
+  }
+}
+
+/** Files of one name are one recording. WFDB headers that are alone go together with the files that no name claims. */
+function group(files) {
+  const byStem = new Map();
+  for (const file of files) {
+    const stem = file.name.replace(/\.[^.]*$/, "");
+    byStem.set(stem, [...(byStem.get(stem) ?? []), file]);
+  }
+  const groups = [...byStem].map(([name, members]) => ({ name, members }));
+  const headers = groups.filter(({ members }) => members.length === 1 && /\.hea$/i.test(members[0].name));
+  const rest = groups.filter(({ members }) => !members.some((file) => MAIN_FILE.test(file.name)));
+  if (!headers.length || !rest.length) return groups;
+  const together = {
+    name: headers.map(({ name }) => name).join(", "),
+    members: [...headers, ...rest].flatMap(({ members }) => members),
+  };
+  return [...groups.filter((one) => !headers.includes(one) && !rest.includes(one)), together];
+}
+
+async function send(files, simulated = false) {
+  running.abort();
+  const { signal } = (running = new AbortController());
+  items = [];
+  shown = null;
+  at("result").hidden = at("recordings").hidden = true;
+  complain();
+  at("status").textContent = "Asking the service …";
+  // Asked first: a service that turns an upload down may close the connection before it is sent, and goes unheard.
+  const closed = await describeService();
+  if (signal.aborted) return;
+  if (closed) {
+    complain(`${closed.message}${closed.status === 401 ? " Enter the access token above." : ""}`);
+    at("status").textContent = "Nothing was scored.";
+    return;
+  }
+  const groups = group(files);
+  for (const [position, { name, members }] of groups.entries()) {
+    at("status").textContent =
+      groups.length > 1 ? `Scoring ${position + 1} of ${groups.length}: ${name} …` : `Scoring ${name} …`;
+    const form = new FormData();
+    for (const file of members) form.append("files", file, file.name);
+    try {
+      const { results } = await ask("v1/score/file?signal=true", { method: "POST", body: form, signal });
+      for (const result of results) items.push({ name: result.id || name, simulated, result });
+      list();
+      if (!shown && items.length) show(items[0]);
+    } catch (error) {
+      if (error.name === "AbortError") return; // other recordings were given meanwhile
+      complain(`${name}: ${error.message}`);
+    }
+  }
+  const refused = items.filter(({ result }) => result.refused).length;
+  at("status").textContent = items.length
+    ? `${items.length - refused} scored, ${refused} refused.`
+    : "Nothing was scored.";
+  at("files").value = ""; // the same file can be given again
+}
+
+function complain(message = null) {
+  if (message === null) at("error").replaceChildren();
+  else at("error").append(make("p", message));
+}
+
+// --- showing answers ------------------------------------------------------------------------------------------
+
+function list() {
+  at("recordings").hidden = items.length < 2;
+  at("recordings-rows").replaceChildren(
+    ...items.map((item) => {
+      const { result } = item;
+      const button = make("button", item.name);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        show(item);
+        at("result-heading").focus();
+      });
+      if (item === shown) button.setAttribute("aria-current", "true");
+      const head = make("th", button);
+      head.scope = "row";
+      const row = make("tr", head);
+      const model = result.model ? modelName(result.model) : "–";
+      const cells = result.refused
+        ? [model, make("span", `Refused: ${result.refused.reason}`)]
+        : [
+            model,
+            number(result.score),
+            result.probability == null ? "not calibrated" : PERCENT.format(result.probability),
+            result.decision ? "at or above" : "below",
+            result.reliability?.level ?? "–",
+          ];
+      row.append(...cells.map((cell) => make("td", cell)));
+      if (result.refused) row.lastChild.colSpan = 4;
+      return row;
+    }),
+  );
+}
+
+function show(item) {
+  shown = item;
+  page = 0;
+  list();
+  const { result } = item;
+  const { model, refused, record } = result;
+  at("result").hidden = false;
+  at("result-heading").textContent = item.name;
+  at("simulated").hidden = !item.simulated;
+  at("refused").hidden = !refused;
+  at("refused").replaceChildren(
+    ...(refused ? [make("strong", "Refused, no score: "), `${refused.reason} (${refused.code})`] : []),
+  );
+  at("answer").hidden = Boolean(refused);
+  if (!refused) showAnswer(result);
+  at("details").hidden = !model && !record; // it could not even be read
+  showLeads(result);
+  showFlags(result.flags ?? []);
+  at("model").replaceChildren(
+    ...(model
+      ? terms({
+          Name: model.name,
+          Version: model.version ?? "none: loaded from a folder",
+          "Looks for": model.task,
+          Leads: model.leads.join(", "),
+          Threshold: number(model.threshold),
+          Digest: make("code", model.digest),
+          "Preprocessing digest": make("code", model.preprocess_digest),
+        })
+      : terms({ Name: "none: no model could take this recording" })),
+  );
+  at("paper-section").hidden = !record;
+  if (record) {
+    at("layout").replaceChildren(
+      ...layouts(record).map(([value, label]) => Object.assign(make("option", label), { value })),
+    );
+    draw();
+  }
+}
+
+function showAnswer({ score, probability, decision, reliability, model }) {
+  at("score").textContent = number(score);
+  at("score-meaning").textContent =
+    `From 0 to 1, higher where the model sees more of “${model.task}”. A score is not a probability.`;
+  const mark = make("span", "", "mark");
+  const threshold = make("span", "", "threshold");
+  mark.style.left = `${100 * score}%`;
+  threshold.style.left = `${100 * model.threshold}%`;
+  const scale = make("div", "", "scale");
+  scale.setAttribute("role", "img");
+  scale.setAttribute(
+    "aria-label",
+    `Score ${number(score)} on a scale from 0 to 1, threshold ${number(model.threshold)}`,
+  );
+  scale.append(threshold, mark);
+  at("scale").replaceChildren(scale);
+  at("decision").textContent = decision ? "At or above the threshold" : "Below the threshold";
+  at("decision-meaning").textContent =
+    `The model’s threshold is ${number(model.threshold)}: at or above it, a recording counts as positive for “${model.task}”. No diagnosis.`;
+  at("probability").textContent = probability == null ? "Not calibrated" : PERCENT.format(probability);
+  at("probability-meaning").textContent =
+    probability == null
+      ? "This model was stored without a calibration, so there is no probability."
+      : `Of 100 recordings of the training cohort with this score, about ${Math.round(100 * probability)} had “${model.task}”. Elsewhere, where it is rarer or more common, this number does not hold.`;
+  const words = { good: "Good", limited: "Limited" };
+  at("reliability").textContent = words[reliability?.level] ?? "Not stated";
+  at("reliability-reasons").replaceChildren(...(reliability?.reasons ?? []).map((reason) => make("li", reason)));
+}
+
+function showLeads({ leads_used = [], leads_derived = [], model, record, refused }) {
+  const derived = record?.derived ?? leads_derived;
+  const named = (leads, none) => (leads.length ? leads.join(", ") : none);
+  at("leads-used").textContent = refused ? "none: there is no score" : named(leads_used, "none");
+  at("leads-derived").textContent = derived.length
+    ? `${derived.join(", ")}: computed from I and II, not recorded`
+    : "none";
+  const missing = record?.missing ?? (model?.leads ?? []).filter((lead) => !leads_used.includes(lead));
+  const unused = refused
+    ? []
+    : (model?.leads ?? []).filter((lead) => !leads_used.includes(lead) && !missing.includes(lead));
+  const asked = !missing.length || !model || missing.some((lead) => model.leads.includes(lead));
+  at("leads-missing").textContent = `${named(missing, "none")}${asked ? "" : ": this model does not take them"}`;
+  at("leads-unused").textContent = named(unused, "none");
+  at("leads-table").hidden = !record;
+  at("leads-rows").replaceChildren(
+    ...(record ? LEADS : []).map((lead) => {
+      const row_mv = record.leads[lead];
+      const head = make("th", lead);
+      head.scope = "row";
+      const row = make("tr", head);
+      const there = (row_mv ?? []).filter((value) => value !== null);
+      const range = there.length
+        ? [there.reduce((a, b) => Math.min(a, b)), there.reduce((a, b) => Math.max(a, b))].map((value) =>
+            value.toFixed(3),
+          )
+        : ["–", "–"];
+      const origin = !row_mv ? "missing" : derived.includes(lead) ? "derived" : "measured";
+      const cells = [
+        origin,
+        ...range,
+        row_mv ? String(row_mv.length - there.length) : "–",
+        leads_used.includes(lead) ? "yes" : "no",
+      ];
+      row.append(...cells.map((cell) => make("td", cell)));
+      return row;
+    }),
+  );
+}
+
+/** Flags of one kind in one line with what the kind means: "wander" for "wander:V1" and "wander:V2". */
+function showFlags(flags) {
+  const byKind = new Map();
+  for (const flag of flags) {
+    const [kind, ...rest] = flag in flagMeanings ? [flag] : flag.split(":");
+    byKind.set(kind, [...(byKind.get(kind) ?? []), ...rest]);
+  }
+  const lines = [...byKind].map(([kind, details]) => {
+    const line = make("li", make("strong", kind));
+    line.append(`${details.length ? ` (${details.join(", ")})` : ""}: ${flagMeanings[kind] ?? "no description"}`);
+    return line;
+  });
+  at("flags").replaceChildren(...(lines.length ? lines : [make("li", "None: nothing doubtful was noticed.")]));
+}
+
+// --- the paper ------------------------------------------------------------------------------------------------
+
+function draw() {
+  const { record } = shown.result;
+  const length_s = seconds(record);
+  const pages = Math.max(1, Math.ceil(length_s / PAGE_S - 0.01)); // a few samples more make no page
+  const start_s = page === 0 ? 0 : Math.min(page * PAGE_S, length_s - PAGE_S);
+  const there = LEADS.filter((lead) => record.leads[lead]);
+  const label = `ECG of ${shown.name}${shown.simulated ? " (simulated)" : ""}: leads ${there.join(", ")}, from ${start_s.toFixed(0)} s, 25 mm/s and 10 mm/mV. The section Leads has a table.`;
+  const { svg, cut } = drawPaper(record, { layout: at("layout").value, start_s, label });
+  at("paper").replaceChildren(svg);
+  resize();
+  at("pages").hidden = pages === 1;
+  at("span").textContent =
+    `${start_s.toFixed(0)}–${Math.min(length_s, start_s + PAGE_S).toFixed(0)} s of ${length_s.toFixed(0)} s`;
+  at("earlier").disabled = page === 0;
+  at("later").disabled = page === pages - 1;
+  const notes = ["As recorded, not filtered; each lead is drawn around its median."];
+  if (record.derived.length) notes.push(`${record.derived.join(", ")}: derived from I and II.`);
+  if (record.missing.length) notes.push(`${record.missing.join(", ")}: not recorded.`);
+  if (cut.length) notes.push(`${cut.join(", ")}: leaves the paper, cut off here at ${MOST_MM / MM_PER_MV} mV.`);
+  notes.push("At 100 % one square is 5 mm in print; on a screen it depends on the screen.");
+  at("paper-caption").textContent = notes.join(" ");
+}
+
+function resize() {
+  const svg = at("paper").firstElementChild;
+  const [width_mm, height_mm] = svg.dataset.mm.split(" ");
+  svg.setAttribute("width", `${width_mm * at("size").value}mm`);
+  svg.setAttribute("height", `${height_mm * at("size").value}mm`);
+}
+
+function turn(by) {
+  page += by;
+  draw();
+}
+
+// --- words and elements ---------------------------------------------------------------------------------------
+
+function number(value) {
+  return value.toFixed(3);
+}
+
+function modelName({ name, version }) {
+  return version == null ? name : `${name} version ${version}`;
+}
+
+function make(tag, content, kind = "") {
+  const made = document.createElement(tag);
+  made.append(content);
+  if (kind) made.className = kind;
+  return made;
+}
+
+function terms(entries) {
+  return Object.entries(entries).flatMap(([term, value]) => [make("dt", term), make("dd", value)]);
+}
+
+flagMeanings = await ask("page/flags.json").catch(() => ({}));
+await describeService();
