@@ -1,12 +1,16 @@
 """What a run is made of: frozen dataclasses, every field of which the command line may override."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS
+from lsemvae.models import _read as read_fields
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
+
+Recipe = TypeVar("Recipe")
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,26 @@ class FinetuneRecipe:
     def __post_init__(self) -> None:
         if self.folds < 2:
             raise LsemvaeError(f"folds={self.folds}: cross-validation needs at least 2")
+
+
+def recipe_from(kind: type[Recipe], values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `dataclasses.asdict`, and perhaps JSON, made `values` of.
+
+    Raises LsemvaeError naming a field that is unknown, missing, of another type or out of range.
+    """
+    try:
+        return read_fields(kind, values, "recipe")
+    except BundleError as error:
+        raise LsemvaeError(str(error)) from None
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with some fields set, named as in `{"model.beta": 0.5}`. Raises LsemvaeError as `recipe_from`."""
+    values = asdict(recipe)
+    for name, value in settings.items():
+        *outer, last = name.split(".")
+        place = values
+        for part in outer:
+            place = place[part]
+        place[last] = value
+    return recipe_from(type(recipe), values)

@@ -1,10 +1,16 @@
-"""The named recipes. `python workflows/pretrain.py NAME` runs one; any field can be overridden after the name."""
+"""The named recipes, and recipes in files. `python workflows/pretrain.py NAME` (or FILE.json) runs one.
 
-from dataclasses import replace
+Any field can be overridden after the name.
+"""
 
-from lsemvae.config import FinetuneRecipe, OptimConfig, PretrainRecipe
+import json
+from dataclasses import asdict, replace
+
+from lsemvae.config import FinetuneRecipe, OptimConfig, PretrainRecipe, Recipe, recipe_from
+from lsemvae.errors import LsemvaeError
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
+from lsemvae.storage import Storage
 
 _PAPER = PretrainRecipe(
     model=LSEMVAEConfig(),
@@ -51,3 +57,23 @@ FINETUNE: dict[str, FinetuneRecipe] = {
         bootstrap_draws=100,
     ),
 }
+
+
+def recipe_json(recipe: PretrainRecipe | FinetuneRecipe) -> str:
+    """A recipe as the text of a file that `read_recipe` reads: every field, as JSON."""
+    return json.dumps(asdict(recipe), indent=2) + "\n"
+
+
+def read_recipe(uri: str, kind: type[Recipe]) -> Recipe:
+    """The recipe in a JSON file: a path, file:// or s3:// URI. Raises LsemvaeError naming the file and the field."""
+    folder, _, name = uri.rpartition("/")
+    try:
+        values = json.loads(Storage.open(folder or ".").read_bytes(name))
+    except FileNotFoundError:
+        raise LsemvaeError(f"there is no recipe {uri}: check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LsemvaeError(f"{uri} is not JSON: {error}") from None
+    try:
+        return recipe_from(kind, values)
+    except LsemvaeError as error:
+        raise LsemvaeError(f"{uri}: {error}") from None

@@ -1,0 +1,1 @@
+"""What workflows/tune.py is made of: what a grid means, and what became of its trials."""
