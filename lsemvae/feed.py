@@ -8,6 +8,8 @@ remember to go on exactly where it was, with as many workers as there are then.
 """
 
 import logging
+import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,15 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals
-from lsemvae.shards import ROWS_PER_GROUP, ShardedDataset, signals_mv
-from lsemvae.storage import Storage
+from lsemvae.shards import ROWS_PER_GROUP, SCHEMA, ShardedDataset, signals_mv
+from lsemvae.storage import Storage, explained
 
 log = logging.getLogger(__name__)
 
 SIGNAL_COLUMNS = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
+_SIGNAL_SCHEMA = pa.schema([SCHEMA.field(name) for name in SIGNAL_COLUMNS])
 PREFETCHED_BLOCKS = 2
+LOOKS = 3
+"""Readings of a row group in an object store that must agree that it is damaged."""
 NOBODY, DAMAGED = -1, -2
 
 Rows = dict[str, np.ndarray]
@@ -176,19 +181,20 @@ class Feed:
         worker: int = 0,
         workers: int = 1,
         start_step: int = 0,
-        read: "Callable[[Feed, Sequence[Block]], Iterator[Rows]] | None" = None,
+        read: "Callable[[Feed, Sequence[Block], int], Iterator[Rows]] | None" = None,
     ) -> Iterator[Rows]:
         """This worker's part of every step: `x_BLT` float32, `lead_mask_BL` bool, `weight_B` float32, `row_B` int64.
 
         A worker's batch has the same size in every step. `weight_B` is 0 where there is no record (at the end of an
         epoch), where it was refused, and where its row group cannot be read, else 1. `row_B` numbers the records of
         the split; it is NOBODY where there is none, and DAMAGED where it cannot be read. `read` brings the blocks'
-        records: `read_on_ray` by default, or `read_here`.
+        records: `read_on_ray` by default, or `read_here`. Raises LsemvaeError where a shard is absent, StorageError
+        where the storage fails for longer than its clients try again.
         """
         order = self.order
         streams = order.streams_of(worker, workers)
         wanted = order.demand(epoch, streams, start_step)
-        arriving = zip((read or read_on_ray)(self, [block for block, _ in wanted]), wanted, strict=True)
+        arriving = zip((read or read_on_ray)(self, [block for block, _ in wanted], workers), wanted, strict=True)
         queues: dict[int, list[Rows]] = {stream: [] for stream in streams}
         sizes = {stream: sum(b.records - s for b, s in wanted if b.stream == stream) for stream in streams}
         for _ in range(start_step, order.steps):
@@ -212,13 +218,20 @@ class Feed:
 
     def _piece(self, piece: Piece) -> Rows:
         path = self.shards[piece.shard]
-        try:
-            table = _read_row_group(self.storage, path, piece.group).slice(piece.start, piece.stop - piece.start)
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, OSError) and "CRC" not in str(error):
-                raise  # the storage failed, not the shard
-            log.error(f"{self.storage.uri}/{path}, row group {piece.group}, is damaged and left out: {error}")
-            return self._nothing(piece.stop - piece.start, DAMAGED)
+        rows = min(ROWS_PER_GROUP, self.order.rows[piece.shard] - piece.group * ROWS_PER_GROUP)
+        looks = 1 if self.storage.is_local else LOOKS
+        for look in range(1, looks + 1):
+            try:
+                table = _read_row_group(self.storage, path, piece.group, rows)
+                break
+            except _Damaged as error:
+                if look < looks:  # perhaps something on the way cut it
+                    _footer.cache_clear()
+                    time.sleep(random.uniform(0, look))
+                    continue
+                log.error(f"{self.storage.uri}/{path}, row group {piece.group}, is damaged and left out: {error}")
+                return self._nothing(piece.stop - piece.start, DAMAGED)
+        table = table.slice(piece.start, piece.stop - piece.start)
         columns = {name: table[name].to_numpy(zero_copy_only=False) for name in SIGNAL_COLUMNS}
         prepared = preprocess_signals(signals_mv(columns, self.leads), columns["rate_hz"], self.leads, self.preprocess)
         first = sum(self.order.rows[: piece.shard]) + piece.group * ROWS_PER_GROUP
@@ -240,30 +253,43 @@ class Feed:
         }
 
 
-def read_here(feed: Feed, blocks: Sequence[Block]) -> Iterator[Rows]:
+def read_here(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Rows]:
     """The blocks' records in this order, read and preprocessed in this process."""
     return map(feed.read, blocks)
 
 
-def read_on_ray(feed: Feed, blocks: Sequence[Block]) -> Iterator[Rows]:
-    """The same by Ray Data's tasks, wherever there is a CPU, some blocks ahead."""
+def read_on_ray(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Rows]:
+    """The same by Ray Data's tasks, wherever there is a CPU, some blocks ahead. Every one of `workers` does so."""
+    import ray
     import ray.data
 
     if not blocks:
         return
+    there = ray.cluster_resources()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    # Else each worker would fill half of the cluster's object store with what it reads ahead.
+    share = int(there.get("object_store_memory", 0) / 2 / workers)
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=share)
     context.enable_progress_bars = False
 
     def read(batch: Rows) -> Rows:
         (number,) = batch["number"]
-        rows = feed.read(blocks[number])
+        try:
+            rows = feed.read(blocks[number])
+        except LsemvaeError as error:  # raised here it would arrive as text within text
+            passing = isinstance(error, StorageError) and error.passing
+            return {"failure": np.array([str(error)]), "passing": np.array([passing])}
         return rows | {"number": np.full(len(rows["row_B"]), number)}
 
     items = [{"number": number} for number in range(len(blocks))]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1)
+    # Training workers that hold all processors, as when machines were lost, would wait for ever for a task's.
+    settings = {} if there.get("CPU", 0) > workers else {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(1)}
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1, **settings)
     arriving = dataset.iter_batches(batch_size=None, prefetch_batches=PREFETCHED_BLOCKS)
     for number, (block, rows) in enumerate(zip(blocks, arriving, strict=True)):
+        if "failure" in rows:
+            raise (StorageError if rows["passing"][0] else LsemvaeError)(str(rows["failure"][0]))
         assert (rows.pop("number") == number).all() and len(rows["row_B"]) == block.records
         yield rows
 
@@ -281,10 +307,30 @@ def _take(queue: list[Rows], count: int) -> list[Rows]:
     return taken
 
 
-def _read_row_group(storage: Storage, path: str, group: int) -> pa.Table:
-    with storage.filesystem.open_input_file(storage.path(path)) as stream:
-        file = pq.ParquetFile(stream, metadata=_footer(storage, path), page_checksum_verification=True)
-        return file.read_row_group(group, columns=SIGNAL_COLUMNS, use_threads=False)
+class _Damaged(Exception):
+    """A row group that is not what was written."""
+
+
+def _read_row_group(storage: Storage, path: str, group: int, rows: int) -> pa.Table:
+    """Raises _Damaged, StorageError where it is the storage that fails, LsemvaeError where there is no such shard."""
+    try:
+        with explained(f"{storage.uri}/{path}"):
+            try:
+                with storage.filesystem.open_input_file(storage.path(path)) as stream:
+                    file = pq.ParquetFile(stream, metadata=_footer(storage, path), page_checksum_verification=True)
+                    table = file.read_row_group(group, columns=SIGNAL_COLUMNS, use_threads=False)
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                # Parquet's own complaints are OSErrors too, without a number.
+                if isinstance(error, OSError) and (error.errno or "AWS Error" in str(error)):
+                    raise
+                raise _Damaged(" ".join(str(error).split())) from error
+    except FileNotFoundError:
+        raise LsemvaeError(
+            f"{storage.uri}/{path} is gone, though the manifest names it: put it back, or ingest again"
+        ) from None
+    if table.num_rows != rows or not table.schema.equals(_SIGNAL_SCHEMA):
+        raise _Damaged(f"it has {table.num_rows} rows of {table.schema.names}, not {rows} of {SIGNAL_COLUMNS}")
+    return table
 
 
 @lru_cache(maxsize=4096)

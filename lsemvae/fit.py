@@ -238,7 +238,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, **state: Any) -> None:
     """Tensors as safetensors and numbers as JSON: a checkpoint that never has to be unpickled.
 
-    `state.json` comes last and holds the SHA-256 of the tensors, so that a part of a checkpoint is known as one.
+    `state.json` comes last and holds the SHA-256 of the tensors and of itself, so that a part of a checkpoint, and one
+    that was altered, is known as such.
     """
     tensors = {
         f"{index}.{name}": value.detach().cpu()
@@ -248,7 +249,12 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, **state: Any)
     save_file(tensors, folder / OPTIMIZER)
     with (folder / OPTIMIZER).open("rb") as stream:
         state["optimizer_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    state["state_sha256"] = _digest(state)
     (folder / STATE).write_text(json.dumps(state))
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -259,6 +265,8 @@ def read_state(folder: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder} is no whole checkpoint: {type(error).__name__}") from None
+    if not isinstance(state, dict) or state.pop("state_sha256", None) != _digest(state):
+        raise BundleError(f"{folder / STATE} is not the file that was saved (its SHA-256 differs)")
     if digest != state.get("optimizer_sha256"):
         raise BundleError(f"{folder / OPTIMIZER} is not the file that was saved (its SHA-256 differs)")
     return state
@@ -307,7 +315,7 @@ def validate(
                 seen = {name: values[:EXAMPLES] for name, values in batch.items()}
                 example = {
                     "x_BLT": seen["x_BLT"].cpu(),
-                    "reconstruction_BLT": model.reconstruct(**seen).float().cpu(),
+                    "reconstruction_BLT": model.reconstruct(seen["x_BLT"], seen["lead_mask_BL"]).float().cpu(),
                 }
         sums += torch.stack([terms[name].double() for name in TERMS] + [sums.new_ones(())]) * size
     model.train(was_training)

@@ -3,22 +3,23 @@
 import contextlib
 import logging
 import queue
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from lsemvae.bundle import Bundle, load, save
+from lsemvae.bundle import Bundle
+from lsemvae.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
 from lsemvae.config import PretrainRecipe
-from lsemvae.errors import BundleError, LsemvaeError
-from lsemvae.feed import DAMAGED, Feed
+from lsemvae.errors import LsemvaeError
+from lsemvae.feed import DAMAGED, Feed, Order, Rows
 from lsemvae.fit import (
     Batch,
     Epoch,
@@ -26,14 +27,10 @@ from lsemvae.fit import (
     fit,
     kl_scale,
     learning_rate,
-    load_optimizer,
-    make_optimizer,
-    read_state,
-    save_optimizer,
     sum_over_workers,
     validate,
 )
-from lsemvae.models import build
+from lsemvae.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -49,25 +46,15 @@ class PretrainJob:
     val: Feed | None
     tracking_run: str | None
     provenance: dict[str, Any]
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers beside weights: where to go on, and how well the run did so far."""
-
-    epoch: int = 0
-    step: int = 0
-    """The step to go on with in this epoch."""
-    best: float = float("inf")
-    """Lowest validation loss."""
-    best_epoch: int = -1
-    metrics: dict[str, float] = field(default_factory=dict)
+    place: Storage | None = None
+    """The run's folder, once there is one: checkpoints, and the bundle of the best epoch so far."""
 
 
 def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     """Train to the recipe's last epoch, from the newest whole checkpoint of the run if there is one.
 
-    Every epoch ends with one report and a checkpoint; so does every `checkpoint_steps`-th step.
+    Every epoch ends with one report and a checkpoint; so does every `checkpoint_steps`-th step. Raises LsemvaeError
+    where another try would not help, see `lsemvae.failures`.
     """
     import ray.train
     from ray.experimental import tqdm_ray
@@ -79,26 +66,37 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
-    progress, model, optimizer = _start(job, ray.train.get_checkpoint(), device)
+    progress, model, optimizer = start(job.place, recipe, order, rank, device)
     if optim.compile:
         model.compile()
     ddp = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
 
-    run, bar, monitor = None, None, contextlib.nullcontext()
+    run, bar, ending = None, None, contextlib.ExitStack()  # what is done at the end, a bad one too
     if rank == 0:
         from lsemvae.tracking import Run, system_metrics
 
         done = progress.epoch * order.records + progress.step * order.batch_size
         bar = tqdm_ray.tqdm(total=optim.epochs * order.records, desc="pre-training", unit="records")
         bar.update(done)
+        ending.callback(bar.close)
         if job.tracking_run:
-            run, monitor = Run(job.tracking_run), system_metrics(job.tracking_run)
+            run = Run(job.tracking_run)
+            ending.enter_context(system_metrics(job.tracking_run))
+            ending.callback(run.flush)
     damaged = 0
     last_shown = time.monotonic()
 
     def batches(feed: Feed, epoch: int, first: int = 0) -> Iterator[Batch]:
         nonlocal damaged
-        for rows in _ahead(feed.batches(epoch, rank, workers, first), device):
+        split = 0 if feed is job.train else 1
+
+        def with_noise() -> Iterator[Rows]:
+            streams = list(feed.order.streams_of(rank, workers))
+            for step, rows in enumerate(feed.batches(epoch, rank, workers, first), first):
+                noise = _noise(feed.order, recipe.model.latent, (optim.seed, split, epoch, step))[streams]
+                yield rows | {"noise_BD": noise.reshape(-1, recipe.model.latent)}
+
+        for rows in batches_ahead(with_noise(), device):
             damaged += rows.pop("damaged")
             yield rows
 
@@ -108,7 +106,7 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
         return batches(job.train, epoch, progress.step if epoch == progress.epoch else 0)
 
     def before_step(epoch: int, step: int) -> None:
-        # A step's noise depends on nothing that a restart would change.
+        # What is drawn beside the noise depends on nothing that a restart would change either.
         torch.manual_seed(int(np.random.SeedSequence([optim.seed, epoch, step, rank]).generate_state(1)[0]))
 
     def forward_kwargs(epoch: int, step: int) -> dict[str, Any]:
@@ -138,50 +136,53 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
             )
         last_shown = now
 
-    def report(progress: Progress, metrics: dict[str, float]) -> None:
+    def report(progress: Progress, metrics: dict[str, float], best: bool = False) -> None:
         if rank != 0:
             ray.train.report(metrics)
             return
-        with tempfile.TemporaryDirectory() as name:
+        with writing_to(job.place), tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             bundle = Bundle.of(model, recipe.preprocess, provenance=job.provenance | {"metrics": progress.metrics})
-            save(bundle, model, folder / "bundle")
-            save_optimizer(optimizer, folder, **vars(progress), workers=workers, streams=order.streams)
+            save_checkpoint(folder, bundle, model, optimizer, progress, order, workers)
+            if best:  # before the report: a run that is killed in between does this epoch's end again
+                keep_as_best(folder, job.place)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def on_checkpoint(epoch: int, step: int) -> None:
-        # Within an epoch there is no validation: such a checkpoint is to go on from, never the best.
         now = Progress(epoch, step + 1, progress.best, progress.best_epoch, progress.metrics)
-        report(now, {"epoch": epoch, "step": step, "val.loss": float("inf")})
+        report(now, {"epoch": epoch, "step": step})
 
     def on_epoch(epoch: Epoch) -> bool:
-        _require_readable(damaged, order.records, recipe.max_damaged_share)
+        nonlocal damaged
+        left_out = _require_readable(damaged, order.records, recipe.max_damaged_share)
+        last = epoch.index == optim.epochs - 1
         metrics = {f"train.{name}": value for name, value in epoch.terms.items()}
         metrics |= {
             "epoch": epoch.index,
             "kl_scale": kl_scale(recipe, epoch.index, order.steps - 1, order.steps),
             "records_per_s": epoch.records / epoch.seconds,
             "train.records": epoch.records,
+            "train.damaged": left_out,
         }
-        example = None
+        example, best = None, last  # where nothing is held out the last epoch is the result
         if job.val:
+            damaged = 0
             validation, example = validate(model, batches(job.val, 0), recipe)
+            metrics["val.damaged"] = _require_readable(damaged, job.val.order.records, recipe.max_damaged_share)
             metrics |= {f"val.{name}": value for name, value in validation.items()}
-            if metrics["val.loss"] < progress.best:
+            best = metrics["val.loss"] < progress.best
+            if best:
                 progress.best, progress.best_epoch = metrics["val.loss"], epoch.index
-        else:
-            metrics["val.loss"] = -float(epoch.index)  # nothing is held out: the last epoch is the result
         progress.metrics = metrics
         if run:
-            run.metrics({name: value for name, value in metrics.items() if job.val or name != "val.loss"}, epoch.index)
-            last = epoch.index == optim.epochs - 1
+            run.metrics(metrics, epoch.index)
             if example and (last or epoch.index % recipe.plot_every == 0):
                 _track_reconstructions(run, example, recipe, epoch.index)
-        report(Progress(epoch.index + 1, 0, progress.best, progress.best_epoch, metrics), metrics)
+        report(Progress(epoch.index + 1, 0, progress.best, progress.best_epoch, metrics), metrics, best)
         patience = recipe.early_stop_epochs
         return bool(job.val and patience and epoch.index - progress.best_epoch >= patience)
 
-    with monitor:
+    with ending:
         fit(
             ddp,
             optimizer,
@@ -196,55 +197,14 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
             checkpoint_every=recipe.checkpoint_steps,
             on_checkpoint=on_checkpoint,
         )
-    if bar:
-        bar.close()
-    if run:
-        run.flush()
 
 
-def _start(
-    job: PretrainJob, checkpoint: Any, device: torch.device
-) -> tuple[Progress, nn.Module, torch.optim.Optimizer]:
-    """The newest whole checkpoint, or a new model. A damaged one is passed over, loudly; raises where all are."""
-    recipe = job.recipe
-    if checkpoint is not None:
-        for candidate in _newest_first(checkpoint):
-            try:
-                with candidate.as_directory() as name:
-                    folder = Path(name)
-                    state = read_state(folder)
-                    model = load(folder / "bundle")[1].train().to(device)
-                    optimizer = make_optimizer(model, recipe.optim)
-                    load_optimizer(optimizer, folder)
-            except (BundleError, OSError) as error:
-                log.error(f"checkpoint {candidate.path} is damaged and passed over: {error}")
-                continue
-            if state["streams"] != job.train.order.streams:
-                raise LsemvaeError(f"the run began with streams={state['streams']}: go on with the same number")
-            progress = Progress(**{name: state[name] for name in vars(Progress())})
-            log.info(f"going on at epoch {progress.epoch}, step {progress.step}")
-            return progress, model, optimizer
-        raise LsemvaeError(
-            f"every checkpoint of {Path(checkpoint.path).parent} is damaged: give another --name to start anew"
-        )
-    torch.manual_seed(recipe.optim.seed)  # the same weights everywhere before DDP broadcasts them
-    model = build(recipe.model, recipe.leads).to(device)
-    return Progress(), model, make_optimizer(model, recipe.optim)
+def _noise(order: Order, latent: int, seed: Sequence[int]) -> np.ndarray:
+    """The noise of a step [streams, records of each, D]: a record's is the same whatever the number of workers."""
+    return np.random.default_rng(seed).standard_normal((order.streams, order.per_stream, latent), dtype=np.float32)
 
 
-def _newest_first(checkpoint: Any) -> list[Any]:
-    """The newest reported checkpoint, then the others that are still kept, by the time in their names."""
-    from pyarrow import fs as pafs
-    from ray.train import Checkpoint
-
-    newest = Path(checkpoint.path)
-    found = checkpoint.filesystem.get_file_info(pafs.FileSelector(str(newest.parent)))
-    names = sorted(info.path for info in found if info.base_name.startswith("checkpoint_"))
-    older = [path for path in names if Path(path).name < newest.name]
-    return [checkpoint, *(Checkpoint(path, checkpoint.filesystem) for path in reversed(older))]
-
-
-def _ahead(parts: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[dict[str, Any]]:
+def batches_ahead(parts: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[dict[str, Any]]:
     """Batches as tensors on the device, put together in a thread while the device works on those before."""
     ready: queue.Queue[Any] = queue.Queue(PREFETCHED_BATCHES)
     stopped = threading.Event()
@@ -284,7 +244,8 @@ def _ahead(parts: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iter
         thread.join()
 
 
-def _require_readable(damaged: int, records: int, limit: float) -> None:
+def _require_readable(damaged: int, records: int, limit: float) -> int:
+    """Of all workers together. Raises LsemvaeError above the limit."""
     total = int(sum_over_workers(torch.tensor(damaged)))
     if total > limit * records:
         raise LsemvaeError(
@@ -293,6 +254,7 @@ def _require_readable(damaged: int, records: int, limit: float) -> None:
         )
     if total:
         log.warning(f"{total} of {records} recordings were left out: their shards are damaged")
+    return total
 
 
 def _print_no_reports() -> None:
@@ -301,6 +263,8 @@ def _print_no_reports() -> None:
     for noisy in ("ray.train", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("lsemvae").setLevel(logging.INFO)
+    # A mistake is said in one line, by the driver; the trace of anything else is shown.
+    logging.getLogger("ray.train.v2._internal.util").addFilter(lambda _: not isinstance(sys.exception(), LsemvaeError))
 
 
 def _track_reconstructions(run: Any, example: dict[str, torch.Tensor], recipe: PretrainRecipe, epoch: int) -> None:

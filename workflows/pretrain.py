@@ -5,24 +5,31 @@ The same command again continues an unfinished run from its newest checkpoint, a
 
 import hashlib
 import json
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from command import run_recipe_command, start_ray
 
 from lsemvae import __version__
-from lsemvae.bundle import CONFIG, WEIGHTS, describe
+from lsemvae.bundle import load
+from lsemvae.checkpoints import BUNDLE
 from lsemvae.config import PretrainRecipe
 from lsemvae.errors import LsemvaeError
+from lsemvae.failures import end_at_once, root_cause
 from lsemvae.feed import Feed
 from lsemvae.pretraining import PretrainJob, pretrain_worker
 from lsemvae.recipes import PRETRAIN
 from lsemvae.shards import ShardedDataset
 from lsemvae.storage import Storage
-from lsemvae.tracking import CANDIDATE, Run
+from lsemvae.tracking import CANDIDATE, Run, fetch
+
+if TYPE_CHECKING:
+    import ray.train
+    from ray.train.torch import TorchTrainer
 
 RESULT = "result.json"
 
@@ -68,11 +75,10 @@ def main(args: Args) -> None:
         _say_where(result)
         return
 
-    _require_writable(place)
+    require_writable(place)
 
     start_ray()
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     require_resources(workers[0], args.use_gpu, args.wait_s)
     params = asdict(recipe)
@@ -80,51 +86,19 @@ def main(args: Args) -> None:
     run = Run.start("pretrain", name, params, resume=previous)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "storage": place.uri})
     place.write_bytes("run.json", json.dumps({"run": run.run_id}).encode())
-    rows = {split: feed.order.records for split, feed in feeds.items() if feed}
+    job = make_job(data, recipe, feeds, run.run_id)
+    rows = job.provenance["data"]["rows"]
     print(
         f"{name}: {rows['train']} recordings to train on, {rows.get('val', 0)} to validate, "
         f"{args.num_workers} workers, {feeds['train'].order.steps} steps an epoch"
     )
     print(f"MLflow: {run.url}", flush=True)
-
-    provenance = {
-        "recipe": params,
-        "data": {"uri": data.storage.uri, "digest": data.manifest.digest, "rows": rows},
-        "mlflow_run": run.run_id,
-        "lsemvae": __version__,
-    }
-    job = PretrainJob(recipe, feeds["train"], feeds["val"], run.run_id, provenance)
-    trainer = TorchTrainer(
-        pretrain_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=600),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers[0] if workers[0] == workers[1] else workers, use_gpu=args.use_gpu
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage.base,
-            storage_filesystem=storage.filesystem,
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            failure_config=ray.train.FailureConfig(max_failures=args.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="val.loss", checkpoint_score_order="min"
-            ),
-        ),
-    )
     try:
-        fitted = trainer.fit()
+        make_trainer(job, storage, name, workers, args.use_gpu, args.max_failures).fit()
     except ray.train.TrainingFailedError as error:
         run.end("FAILED")
-        raise LsemvaeError(f"training failed: {_root_cause(error)}") from error
-    best, metrics = min(fitted.best_checkpoints, key=lambda pair: pair[1]["val.loss"])
-
-    with best.as_directory() as checkpoint:
-        folder = Path(checkpoint) / "bundle"
-        for file in (WEIGHTS, CONFIG):
-            place.write_bytes(f"bundle/{file}", (folder / file).read_bytes())
-        digest = describe(folder).digest
-        run.bundle(folder)
+        raise LsemvaeError(f"training failed: {root_cause(error)}") from error
+    digest, metrics = keep_bundle(place, run)
     version = run.register(args.model_name, {"digest": digest, "kind": "encoder"}, alias=CANDIDATE)
     run.end()
     result = {
@@ -172,11 +146,79 @@ def make_feeds(data: ShardedDataset, recipe: PretrainRecipe, everything: bool = 
     return {"train": train, "val": Feed.of(data, "val", recipe.leads, recipe.preprocess, **settings, shuffle=False)}
 
 
-def require_resources(workers: int, use_gpu: bool, wait_s: float) -> None:
-    """Wait until the cluster has what the workers need; raises LsemvaeError that says what is missing."""
+def make_job(
+    data: ShardedDataset, recipe: PretrainRecipe, feeds: dict[str, Feed | None], run_id: str | None
+) -> PretrainJob:
+    """What the workers are told, with where the bundle will have come from."""
+    provenance = {
+        "recipe": asdict(recipe),
+        "data": {
+            "uri": data.storage.uri,
+            "digest": data.manifest.digest,
+            "rows": {split: feed.order.records for split, feed in feeds.items() if feed},
+        },
+        "mlflow_run": run_id,
+        "lsemvae": __version__,
+    }
+    return PretrainJob(recipe, feeds["train"], feeds["val"], run_id, provenance)
+
+
+def make_trainer(
+    job: PretrainJob,
+    storage: Storage,
+    name: str,
+    workers: tuple[int, int],
+    use_gpu: bool,
+    max_failures: int,
+    callbacks: "list[ray.train.UserCallback] | None" = None,
+) -> "TorchTrainer":
+    """The run `name` in the storage: its `fit` goes on from the newest checkpoint that is there."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        pretrain_worker,
+        train_loop_config={"job": replace(job, place=storage / name)},
+        torch_config=TorchConfig(timeout_s=600),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers[0] if workers[0] == workers[1] else workers, use_gpu=use_gpu
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage.base,
+            storage_filesystem=storage.filesystem,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            # The newest, and the one before in case that is damaged; the best epoch is in the run's bundle.
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=[end_at_once(), *(callbacks or [])],
+        ),
+    )
+
+
+def keep_bundle(place: Storage, run: Run | None = None) -> tuple[str, dict[str, Any]]:
+    """Checks the best epoch's bundle, which the workers put into `place`; puts it into the run -> digest, metrics.
+
+    The metrics are that epoch's. Raises BundleError where the bundle is not whole.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = fetch((place / BUNDLE).uri, Path(name)).folder
+        bundle, _ = load(folder)
+        if run:
+            run.bundle(folder)
+    return bundle.digest, bundle.provenance["metrics"]
+
+
+def require_resources(workers: int, use_gpu: bool, wait_s: float, drivers: int = 0) -> None:
+    """Wait until the cluster has what the workers need; raises LsemvaeError that says what is missing.
+
+    `drivers` are the CPUs that something beside them needs.
+    """
     import ray
 
-    needed = {"GPU": workers, "CPU": 1} if use_gpu else {"CPU": workers + 1}  # one CPU reads and preprocesses
+    needed = {"CPU": drivers + 1 + (0 if use_gpu else workers)}  # one CPU reads and preprocesses
+    if use_gpu:
+        needed["GPU"] = workers
     deadline, said = time.monotonic() + wait_s, False
     while True:
         there = ray.cluster_resources()
@@ -195,7 +237,7 @@ def require_resources(workers: int, use_gpu: bool, wait_s: float) -> None:
         time.sleep(min(5.0, max(wait_s / 10, 0.1)))
 
 
-def _require_writable(place: Storage) -> None:
+def require_writable(place: Storage) -> None:
     """Fails before anything expensive starts."""
     try:
         place.write_bytes("writable", b"")
@@ -206,13 +248,6 @@ def _require_writable(place: Storage) -> None:
 def _digest(recipe: PretrainRecipe, data: ShardedDataset, everything: bool) -> str:
     text = json.dumps([asdict(recipe), data.manifest.digest, everything], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _say_where(result: dict[str, object]) -> None:

@@ -141,8 +141,8 @@ class LSEMVAE(nn.Module):
         """The loss of a batch and its terms, each a scalar: means over the records (eqs. 1 and 2).
 
         batch: `x_BLT`, `lead_mask_BL`; optionally `target_BLT` and `target_mask_BL` over the decoder's leads,
-        by default the input and its mask (a decoder lead that is not read is then no target), and `share_B`, each
-        record's share in the means (by default 1/B).
+        by default the input and its mask (a decoder lead that is not read is then no target), `share_B`, each
+        record's share in the means (by default 1/B), and `noise_BD`.
         `kl_scale` is how far beta has risen, 0 to 1. z = mu + s * noise, in training and out of it; pass
         noise, or a generator, to repeat it. `diagnostics` is updated with the posterior and with the
         reconstruction from its mean.
@@ -161,6 +161,8 @@ class LSEMVAE(nn.Module):
 
         mu_BLD, logvar_BLD = self._experts(x_BLT, seen_mask_BL)
         posterior = self._fuse(mu_BLD, logvar_BLD, seen_mask_BL)
+        if noise_BD is None:
+            noise_BD = batch.get("noise_BD")
         if noise_BD is None:
             noise_BD = torch.randn(
                 posterior.mu_BD.shape,

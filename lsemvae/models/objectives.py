@@ -17,7 +17,7 @@ from lsemvae.models.fusion import full_precision
 class NonFiniteBatch(LsemvaeError):
     """NaN or infinity in a batch or in its loss. `positions` are the rows of the batch that have it."""
 
-    def __init__(self, message: str, positions: Sequence[int]) -> None:
+    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:  # the default is for unpickling
         super().__init__(message)
         self.positions = tuple(positions)
 

@@ -1,0 +1,45 @@
+"""What a training run makes of failures: what may pass is tried again, a mistake ends it with one line."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from lsemvae.errors import LsemvaeError, StorageError
+
+log = logging.getLogger(__name__)
+
+
+def end_at_once() -> Any:
+    """A callback for Ray Train that ends a run where its workers would fail in the same way again."""
+    import ray.train
+
+    class EndAtOnce(ray.train.UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            try:
+                raise_lasting(worker_exceptions.values())
+            except LsemvaeError as error:
+                raise ray.train.ControllerError(error) from error  # the kind that Ray does not try again
+            for rank, error in worker_exceptions.items():
+                log.warning(f"training worker {rank} failed: {root_cause(error)}")
+
+    return EndAtOnce()
+
+
+def raise_lasting(errors: Iterable[BaseException]) -> None:
+    """Raises the first error that another try would not change; a machine that was lost is none."""
+    for error in errors:
+        if isinstance(error, LsemvaeError) and not (isinstance(error, StorageError) and error.passing):
+            raise error
+
+
+def root_cause(error: BaseException) -> str:
+    """One line: what the user can mend, if one of the workers said so, else what the first that failed said."""
+    while True:
+        inner = getattr(error, "controller_failure", None) or error.__cause__
+        if failures := list(getattr(error, "worker_failures", {}).values()):
+            inner = next((failure for failure in failures if isinstance(failure, LsemvaeError)), failures[0])
+        if inner is None:
+            break
+        error = inner
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,520 @@
+"""Pre-training outlives what happens to it, on a cluster of two machines: the same records once, the same losses."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import boto3
+import demo
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import ROOT, end_group
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_object_store import Between, Fault
+from watched import Watched
+
+from lsemvae import bundle as bundles
+from lsemvae.checkpoints import newest_whole
+from lsemvae.config import with_settings
+from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.failures import raise_lasting
+from lsemvae.feed import DAMAGED, Feed, read_here
+from lsemvae.feed import _footer as storage_footer
+from lsemvae.leads import LEADS
+from lsemvae.models.objectives import NonFiniteBatch
+from lsemvae.preprocess import PreprocessConfig
+from lsemvae.pretraining import PretrainJob, pretrain_worker
+from lsemvae.recipes import PRETRAIN
+from lsemvae.record import Record
+from lsemvae.shards import MANIFEST, Manifest, Shard, ShardedDataset, pack, shard_bytes
+from lsemvae.storage import Storage
+from lsemvae.tracking import Run
+
+ROWS, VAL_ROWS, EPOCHS, STEPS = 160, 32, 4, 10
+SAMPLES = 512
+FULL_BYTES = 2**16  # less than the weights, more than a log
+PREPROCESS = PreprocessConfig(samples=SAMPLES, min_seconds=1.0)
+SETTINGS = {
+    "model.samples": SAMPLES, "model.latent": 4, "model.channels": (2, 4, 4), "preprocess.samples": SAMPLES,
+    "preprocess.min_seconds": 1.0, "optim.epochs": EPOCHS, "optim.batch_size": 16, "streams": 4, "shuffle_buffer": 64,
+    "checkpoint_steps": 4, "plot_every": 100,
+}  # fmt: skip
+
+
+@dataclass
+class Attempt:
+    """A folder in which a run's feeds write; what the test knows of its progress comes from there."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self.until(10**9)
+
+    def until(self, step: int) -> None:
+        """Let the run go on to this step, counted over all epochs."""
+        partial = self.folder / "partial"
+        partial.write_text(str(step))
+        partial.replace(self.folder / "limit")
+
+    def lines(self) -> list[dict]:
+        """In the order of time; a line that is being written is left out."""
+        text = "".join(path.read_text() for path in self.folder.glob("*.jsonl"))
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        return sorted(lines, key=lambda line: line["at"])
+
+    def steps(self, since: float = 0) -> set[int]:
+        return {line["step"] for line in self.lines() if line["at"] > since}
+
+    def assert_every_record_once(self, epochs: int = EPOCHS, damaged: int = 0) -> None:
+        """However often a step was given: always the same records, and over an epoch each of them once."""
+        given: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(dict)
+        for line in self.lines():
+            before = given[line["step"], line["workers"]].setdefault(line["worker"], line["rows"])
+            assert before == line["rows"], line["step"]
+        for epoch in range(epochs):
+            rows: list[int] = []
+            for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+                whole = [
+                    sorted(row for part in parts.values() for row in part)
+                    for (number, workers), parts in given.items()
+                    if number == step and len(parts) == workers
+                ]
+                assert whole, f"no workers had all of step {step}"
+                assert all(one == whole[0] for one in whole), step
+                rows += whole[0]
+            assert rows.count(DAMAGED) == damaged
+            known = sorted(row for row in rows if row >= 0)
+            assert len(set(known)) == len(known) == ROWS - damaged
+
+
+def job_of(data: Path, changes: Mapping[str, object] | None = None) -> PretrainJob:
+    import pretrain
+
+    recipe, dataset = with_settings(PRETRAIN["smoke"], SETTINGS | (changes or {})), ShardedDataset.open(str(data))
+    return pretrain.make_job(dataset, recipe, pretrain.make_feeds(dataset, recipe), None)
+
+
+class Machines:
+    """A Ray cluster of a head with one CPU and another machine with two, each of which can be lost."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port, dashboard = demo.free_port(), demo.free_port()
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ADDRESS": f"127.0.0.1:{self.port}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_DISABLE_IMPORT_WARNING": "1",
+        }
+        head = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", "--num-cpus=1"]
+        # Two heads on one machine would want the same port for Ray's client, and end without it.
+        self.head = self._start(*head, f"--ray-client-server-port={demo.free_port()}")
+        self.other: subprocess.Popen | None = None
+
+    def _start(self, *options: str) -> subprocess.Popen:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += [*options, f"--object-store-memory={2**29}"]
+        start = {name: value for name, value in (os.environ | self.environment).items() if name != "RAY_ADDRESS"}
+        log = self.folder / f"node-{time.time_ns()}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command, env=start, cwd=self.folder, stdout=stream, stderr=stream, start_new_session=True
+            )
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.1)
+        return process
+
+    def add_other(self) -> None:
+        self.other = self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=2")
+
+    def lose_other(self) -> None:
+        end_group(self.other)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Ray's processes on these machines whose title starts so."""
+        found = []
+        for node in (self.head, self.other):
+            with contextlib.suppress(psutil.Error):
+                for process in psutil.Process(node.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        if " ".join(process.cmdline()).startswith(title):
+                            found.append(process)
+        return found
+
+    def end(self) -> None:
+        for node in (self.other, self.head):
+            if node:
+                end_group(node)
+
+
+@pytest.fixture(scope="module")
+def machines(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    cluster = Machines(tmp_path_factory.mktemp("machines"))
+    cluster.add_other()
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise in three shards, one of them for validation."""
+    folder, rng = tmp_path_factory.mktemp("survival"), np.random.default_rng(0)
+    shards = []
+    for path, split, count in (("train-0", "train", 96), ("train-1", "train", ROWS - 96), ("val-0", "val", VAL_ROWS)):
+        rows = []
+        for number in range(count):
+            signal_mv = {lead: rng.integers(-400, 400, SAMPLES) / 200 for lead in LEADS}
+            rows.append(pack(Record.from_leads(signal_mv, 500, record_id=f"{path}-{number}")))
+        content = shard_bytes(rows, [], {"plan": "x"})
+        (folder / f"{path}.parquet").write_bytes(content)
+        shards.append(Shard(f"{path}.parquet", split, count, len(content), "0"))
+    total = ROWS + VAL_ROWS
+    (folder / MANIFEST).write_text(Manifest("here", "folder", "x", total, total, 0, {}, shards).to_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The loss of every step of a run to which nothing happens, in one process without Ray."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    place = tmp_path_factory.mktemp("undisturbed")
+    attempt = Attempt(place / "watched")
+    run, job = Run.start("pretrain", "undisturbed", {}), job_of(data)
+    job = replace(
+        job,
+        train=Watched(**vars(job.train)),
+        val=Watched(**vars(job.val)),
+        place=Storage.open(place),
+        tracking_run=run.run_id,
+    )
+    Watched.folder, Watched.read_with = str(attempt.folder), staticmethod(read_here)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        TorchTrainer(
+            pretrain_worker, train_loop_config={"job": job}, scaling_config=ray.train.ScalingConfig(num_workers=0)
+        ).fit()
+    finally:
+        Watched.read_with = None
+        torch.set_num_threads(threads)
+    run.end()
+    attempt.assert_every_record_once()
+    assert bundles.load(place / "bundle")[0].leads == LEADS
+    return losses(run)
+
+
+def losses(run: Run) -> dict[int, float]:
+    """`step.loss` of every step, the one that was logged last."""
+    history = run._client.get_metric_history(run.run_id, "step.loss")
+    return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
+
+
+def tracked(place: Path) -> Run:
+    return Run(json.loads((place / "run.json").read_text())["run"])
+
+
+def assert_nothing_happened(place: Path, undisturbed: dict[int, float]) -> None:
+    found = losses(tracked(place))
+    assert sorted(found) == sorted(undisturbed) == list(range(EPOCHS * STEPS))
+    assert found == pytest.approx(undisturbed, rel=1e-3)  # the order in which workers' gradients are added differs
+    assert bundles.load(place / "bundle")[0].leads == LEADS
+
+
+class Command:
+    """`pretrain.py` with a watched feed, given again and again."""
+
+    def __init__(self, machines: Machines, folder: Path, *words: object) -> None:
+        self.attempt, self._machines, self._words = Attempt(folder), machines, words
+
+    def start(self) -> "Running":
+        given = [str(word) for name, values in SETTINGS.items() for word in (f"--{name}", *np.atleast_1d(values))]
+        here = {"WATCHED": str(self.attempt.folder), "PYTHONPATH": str(ROOT / "workflows")}
+        return Running(
+            [sys.executable, str(ROOT / "tests" / "watched.py"), "smoke", *given, *map(str, self._words)],
+            os.environ | self._machines.environment | here,
+            self.attempt.folder / f"{time.time_ns()}.txt",
+        )
+
+
+class Running:
+    """One of these commands, and what it prints."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("w") as stream:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+
+    @property
+    def printed(self) -> str:
+        return self._log.read_text()
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            assert self._process.poll() is None, self.printed[-6000:]
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def finish(self, status: int = 0) -> str:
+        """Waits for its end -> what it printed; where it is to end with an error, that one line."""
+        found, printed = self._process.wait(), self.printed
+        assert found == status, printed[-6000:]
+        if status:
+            lines = re.sub("\r|\x1b\\[[0-9;]*[A-Za-z]", "\n", printed).splitlines()  # a bar moves the cursor
+            (printed,) = [line for line in lines if line.startswith("error: ")]
+        return printed
+
+
+@contextlib.contextmanager
+def silent(uri: str) -> Iterator[None]:
+    """The server neither answers nor refuses."""
+    port = uri.rpartition(":")[2]
+    (server,) = [child for child in psutil.Process().children() if {"mlflow", port} <= set(child.cmdline())]
+    os.killpg(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGCONT)
+
+
+def checkpoints(place: Path) -> list[Path]:
+    return sorted(path for path in place.glob("checkpoint_*") if path.is_dir())
+
+
+def saved(checkpoint: Path) -> int:
+    """The step with which it goes on, counted over all epochs; 0 before it is whole."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return state["epoch"] * STEPS + state["step"]
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.ray
+def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undisturbed: dict[int, float], tmp_path: Path):
+    """A worker in mid-epoch, all between writing and reporting, a full disk, the driver, a damaged checkpoint, MLflow
+    that is silent."""
+    place = tmp_path / "killed"
+    words = ["--data", data, "--storage", tmp_path, "--name", "killed"]
+    command = Command(machines, tmp_path / "watched", *words)
+    attempt = command.attempt
+    attempt.until(7)
+    process = command.start()
+    process.wait(lambda: [saved(path) for path in checkpoints(place)] == [4])
+    machines.processes("ray::RayTrainWorker")[0].kill()
+    since = time.time()
+    attempt.until(13)
+    process.wait(lambda: {4, 12} <= attempt.steps(since))
+    assert min(attempt.steps(since)) == 4
+
+    (controller,) = machines.processes("ray::TrainController")
+    before, reported = checkpoints(place), place / "checkpoint_manager_snapshot.json"
+    controller.suspend()  # nobody hears of the next checkpoint
+    attempt.until(15)
+    process.wait(lambda: len(checkpoints(place)) > len(before))
+    for worker in machines.processes("ray::RayTrainWorker"):
+        worker.kill()
+    assert checkpoints(place)[-1].name not in reported.read_text()
+    controller.resume()
+    since = time.time()
+    attempt.until(17)
+    process.wait(lambda: 16 in attempt.steps(since) and saved(checkpoints(place)[-1]) == 14)
+    assert min(attempt.steps(since)) in (10, 14)  # from the one before, or from the whole one that nobody heard of
+
+    for worker in machines.processes("ray::RayTrainWorker"):
+        worker.rlimit(psutil.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))  # a disk without room
+    attempt.until(25)
+    assert re.search("no checkpoint can be written .*File too large.*: make room there", process.finish(status=2))
+
+    since = time.time()
+    attempt.until(27)
+    process = command.start()
+    process.wait(lambda: saved(checkpoints(place)[-1]) == 24)
+    assert min(attempt.steps(since)) == 14
+    process.kill()
+
+    newest, older = checkpoints(place)[-1], checkpoints(place)[-2]
+    truncate(newest / "bundle" / "model.safetensors")
+    assert saved(older) == 20
+    since = time.time()
+    attempt.until(33)
+    process = command.start()
+    process.wait(lambda: 32 in attempt.steps(since))
+    assert min(attempt.steps(since)) == 20
+    with silent(mlflow_server):
+        attempt.until(10**9)
+        process.wait(lambda: EPOCHS * STEPS - 1 in attempt.steps(since))
+        time.sleep(1)
+    assert f"checkpoint {newest.name} is damaged and passed over" in process.finish()
+    attempt.assert_every_record_once()
+    assert_nothing_happened(place, undisturbed)
+
+    def goes_on_from(**changes: object) -> str | None:
+        job = job_of(data, changes)
+        return newest_whole(Storage.open(place), job.recipe, job.train.order, torch.device("cpu"))[0]
+
+    kept = [path.name for path in checkpoints(place)][::-1]
+    assert goes_on_from() == kept[0]
+    for file in ("state.json", "optimizer.safetensors", "bundle/config.json", "bundle/model.safetensors"):
+        content = (place / kept[0] / file).read_bytes()
+        middle = len(content) // 2
+        (place / kept[0] / file).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        assert goes_on_from() == kept[1], file
+        (place / kept[0] / file).write_bytes(content)
+    with pytest.raises(LsemvaeError, match="began with batch_size=16, not 32: go on with the same, or give another"):
+        goes_on_from(**{"optim.batch_size": 32})
+    with pytest.raises(LsemvaeError, match="the run began with another model"):
+        goes_on_from(**{"model.latent": 5})
+    for name in kept:
+        truncate(place / name / "state.json")
+    with pytest.raises(LsemvaeError, match=r"every checkpoint of .* is damaged: give another --name to start anew"):
+        goes_on_from()
+
+
+@pytest.mark.ray
+def test_a_machine_is_lost_and_returns(machines: Machines, data: Path, undisturbed: dict[int, float], tmp_path: Path):
+    """Two workers, then one on the machine that is left, which has a single CPU, then two again."""
+    words = ["--data", data, "--storage", tmp_path, "--name", "elastic", "--num-workers", "1-2"]
+    command = Command(machines, tmp_path / "watched", *words)
+    attempt = command.attempt
+
+    def with_workers(count: int) -> bool:
+        return any(line["workers"] == count for line in attempt.lines() if line["at"] > since)
+
+    since = time.time()
+    attempt.until(7)
+    process = command.start()
+    process.wait(lambda: any(saved(path) == 4 for path in checkpoints(tmp_path / "elastic")))
+    assert with_workers(2)
+    since = time.time()
+    machines.lose_other()
+    process.wait(lambda: with_workers(1))
+    attempt.until(17)
+    process.wait(lambda: 16 in attempt.steps(since))
+    assert not with_workers(2)
+    since = time.time()
+    machines.add_other()
+    process.wait(lambda: with_workers(2))
+    attempt.until(10**9)
+    process.finish()
+    attempt.assert_every_record_once()
+    assert_nothing_happened(tmp_path / "elastic", undisturbed)
+
+
+@pytest.mark.ray
+def test_an_object_store_that_fails_and_then_refuses(machines: Machines, data: Path, s3: str, tmp_path: Path):
+    client = boto3.client("s3")
+    for path in data.iterdir():
+        content = bytearray(path.read_bytes())
+        if path.name == "train-0.parquet":
+            content[1000] ^= 1  # in its first row group
+        client.put_object(Bucket="ecg", Key=f"survival/data/{path.name}", Body=bytes(content))
+    between = Between(s3)
+    kinds = ("503", "reset", "reset in mid-body", "cut", "less")
+    between.faults = [Fault(kind, 1, "GET", "train-") for kind in kinds]
+    between.faults += [Fault(kind, 2, "PUT", "checkpoint_") for kind in ("503", "reset")]
+    words = ["--data", between.uri("ecg/survival/data"), "--storage", between.uri("ecg/survival/runs")]
+    words += ["--name", "s3", "--max-damaged-share", 0.5]
+    command = Command(machines, tmp_path / "watched", *words)
+    attempt = command.attempt
+    attempt.until(15)
+    process = command.start()
+    process.wait(lambda: 14 in attempt.steps())
+    assert not any(fault.times for fault in between.faults)
+    between.faults = [Fault("403", method="GET", part="train-")]
+    attempt.until(10**9)
+    assert re.search(r"train-\d.parquet: access denied: check the credentials", process.finish(status=2))
+    assert len(list(attempt.folder.glob("*.jsonl"))) == 4  # two workers in two epochs: nothing was tried again
+    between.heal()
+    command.start().finish()
+    between.close()
+    attempt.assert_every_record_once(damaged=64)
+    record = json.loads(client.get_object(Bucket="ecg", Key="survival/runs/s3/run.json")["Body"].read())
+    history = Run(record["run"])._client.get_metric_history(record["run"], "train.damaged")
+    assert [metric.value for metric in history][-1] == 64
+
+
+@pytest.mark.ray
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(machines: Machines, data: Path, tmp_path: Path):
+    words = ["--data", data, "--storage", tmp_path, "--name", "nan", "--optim.learning-rate", 1e30]
+    command = Command(machines, tmp_path / "watched", *words)
+    process = command.start()
+    error = process.finish(status=2)
+    assert re.search(r"training failed: epoch 0, step \d: the loss or its gradient is not finite", error)
+    assert "Traceback" not in process.printed
+    assert len(list(command.attempt.folder.glob("*.jsonl"))) == 2  # of two workers, once
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=st.data())
+def test_damage_anywhere_in_a_shard_costs_its_row_groups_and_no_more(data: Path, tmp_path: Path, damage: st.DataObject):
+    """A byte that is another, a piece that is gone, a file that ends early: the records are right, or set aside."""
+    whole = (data / "train-0.parquet").read_bytes()
+    place = damage.draw(st.one_of(st.integers(0, len(whole) - 1), st.integers(len(whole) - 4000, len(whole) - 1)))
+    gone = damage.draw(st.sampled_from([0, 1, 500, len(whole)]))
+    other = b"" if gone else bytes([whole[place] ^ damage.draw(st.integers(1, 255))])
+    content = whole[:place] + other + whole[place + (gone or 1) :]
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(content if path.name == "train-0.parquet" else path.read_bytes())
+    storage_footer.cache_clear()
+    order = {"batch_size": 16, "streams": 4, "buffer": 64, "shuffle": False}
+    feeds = [
+        Feed.of(ShardedDataset.open(str(folder)), "train", LEADS, PREPROCESS, **order) for folder in (data, tmp_path)
+    ]
+    for right, found in zip(*(feed.batches(0, read=read_here) for feed in feeds), strict=True):
+        known = found["row_B"] >= 0
+        np.testing.assert_array_equal(found["row_B"][known], right["row_B"][known])
+        np.testing.assert_array_equal(found["x_BLT"][known], right["x_BLT"][known])
+        assert (found["row_B"][~known] == DAMAGED).all() and not found["weight_B"][~known].any()
+        assert known[right["row_B"] >= 96].all()
+
+
+def test_a_shard_that_is_gone_is_named(data: Path, tmp_path: Path):
+    for path in data.iterdir():
+        if path.name != "train-1.parquet":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    feed = Feed.of(ShardedDataset.open(str(tmp_path)), "train", LEADS, PREPROCESS, batch_size=16)
+    with pytest.raises(LsemvaeError, match=r"train-1\.parquet is gone, though the manifest names it"):
+        list(feed.batches(0, read=read_here))
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (NonFiniteBatch("a", (3,)), True),
+        (StorageError("denied", passing=False), True),
+        (StorageError("overloaded"), False),
+        (RuntimeError("the other worker is gone"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error: Exception, lasting: bool):
+    error = pickle.loads(pickle.dumps(error))  # as it comes from a worker
+    with pytest.raises(type(error)) if lasting else contextlib.nullcontext():
+        raise_lasting([RuntimeError("lost"), error])
