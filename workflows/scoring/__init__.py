@@ -1,0 +1,1 @@
+"""What `workflows/score.py` is made of: where recordings come from, and how far it is."""
