@@ -28,6 +28,10 @@ from lsemvae.errors import LsemvaeError
 CASES = {
     "model": ("benchmarks.model", "bench_model", "training step and forward pass against the paper's loop over leads"),
     "infer": ("benchmarks.infer", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
+    "train": ("benchmarks.train", "bench_train", "training from shards against the bare step on a batch in memory"),
+    "score": ("benchmarks.score", "bench_score", "a whole cohort against the bare model in a loop in one process"),
+    "ingest": ("benchmarks.ingest", "bench_ingest", "recordings into shards and model input, against NeuroKit2"),
+    "feed": ("benchmarks.ingest", "bench_feed", "shards into batches against reading and NeuroKit2 lead by lead"),
     "collapse": ("benchmarks.collapse", "bench_collapse", "what the reconstruction weight does to the posterior"),
 }
 
