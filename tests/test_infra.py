@@ -411,6 +411,14 @@ def parse_workflow(script: str, words: list[str]) -> object:
     return caught.value.args[0]
 
 
+def endpoint_paths() -> set[str]:
+    """What the endpoint answers to."""
+    from serve.api import Service, make_api
+
+    api = make_api(Service(registry=None, metrics=None))
+    return {*api.openapi()["paths"], api.openapi_url}
+
+
 def parse_command(words: list[str]) -> object:
     """Checks a command against the program's own parser; returns what a workflow would be given."""
     words = words[:-1] if words[-1] == "&" else words
@@ -441,15 +449,13 @@ def parse_command(words: list[str]) -> object:
             assert (ROOT / click_context(cli, rest).params["config_or_import_path"]).is_file()
         case ["docker", "build", "--file", file, "--tag", _, "."]:
             assert (ROOT / file).is_file()
-        case ["docker", "push", _] | ["export" | ".", _]:
+        case ["docker", "push", _] | ["export" | ".", *_]:
             pass
         case ["curl", url, *_]:
-            from serve.app import api
-
             options = load("serve/config.yaml")["http_options"]
             prefix = f"http://{options['host']}:{options['port']}"
             assert url.startswith(prefix)
-            assert url.removeprefix(prefix) in api.openapi()["paths"]
+            assert url.removeprefix(prefix) in endpoint_paths()
         case _:
             pytest.fail(f"nothing here checks {words}")
     return None
@@ -539,7 +545,7 @@ def test_readme_reading_order_is_the_packages() -> None:
 
 
 def test_readme_request_is_one_that_the_endpoint_takes() -> None:
-    from serve.app import to_record
+    from serve.inputs import to_record
     from serve.schema import ScoreRequest
 
     (example,) = blocks("json")
@@ -557,7 +563,7 @@ def test_readme_makes_a_request_from_a_recording(tmp_path: Path, monkeypatch: py
 
     from lsemvae.formats import read
     from lsemvae.simulate import CohortConfig, simulate_cohort
-    from serve.app import to_record
+    from serve.inputs import to_record
     from serve.schema import ScoreRequest
 
     simulate_cohort(CohortConfig(subjects=2, seed=0, mean_studies=1.0), tmp_path / "cohort")
@@ -582,3 +588,10 @@ def test_picture_is_a_drawing_that_needs_nothing() -> None:
         assert (ROOT / path).is_file() or (ROOT / "workflows" / path).is_file(), path
     references = [value for node in picture.iter() for name, value in node.attrib.items() if name.endswith("href")]
     assert not references
+
+
+def test_readme_requests_are_those_of_the_endpoint() -> None:
+    section = README.split("## The endpoint")[1].split("## ")[0]
+    named = set(re.findall(r"[` ](/(?:v1/)?[\w/.]+)`", section)) - {"/v1/cohorts/ID"}
+    assert {"/v1/score", "/v1/score/file", "/v1/cohorts", "/readyz", "/openapi.json"} <= named
+    assert named <= endpoint_paths()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pandas as pd
 import yaml
 from command import run_command
@@ -167,7 +168,11 @@ def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> di
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     config["http_options"]["port"] = port = free_port(8000)
     application = config["applications"][0]
-    application["args"]["models"] = [f"models:/{name}@champion" for name in names.values()]
+    application["args"] |= {
+        "models": [f"models:/{name}@champion" for name in names.values()],
+        "bundles": str(place / "served"),
+        "allow_anonymous": True,  # on this machine's own address, for as long as the demo asks
+    }
     application["runtime_env"] = {"env_vars": {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}}
     path, log = place / "serve.yaml", place / "serve.log"
     path.write_text(yaml.safe_dump(config))
@@ -179,14 +184,15 @@ def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> di
             [serve, "run", path], cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
     try:
-        wait_until_healthy(f"http://127.0.0.1:{port}/healthz", server, log)
+        wait_until_healthy(f"http://127.0.0.1:{port}/readyz", server, log)
         shard = data.manifest.of_split("val")[0]
         row = pd.read_parquet(place / "shards" / shard.path, engine="pyarrow").iloc[0].to_dict()
         record = unpack(row)
         answers = {}
         for leads in (LIMB_LEADS, LEADS):
             named = {
-                lead: signal_mv_T.tolist() for lead, signal_mv_T in zip(leads, record.signal_for(leads), strict=True)
+                lead: [None if np.isnan(value_mv) else value_mv for value_mv in signal_mv_T.tolist()]
+                for lead, signal_mv_T in zip(leads, record.signal_for(leads), strict=True)
             }
             body = {"records": [{"rate_hz": record.rate_hz, "leads": named}]}
             reply = httpx.post(f"http://127.0.0.1:{port}/v1/score", json=body, timeout=60)

@@ -1,0 +1,43 @@
+"""What the service says of itself in numbers: Prometheus metrics, through Ray. Never an identifier, never a signal."""
+
+from ray.serve.metrics import Counter, Histogram
+
+from serve.schema import ModelOut, ScoreOut
+
+STAGES = ("parse", "model", "total")
+_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
+_SHARES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]  # Ray's buckets must be above 0
+_COUNTS = [1, 2, 4, 8, 16, 32, 64]
+
+
+class Metrics:
+    """Ray puts `ray_` before these names, Prometheus `_total` or `_bucket`, `_sum` and `_count` behind them."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("lsemvae_requests", "Answers, by HTTP status.", ("endpoint", "status"))
+        self._scores = Counter("lsemvae_scores", "Scored recordings.", ("model", "version", "decision"))
+        self._refusals = Counter("lsemvae_refusals", "Recordings without a score.", ("reason",))
+        self._limited = Counter("lsemvae_limited", "Scored recordings of limited reliability.", ("model", "version"))
+        self._score = Histogram("lsemvae_score", "Scores: a shift is drift.", _SHARES, ("model", "version"))
+        self._seconds = Histogram("lsemvae_stage_seconds", "Time by stage of a request.", _SECONDS, ("stage",))
+        self._batch = Histogram("lsemvae_batch_records", "Recordings scored together.", _COUNTS, ("model",))
+
+    def answered(self, endpoint: str, status: int) -> None:
+        self._requests.inc(tags={"endpoint": endpoint, "status": str(status)})
+
+    def took(self, stage: str, seconds: float) -> None:
+        assert stage in STAGES
+        self._seconds.observe(seconds, tags={"stage": stage})
+
+    def batch(self, model: ModelOut, records: int) -> None:
+        self._batch.observe(records, tags={"model": model.name})
+
+    def result(self, out: ScoreOut) -> None:
+        if out.refused or out.model is None:
+            self._refusals.inc(tags={"reason": out.refused.code if out.refused else "none"})
+            return
+        named = {"model": out.model.name, "version": str(out.model.version)}
+        self._scores.inc(tags=named | {"decision": str(out.decision).lower()})
+        self._score.observe(out.score, tags=named)
+        if out.reliability.level == "limited":
+            self._limited.inc(tags=named)

@@ -1,0 +1,212 @@
+"""From a recording to its answer: which model, in which batch, and what is doubtful about the recording."""
+
+import asyncio
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from lsemvae.bundle import Bundle, Score
+from lsemvae.errors import LsemvaeError, Refused, UnreadableRecording
+from lsemvae.leads import LEADS
+from lsemvae.quality import FLAGS, quality_flags
+from lsemvae.record import Record
+from serve.observed import Metrics
+from serve.registry import Served
+from serve.schema import RecordOut, RefusedOut, Reliability, ScoreOut
+
+MAX_BATCH = 32
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+
+
+class Batcher(Generic[Job, Done]):
+    """Runs `run` in a thread on all that arrived while it ran before, `max_size` at most.
+
+    `ray.serve.batch` closes a batch before it is its turn, so it needs a wait: added to every lone request, and yet
+    too short to fill a batch behind a slow one. Here a lone request waits for nothing, and load makes full batches.
+    """
+
+    def __init__(self, run: Callable[[list[Job]], list[Done]], max_size: int = MAX_BATCH) -> None:
+        self._run, self._max_size = run, max_size
+        self._waiting: deque[tuple[Job, asyncio.Future[Done]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __call__(self, job: Job) -> Done:
+        future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain())
+        return await future
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_size))]
+            taken = [(job, future) for job, future in taken if not future.done()]  # its client has gone
+            if not taken:
+                continue
+            try:
+                results = await asyncio.to_thread(self._run, [job for job, _ in taken])
+            except Exception as error:
+                for _, future in taken:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), result in zip(taken, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+
+
+class NothingServed(Exception):
+    """No model is loaded: the service is not ready."""
+
+
+class Scoring:
+    """Answers for single recordings; those that arrive together are scored together.
+
+    `served` gives the models by name. It is asked once a recording, and a batch goes to the very objects that were
+    chosen then: a promotion in between mixes nothing.
+    """
+
+    def __init__(self, served: Callable[[], Mapping[str, Served]], metrics: Metrics) -> None:
+        self._served, self._metrics = served, metrics
+        self._scored: Batcher[tuple[Served, Record], Score] = Batcher(self._score_batch)
+        # Beside the model, in a thread of their own: a sixth of the time that scoring takes.
+        self._flagged: Batcher[Record, tuple[str, ...]] = Batcher(lambda records: list(map(quality_flags, records)))
+
+    async def score(
+        self, given: Record | LsemvaeError, *, id: str, model: str | None, signal: bool = False
+    ) -> ScoreOut:
+        """The answer for a recording, or for the reason why it could not be read. Raises NothingServed."""
+        out = await self._answer(given, id, model)
+        if signal and isinstance(given, Record):
+            out.record = drawn(given)
+        self._metrics.result(out)
+        return out
+
+    async def _answer(self, given: Record | LsemvaeError, id: str, model: str | None) -> ScoreOut:
+        served = self._served()
+        if not served:
+            raise NothingServed
+        if isinstance(given, LsemvaeError):
+            return refused(id, given)
+        try:
+            candidates = choose(given, served, model)
+        except Refused as error:
+            return refused(id, error, [*given.flags, *quality_flags(given)])
+        (chosen, answer), flags = await asyncio.gather(self._first_to_accept(candidates, given), self._flagged(given))
+        flags = (*given.flags, *flags)
+        out = ScoreOut(id=id, flags=list(flags), model=chosen.described)
+        if answer.refused:
+            out.refused = RefusedOut(code=answer.refused.code, reason=str(answer.refused))
+            out.reliability = Reliability(level="limited", reasons=[out.refused.reason])
+            return out
+        out.score, out.decision, out.probability = answer.score, answer.decision, answer.probability
+        out.leads_used = list(answer.leads_used)
+        out.leads_derived = [lead for lead in answer.leads_used if lead in given.derived]
+        out.reliability = reliability(given, answer.leads_used, flags, chosen.scorer.bundle.leads)
+        return out
+
+    async def _first_to_accept(self, candidates: list[Served], record: Record) -> tuple[Served, Score]:
+        for chosen in candidates:
+            answer = await self._scored((chosen, record))
+            if not (answer.refused and answer.refused.code == "leads"):
+                break  # else the next model may do with the leads that are left
+        return chosen, answer
+
+    def _score_batch(self, jobs: list[tuple[Served, Record]]) -> list[Score]:
+        began = time.perf_counter()
+        by_model: defaultdict[int, list[int]] = defaultdict(list)
+        for position, (served, _) in enumerate(jobs):
+            by_model[id(served)].append(position)
+        answers: dict[int, Score] = {}
+        for positions in by_model.values():
+            served = jobs[positions[0]][0]
+            scores = served.scorer.score([jobs[position][1] for position in positions])
+            answers |= zip(positions, scores, strict=True)
+            self._metrics.batch(served.described, len(positions))
+        self._metrics.took("model", time.perf_counter() - began)
+        return [answers[position] for position in range(len(jobs))]
+
+
+def refused(id: str, error: LsemvaeError, flags: Iterable[str] = ()) -> ScoreOut:
+    """The answer for a recording that no model has seen."""
+    code = error.code if isinstance(error, Refused | UnreadableRecording) else "record"
+    return ScoreOut(
+        id=id,
+        flags=list(flags),
+        refused=RefusedOut(code=code, reason=str(error)),
+        reliability=Reliability(level="limited", reasons=[str(error)]),
+    )
+
+
+def min_leads(bundle: Bundle) -> int:
+    """With fewer usable leads preprocessing refuses a recording."""
+    return max(1, math.ceil(bundle.preprocess.min_lead_share * len(bundle.leads)))
+
+
+def choose(record: Record, served: Mapping[str, Served], name: str | None) -> list[Served]:
+    """The named model, or those that take the recording: most leads in common first, then the smaller model.
+
+    A lead that holds nothing, or one value, counts as absent. Raises Refused when no model takes it.
+    """
+    if name is not None:
+        if name not in served:
+            raise Refused("model", f"no model {name[:100]!r} is served: {', '.join(served)} are")
+        return [served[name]]
+    usable = usable_leads(record)
+    shared = {key: len(usable & set(model.scorer.bundle.leads)) for key, model in served.items()}
+    able = [key for key, model in served.items() if shared[key] >= min_leads(model.scorer.bundle)]
+    if not able:
+        wants = "; ".join(
+            f"{key}: at least {min_leads(model.scorer.bundle)} of {', '.join(model.scorer.bundle.leads)}"
+            for key, model in served.items()
+        )
+        held = ", ".join(lead for lead in LEADS if lead in usable) or "no lead that holds a signal"
+        raise Refused("leads", f"the recording has {held}; models want {wants}")
+    return [served[key] for key in sorted(able, key=lambda key: (-shared[key], len(served[key].scorer.bundle.leads)))]
+
+
+def usable_leads(record: Record) -> set[str]:
+    low_L, high_L = np.fmin.reduce(record.signal_mv_LT, axis=1), np.fmax.reduce(record.signal_mv_LT, axis=1)
+    return {lead for lead, low, high in zip(record.leads, low_L, high_L, strict=True) if low < high}
+
+
+def reliability(
+    record: Record, leads_used: Iterable[str], flags: Iterable[str], model_leads: tuple[str, ...]
+) -> Reliability:
+    """What is less than the best about the recording, for a model of these leads; see `schema.Reliability`."""
+    used = set(leads_used)
+    missing = [lead for lead in model_leads if lead not in record.leads]
+    unusable = [lead for lead in model_leads if lead in record.leads and lead not in used]
+    derived = [lead for lead in model_leads if lead in used and lead in record.derived]
+    reasons = []
+    if missing:
+        reasons.append(f"Missing of the model's {len(model_leads)} leads: {', '.join(missing)}.")
+    if unusable:
+        reasons.append(f"Flat or without enough samples, so not used: {', '.join(unusable)}.")
+    if derived:
+        reasons.append(f"Computed from I and II, not measured: {', '.join(derived)}.")
+    flagged: defaultdict[str, list[str]] = defaultdict(list)
+    for flag in flags:
+        kind, _, detail = flag.partition(":")
+        if flag in FLAGS or detail not in LEADS:
+            flagged[FLAGS.get(flag) or FLAGS.get(kind, flag)]  # of the whole recording
+        elif detail in model_leads and detail not in unusable:
+            flagged[FLAGS.get(kind, kind)].append(detail)
+    reasons += [f"{', '.join(leads)}: {text}" if leads else text for text, leads in flagged.items()]
+    return Reliability(level="limited" if reasons else "good", reasons=reasons)
+
+
+def drawn(record: Record) -> RecordOut:
+    """The recording for drawing: millivolts to 0.001."""
+    leads = {
+        lead: [None if value != value else value for value in np.round(row_mv.astype(np.float64), 3).tolist()]
+        for lead, row_mv in zip(record.leads, record.signal_mv_LT, strict=True)
+    }
+    missing = [lead for lead in LEADS if lead not in record.leads]
+    return RecordOut(rate_hz=record.rate_hz, leads=leads, derived=list(record.derived), missing=missing)
