@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import HTTPException, RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, FiniteFloat
@@ -23,11 +22,10 @@ from lsemvae.record import Record
 from serve import cohorts, page
 from serve.inputs import from_files, from_json, from_npy, to_record, uploaded
 from serve.observed import Metrics
+from serve.openapi import EXAMPLE, FILES_BODY, NPY_BODY, json_body, openapi
 from serve.reconstruct import Reconstructor
 from serve.registry import Registry, Served
 from serve.schema import (
-    MAX_RECORDS,
-    RESEARCH_ONLY,
     Health,
     ModelCard,
     Problem,
@@ -56,22 +54,6 @@ LIMITS = [
     "none, and a score of 0.7 is not a risk of 70 %.",
     "Reliability is about the recording. How sure the model is, no number here says.",
 ]
-DESCRIPTION = f"""Scores ECGs of 12 leads, 6 leads, or any subset that a model takes. {RESEARCH_ONLY}
-
-Everything under `/v1` needs `Authorization: Bearer TOKEN`. Errors are `{{"detail": …}}` and never quote a recording.
-A recording that no score can be given for has `refused` with a code and a reason; when that is so for all, the status
-is 422. 401: no right token. 413: too large. 415: another content type, or compressed. 408: the body came too slowly.
-503 with `Retry-After`: more load than capacity, or no model is loaded (`/readyz` says why).
-
-`X-Request-ID` goes into logs as it came: put no identifier of a person in it.
-"""
-
-_BEAT_MV = [0.0] * 10 + [0.05, 0.1, 0.1, 0.05] + [0.0] * 6 + [-0.1, 0.9, -0.3, 0.0] + [0.0] * 16
-_BEAT_MV += [0.05, 0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.05] + [0.0] * 35
-_SIGNAL_MV = (_BEAT_MV * 4)[:250]
-_LEADS_MV = {"I": _SIGNAL_MV, "II": [round(1.5 * value_mv, 3) for value_mv in _SIGNAL_MV]}
-EXAMPLE = {"records": [{"id": "a-1", "rate_hz": 100, "unit": "mV", "leads": _LEADS_MV}]}
-"""2.5 s at 100 Hz, the shortest and slowest that is scored."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,7 @@ def make_api(service: Service) -> FastAPI:
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    api.openapi = lambda: _openapi(api)
+    api.openapi = lambda: openapi(api)
     return api
 
 
@@ -126,7 +108,7 @@ def _v1(service: Service) -> APIRouter:
     scoring = Scoring(lambda: service.registry.served, service.metrics)
 
     @router.post(
-        "/score", response_model=ScoreResponse, responses=refusals, openapi_extra=_json_body(ScoreRequest, EXAMPLE)
+        "/score", response_model=ScoreResponse, responses=refusals, openapi_extra=json_body(ScoreRequest, EXAMPLE)
     )
     async def score(request: Request) -> Response:
         """Score recordings given as JSON: leads by name, in mV or uV, each model taking those it knows."""
@@ -136,7 +118,7 @@ def _v1(service: Service) -> APIRouter:
         records = [_or_error(to_record, given) for given in asked.records]
         return await respond([given.id for given in asked.records], records, asked.model, began)
 
-    @router.post("/score/npy", response_model=ScoreResponse, responses=refusals, openapi_extra=_NPY_BODY)
+    @router.post("/score/npy", response_model=ScoreResponse, responses=refusals, openapi_extra=NPY_BODY)
     async def score_npy(
         request: Request,
         leads: Annotated[str, Query(max_length=200, description="Rows' names, `I,II,V1`, or `12` or `6` in order.")],
@@ -145,7 +127,7 @@ def _v1(service: Service) -> APIRouter:
         uv_per_lsb: Annotated[FiniteFloat | None, Query(gt=0, le=1e6, description="Of int16 samples.")] = None,
         model: Annotated[str | None, Query(max_length=200)] = None,
     ) -> Response:
-        """Score recordings given as an array that np.save wrote: a third of the JSON, or a quarter as int16.
+        """Score recordings given as an array that np.save wrote: half of the JSON, or a quarter as int16.
 
         float32 in millivolts (or `unit=uV`), NaN where nothing was recorded; or int16 with `uv_per_lsb`, -32768 where
         nothing was recorded. [leads, samples] or [recordings, leads, samples].
@@ -156,7 +138,7 @@ def _v1(service: Service) -> APIRouter:
         records = from_npy(body, names, rate_hz, unit=unit, uv_per_lsb=uv_per_lsb)
         return await respond([""] * len(records), records, model, began)
 
-    @router.post("/score/file", response_model=ScoreResponse, responses=refusals, openapi_extra=_FILES_BODY)
+    @router.post("/score/file", response_model=ScoreResponse, responses=refusals, openapi_extra=FILES_BODY)
     async def score_file(
         request: Request,
         signal: Annotated[bool, Query(description="Answer with the recording too, for drawing.")] = False,
@@ -190,7 +172,7 @@ def _v1(service: Service) -> APIRouter:
             409: {"model": Problem, "description": "The configured encoder cannot be loaded."},
             422: {"model": ReconstructResponse | Problem, "description": "Not readable, or every recording refused."},
         },
-        openapi_extra=_json_body(ReconstructRequest, EXAMPLE),
+        openapi_extra=json_body(ReconstructRequest, EXAMPLE),
     )
     async def reconstruct(request: Request) -> Response:
         """Leads that were not recorded, as a model guesses them from those that were. Not a measurement."""
@@ -309,51 +291,3 @@ async def _unusable(request: Request, error: LsemvaeError) -> JSONResponse:
 async def _nothing_served(request: Request, error: NothingServed) -> JSONResponse:
     detail = "no model is loaded: GET /readyz says why"
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "10"})
-
-
-# --- OpenAPI: bodies that are read here and not by FastAPI ----------------------------------------------------
-
-
-def _json_body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
-    content = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example}
-    return {"requestBody": {"required": True, "content": {"application/json": content}}}
-
-
-_NPY_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/x-npy": {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
-_FILES_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "files": {
-                            "type": "array",
-                            "minItems": 1,
-                            "maxItems": 2 * MAX_RECORDS,
-                            "items": {"type": "string", "format": "binary"},
-                        }
-                    },
-                }
-            }
-        },
-    }
-}
-
-
-def _openapi(api: FastAPI) -> dict[str, Any]:
-    if api.openapi_schema is None:
-        api.openapi_schema = get_openapi(
-            title=api.title, version=api.version, description=DESCRIPTION, routes=api.routes
-        )
-        for model in (ScoreRequest, ReconstructRequest):
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            api.openapi_schema["components"]["schemas"] |= schema.pop("$defs") | {model.__name__: schema}
-    return api.openapi_schema

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -144,7 +144,7 @@ class Guard:
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise Rejected(415, "compressed bodies are not read: send it as it is", Connection="close")
 
-    async def _read(self, headers: Headers, receive: Receive, hold) -> Receive:  # noqa: ANN001
+    async def _read(self, headers: Headers, receive: Receive, hold: Callable[[int], None]) -> Receive:
         declared = headers.get("content-length")
         if declared is not None:
             if not declared.isdecimal() or len(declared) > 15:

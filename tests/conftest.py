@@ -119,6 +119,8 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
     log = folder / "ray.log"
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
     command += [f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
+    # The default is one for the machine: beside another cluster there would be no agent, and no jobs.
+    command += [f"--dashboard-agent-listen-port={demo.free_port()}"]
     command += [f"--object-store-memory={2 * 2**30}", "--node-ip-address=127.0.0.1"]
     start = {key: value for key, value in environment.items() if key not in ("RAY_ADDRESS",)}
     with log.open("w") as stream:

@@ -36,7 +36,7 @@ def test_the_whole_way_and_again(ray_cluster: Cluster, tmp_path: Path):
     assert "12 leads -> simulated-ph-12L version 1: score 0." in first.stdout
     (scores,) = place.glob("scores-*")
     records = ShardedDataset.open(str(place / "shards")).manifest.records
-    assert json.loads((scores / "scores.json").read_text())["records"] == records
+    assert json.loads((scores / "summary.json").read_text())["records"] == records
     assert "make ui" in first.stdout
 
     second = run(tmp_path / "demo", *small)

@@ -95,10 +95,8 @@ def service(finetuned, pretrained, ray_cluster: Cluster, tmp_path_factory) -> It
     config["http_options"]["port"] = port = demo.free_port()
     folder = tmp_path_factory.mktemp("serve")
     (application,) = config["applications"]
-    application["args"] |= {
-        "encoder": str(pretrained.folder / "bundle"), "bundles": str(folder / "kept"), "max_body_mb": 16,
-        "body_timeout_s": 2,
-    }  # fmt: skip
+    application["args"] |= {"encoder": str(pretrained.folder / "bundle"), "bundles": str(folder / "kept")}
+    application["args"]["body_timeout_s"] = 2
     # `serve deploy` sends no code, and in the image PYTHONPATH says where it is.
     environment = {"LSEMVAE_TOKENS": f"{TOKEN} of-somebody-else-too", "PYTHONPATH": str(ROOT)}
     application["runtime_env"] = {"env_vars": environment}
@@ -304,7 +302,7 @@ def test_twelve_leads_from_six(service: Service, recordings, pretrained: Trained
     ("headers", "parts", "status"),
     [
         ({"Content-Length": "100"}, [b'{"records":'], 408),  # and no more comes
-        ({"Transfer-Encoding": "chunked"}, [b"100000\r\n" + b" " * 2**20 + b"\r\n"] * 20, 413),
+        ({"Transfer-Encoding": "chunked"}, [b"100000\r\n" + b" " * 2**20 + b"\r\n"] * 40, 413),
         ({"Content-Length": str(2**40)}, [], 413),
         ({"Content-Length": "2", "Content-Encoding": "gzip"}, [b"{}"], 415),
         ({"Content-Length": "2", "Content-Type": "text/plain"}, [b"{}"], 415),

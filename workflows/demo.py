@@ -121,7 +121,7 @@ def walk(args: Args, folder: Path, place: Path) -> None:
         print(f"best expected of any reader of these simulated ECGs: AUROC {truth['cohort_auroc']:.3f}\n")
     print(f"tables, curves:    {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results.csv, scores.csv, curves.png)")
     print(f"pre-training:      {json.loads((place / 'pretrain' / 'result.json').read_text())['run']}")
-    print(f"scores:            {scores}   (scores-*.parquet, scores.json)")
+    print(f"scores:            {scores}   (scores-*.parquet, scores-*.csv, summary.json)")
     print("MLflow UI:         make ui" + ("" if folder.name == "demo" else f" DEMO={folder}"))
 
 
