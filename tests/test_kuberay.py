@@ -198,7 +198,9 @@ def test_clusters_set_every_variable_that_the_code_reads() -> None:
     sources = [path.read_text() for folder in ("lsemvae", "serve") for path in (ROOT / folder).rglob("*.py")]
     needed = set(re.findall(r"""environ(?:\.get\(|\[)["'](\w+)""", "\n".join(sources)))
     assert "MLFLOW_TRACKING_URI" in needed
-    needed -= {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"}
+    needed -= {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS"}
+    # Who may ask is a secret: a file on AWS, a Secret on Kubernetes.
+    needed -= {"LSEMVAE_TOKENS", "LSEMVAE_TOKENS_FILE", "LSEMVAE_COHORT_PREFIXES", "LSEMVAE_COHORT_ARGS"}
     (settings,) = [d["data"] for d in documents("settings") if d["kind"] == "ConfigMap"]
     on_aws = docker_environment(load("ray_cluster.yaml"))
     assert needed <= settings.keys()
@@ -207,6 +209,14 @@ def test_clusters_set_every_variable_that_the_code_reads() -> None:
         assert settings[name] == on_aws[name]
     assert all(isinstance(value, str) for value in settings.values())
     assert not [name for name in settings if SECRET.search(name)]
+
+
+def test_the_endpoint_finds_its_tokens() -> None:
+    """Without any it does not start."""
+    mounted = load("ray_cluster.yaml")["file_mounts"]
+    assert docker_environment(load("ray_cluster.yaml"))["LSEMVAE_TOKENS_FILE"] in mounted
+    assert "LSEMVAE_TOKENS" in (FOLDER / "settings.yaml").read_text()
+    assert "LSEMVAE_TOKENS" in load("infra/compose.yaml")["services"]["serve"]["environment"]
 
 
 def test_token_authentication_is_on_everywhere_and_no_file_holds_a_secret() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import secrets
 import signal
 import subprocess
@@ -18,7 +19,6 @@ from pathlib import Path
 import boto3
 import demo
 import numpy as np
-import psutil
 import pytest
 import torch
 from conftest import ROOT, end_group
@@ -109,6 +109,22 @@ def job_of(data: Path, changes: Mapping[str, object] | None = None) -> PretrainJ
     return pretrain.make_job(dataset, recipe, pretrain.make_feeds(dataset, recipe), None)
 
 
+def below(*pids: int) -> dict[int, str]:
+    """The processes that these have started, and those that they have: id -> command line."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    commands = {}
+    for pid in found:
+        with contextlib.suppress(OSError):
+            commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return commands
+
+
 class Machines:
     """A Ray cluster of a head with one CPU and another machine with two, each of which can be lost."""
 
@@ -148,16 +164,10 @@ class Machines:
     def lose_other(self) -> None:
         end_group(self.other)
 
-    def processes(self, title: str) -> list[psutil.Process]:
-        """Ray's processes on these machines whose title starts so."""
-        found = []
-        for node in (self.head, self.other):
-            with contextlib.suppress(psutil.Error):
-                for process in psutil.Process(node.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        if " ".join(process.cmdline()).startswith(title):
-                            found.append(process)
-        return found
+    def processes(self, title: str) -> list[int]:
+        """The ids of Ray's processes on these machines whose title starts so."""
+        nodes = [node.pid for node in (self.head, self.other) if node]
+        return [pid for pid, command in below(*nodes).items() if command.startswith(title)]
 
     def end(self) -> None:
         for node in (self.other, self.head):
@@ -248,7 +258,7 @@ class Command:
 
     def start(self) -> "Running":
         given = [str(word) for name, values in SETTINGS.items() for word in (f"--{name}", *np.atleast_1d(values))]
-        here = {"WATCHED": str(self.attempt.folder), "PYTHONPATH": str(ROOT / "workflows")}
+        here = {"WATCHED": str(self.attempt.folder), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'workflows'}"}
         return Running(
             [sys.executable, str(ROOT / "tests" / "watched.py"), "smoke", *given, *map(str, self._words)],
             os.environ | self._machines.environment | here,
@@ -291,12 +301,12 @@ class Running:
 def silent(uri: str) -> Iterator[None]:
     """The server neither answers nor refuses."""
     port = uri.rpartition(":")[2]
-    (server,) = [child for child in psutil.Process().children() if {"mlflow", port} <= set(child.cmdline())]
-    os.killpg(server.pid, signal.SIGSTOP)
+    group = min(pid for pid, command in below(os.getpid()).items() if "mlflow server" in command and port in command)
+    os.killpg(group, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.killpg(server.pid, signal.SIGCONT)
+        os.killpg(group, signal.SIGCONT)
 
 
 def checkpoints(place: Path) -> list[Path]:
@@ -328,7 +338,7 @@ def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undistur
     attempt.until(7)
     process = command.start()
     process.wait(lambda: [saved(path) for path in checkpoints(place)] == [4])
-    machines.processes("ray::RayTrainWorker")[0].kill()
+    os.kill(machines.processes("ray::RayTrainWorker")[0], signal.SIGKILL)
     since = time.time()
     attempt.until(13)
     process.wait(lambda: {4, 12} <= attempt.steps(since))
@@ -336,20 +346,20 @@ def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undistur
 
     (controller,) = machines.processes("ray::TrainController")
     before, reported = checkpoints(place), place / "checkpoint_manager_snapshot.json"
-    controller.suspend()  # nobody hears of the next checkpoint
+    os.kill(controller, signal.SIGSTOP)  # nobody hears of the next checkpoint
     attempt.until(15)
     process.wait(lambda: len(checkpoints(place)) > len(before))
     for worker in machines.processes("ray::RayTrainWorker"):
-        worker.kill()
+        os.kill(worker, signal.SIGKILL)
     assert checkpoints(place)[-1].name not in reported.read_text()
-    controller.resume()
+    os.kill(controller, signal.SIGCONT)
     since = time.time()
     attempt.until(17)
     process.wait(lambda: 16 in attempt.steps(since) and saved(checkpoints(place)[-1]) == 14)
     assert min(attempt.steps(since)) in (10, 14)  # from the one before, or from the whole one that nobody heard of
 
     for worker in machines.processes("ray::RayTrainWorker"):
-        worker.rlimit(psutil.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))  # a disk without room
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))  # a disk without room
     attempt.until(25)
     assert re.search("no checkpoint can be written .*File too large.*: make room there", process.finish(status=2))
 
