@@ -443,7 +443,7 @@ def test_scores_of_another_model_or_of_other_recordings_are_refused(whole, ukb: 
     shards = write_shards(tmp_path / "shards", [ukb / "1000001_20205_2_0.xml"], size=1)
     before = results(whole[0])
     for model, source, says in (
-        (bundles[12], {"source": str(ukb)}, "this is digest"),
+        (bundles[12], {"source": str(ukb)}, "this is ph-12L"),
         (bundles[6], {"source": str(ukb), "limit": 5}, "whose recordings were others"),
         (bundles[6], {"data": str(shards)}, "whose recordings were others"),
     ):

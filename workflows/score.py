@@ -145,9 +145,7 @@ def claim(output: Storage, about: dict[str, Any]) -> None:
         except FileNotFoundError:
             continue
         if before.get("plan") != about["plan"]:
-            one, other = (
-                f"{a.get('model')} version {a.get('version')} (digest {a.get('digest')})" for a in (before, about)
-            )
+            one, other = (_named(a) for a in (before, about))
             raise LsemvaeError(
                 f"{output.uri} holds scores of {one} on {before.get('input')}, "
                 + ("whose recordings were others" if one == other else f"this is {other}")
@@ -155,6 +153,11 @@ def claim(output: Storage, about: dict[str, Any]) -> None:
             )
         return
     output.write_bytes(JOB, json.dumps(about, indent=2).encode())
+
+
+def _named(about: dict[str, Any]) -> str:
+    version = f" version {about['version']}" if about.get("version") else ""
+    return f"{about.get('model')}{version} (digest {about.get('digest')})"
 
 
 def finished(output: Storage, plan: str) -> dict[str, Any] | None:
