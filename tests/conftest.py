@@ -54,6 +54,14 @@ def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
     process.wait()
 
 
+def end_serve(process: subprocess.Popen) -> None:
+    """Ends `serve run` and Serve itself: its proxies would keep their port, and the next one get none."""
+    end_group(process)
+    subprocess.run(
+        [str(Path(sys.executable).with_name("serve")), "shutdown", "-y"], cwd=ROOT, capture_output=True, check=True
+    )
+
+
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server on SQLite; `MLFLOW_TRACKING_URI` names it for the rest of the session."""
@@ -111,6 +119,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
+        "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard_port}",  # what the `serve` command asks
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs run `python`

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import score
 import yaml
-from conftest import ROOT, Cluster, end_group, wait_for, workflow
+from conftest import ROOT, Cluster, end_serve, wait_for, workflow
 from fastapi import HTTPException
 from score import claim, describe_model, finished, whole_file
 from scoring import inputs, progress
@@ -517,8 +517,7 @@ def service(ray_cluster: Cluster, bundles, ukb: Path, tmp_path_factory) -> Itera
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         client.folder, client.application = folder, application["name"]
         yield client
-    end_group(process)
-    subprocess.run([str(Path(sys.executable).with_name("serve")), "shutdown", "-y"], cwd=ROOT, capture_output=True)
+    end_serve(process)
 
 
 def until(client: httpx.Client, job_id: str, *states: str) -> dict:

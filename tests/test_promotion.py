@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Cluster, end_group, wait_for
+from conftest import ROOT, Cluster, end_group, end_serve, wait_for
 from mlflow import MlflowClient
 
 from lsemvae import bundle as bundles
@@ -559,10 +558,7 @@ def test_replicas_follow_under_load_without_a_failed_or_mixed_answer(
         finally:
             if load:
                 end_group(load)
-            end_group(process, signal.SIGKILL)
-            subprocess.run(
-                [str(Path(sys.executable).with_name("serve")), "shutdown", "-y"], cwd=ROOT, capture_output=True
-            )
+            end_serve(process)
     answers = asked.answers()
     assert len(answers) > 400
     assert [answer for answer in answers if answer[1] != 200] == []

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Cluster, Trained, end_group, wait_for, workflow
+from conftest import ROOT, Cluster, Trained, end_serve, wait_for, workflow
 from safetensors.torch import load_file
 from scipy import signal as sps
 
@@ -119,9 +119,7 @@ def service(finetuned, pretrained, ray_cluster: Cluster, tmp_path_factory) -> It
             until(lambda: len(service.replicas()) == REPLICAS, "both replicas run")
             yield service
     finally:
-        end_group(process)
-        shutdown = [str(Path(sys.executable).with_name("serve")), "shutdown", "-y"]
-        subprocess.run(shutdown, cwd=ROOT, capture_output=True)
+        end_serve(process)
 
 
 def until(true: Callable[[], bool], what: str) -> None:
