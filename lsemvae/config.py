@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS
-from lsemvae.models import _read as read_fields
+from lsemvae.models import read_fields
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
 

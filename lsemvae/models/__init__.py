@@ -34,12 +34,12 @@ def config_from(name: str, values: Mapping[str, Any]) -> Any:
     """
     for config_type in ARCHITECTURES:
         if config_type.architecture == name:
-            return _read(config_type, values, "config")
+            return read_fields(config_type, values, "config")
     known = ", ".join(config_type.architecture for config_type in ARCHITECTURES)
     raise BundleError(f"unknown architecture {name!r}: this version knows {known}")
 
 
-def _read(hint: Any, value: Any, where: str) -> Any:
+def read_fields(hint: Any, value: Any, where: str) -> Any:
     """A JSON value as the annotated type of a configuration's field."""
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -53,7 +53,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
             if found:
                 raise BundleError(f"{where} {trouble} {', '.join(map(str, found))}")
         try:
-            return hint(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+            return hint(**{name: read_fields(hints[name], value[name], f"{where}.{name}") for name in names})
         except BundleError:
             raise
         except LsemvaeError as error:
@@ -62,14 +62,15 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in get_args(hint):
             return None
         (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
-        return _read(hint, value, where)
+        return read_fields(hint, value, where)
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
         kinds = get_args(hint)
         if kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(value)
         if len(kinds) == len(value):
             return tuple(
-                _read(kind, item, f"{where}[{row}]") for row, (kind, item) in enumerate(zip(kinds, value, strict=True))
+                read_fields(kind, item, f"{where}[{row}]")
+                for row, (kind, item) in enumerate(zip(kinds, value, strict=True))
             )
     elif get_origin(hint) is Literal and value in get_args(hint):
         return value
