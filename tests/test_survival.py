@@ -49,7 +49,8 @@ SAMPLES, PAIR = 512, ("I", "II")
 FULL_BYTES = 2**16  # less than the weights, more than a log
 PREPROCESS = PreprocessConfig(samples=SAMPLES, min_seconds=1.0)
 SETTINGS = {
-    "leads": PAIR, "model.samples": SAMPLES, "model.latent": 32, "model.channels": (2, 4, 4), "preprocess.samples": SAMPLES,
+    "leads": PAIR, "model.samples": SAMPLES, "model.latent": 32, "model.channels": (2, 4, 4),
+    "preprocess.samples": SAMPLES,
     "preprocess.min_seconds": 1.0, "optim.epochs": EPOCHS, "optim.batch_size": 16, "streams": 4, "shuffle_buffer": 64,
     "checkpoint_steps": 4, "plot_every": 100,
 }  # fmt: skip
