@@ -431,8 +431,9 @@ def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordi
                 for labels in exposed[name]
             ), (query, exposed[name][:3])
     served = {(labels["model"], labels["version"]) for labels in exposed["ray_lsemvae_scores_total"]}
-    assert served == {(m["name"], str(m["version"])) for m in service.client.get(f"{service.url}/v1/models").json()}
-    assert {labels["reason"] for labels in exposed["ray_lsemvae_refusals_total"]} == {"leads"}
+    # The cluster of a whole test run also remembers what services before this one counted.
+    assert served >= {(m["name"], str(m["version"])) for m in service.client.get(f"{service.url}/v1/models").json()}
+    assert "leads" in {labels["reason"] for labels in exposed["ray_lsemvae_refusals_total"]}
 
 
 @pytest.mark.ray
