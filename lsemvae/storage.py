@@ -12,7 +12,7 @@ growing random pauses: half a minute. What does not pass by waiting (403, 404) f
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,6 +101,14 @@ class Storage:
             else:  # an S3 object appears when its upload is complete
                 with self.filesystem.open_output_stream(self.path(relative)) as stream:
                     stream.write(content)
+
+    def remove(self, relative: str) -> None:
+        """A file, and the folder it was in where nothing else is left there. Raises StorageError."""
+        with explained(self._shown(relative)):
+            self.filesystem.delete_file(self.path(relative))
+            if self.is_local:
+                with suppress(OSError):  # there is something else
+                    Path(self.path(relative)).parent.rmdir()
 
     def exists(self, relative: str = "") -> bool:
         with explained(self._shown(relative)):

@@ -30,6 +30,12 @@ def test_what_is_written_is_read_and_listed(place: Storage):
     assert list(place.list("a", suffix=".bin")) == ["a/b.bin"]
     assert list(place.list("nothing")) == []
     assert place.require() is place
+    place.remove("a/b.bin")
+    assert list(place.list()) == ["c.txt"]
+    place.remove("c.txt")
+    assert list(place.list()) == []
+    with pytest.raises(FileNotFoundError):
+        place.remove("c.txt")
 
 
 def test_a_listing_longer_than_one_page_is_whole(s3: str):

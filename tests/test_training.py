@@ -190,7 +190,14 @@ def test_promotion_goes_forward_and_back(finetuned: dict[str, Trained]):
         (["pretrain", "nope", "--data", "{shards}", "--storage", "{tmp}/s"], "choose one of paper, released, small"),
         (["pretrain", "smoke", "--data", "{tmp}", "--storage", "{tmp}/s"], "holds no manifest.json"),
         (["pretrain", "smoke", "--data", "{shards}", "--storage", "gs://x/y"], "only folders, file:// and s3://"),
-        (["pretrain", "smoke", "--data", "{shards}", "--storage", "{tmp}/s", "--num-workers", "500"], "500 are needed"),
+        (
+            ["pretrain", "smoke", "--data", "{shards}", "--storage", "{tmp}/s", "--num-workers", "500"],
+            "500 workers and 8 streams",
+        ),
+        (
+            ["pretrain", "smoke", "--data", "{shards}", "--storage", "{tmp}/s", "--num-workers", "8", "--wait-s", "1"],
+            "8 workers cannot be had: the cluster has 4 CPU, 9 are needed",
+        ),
         (["finetune", "smoke", "--task", "sex", "--encoder", "{encoder}"], "no label 'sex': it has "),
         (["finetune", "smoke", "--task", "mpap_mmhg", "--encoder", "{encoder}"], "at other values"),
         (["finetune", "smoke", "--task", "ph", "--encoder", "{encoder}", "--leads", "I,V9"], "unknown lead 'V9'"),

@@ -3,6 +3,7 @@
 The same command again continues an unfinished run from its newest checkpoint, and says so when it is finished.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -238,11 +239,13 @@ def require_resources(workers: int, use_gpu: bool, wait_s: float, drivers: int =
 
 
 def require_writable(place: Storage) -> None:
-    """Fails before anything expensive starts."""
+    """Fails before anything expensive starts, and leaves nothing behind."""
     try:
         place.write_bytes("writable", b"")
     except (LsemvaeError, OSError) as error:
         raise LsemvaeError(f"--storage {place.uri} cannot be written to: {error}") from None
+    with contextlib.suppress(LsemvaeError, OSError):  # who may write need not be allowed to delete
+        place.remove("writable")
 
 
 def _digest(recipe: PretrainRecipe, data: ShardedDataset, everything: bool) -> str:
