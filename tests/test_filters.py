@@ -1,4 +1,4 @@
-"""Filters in blocks give the numbers of SciPy's, for any order, rate, length and baseline."""
+"""Filters by matrix products give the numbers of SciPy's, for any order, rate, length and baseline."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import signal as sps
 
-from lsemvae.filters import highpass, moving_average
+from lsemvae.filters import _smooth, highpass, moving_average
 
 
 @settings(max_examples=40, deadline=None)
@@ -24,6 +24,26 @@ def test_highpass_equals_sosfiltfilt(seed, shape, samples, order, cutoff_hz, rat
     sos = sps.butter(order, cutoff_hz, "highpass", fs=rate_hz, output="sos")
     expected = sps.sosfiltfilt(sos, x, axis=-1)
     np.testing.assert_allclose(highpass(x, order, cutoff_hz, rate_hz), expected, atol=1e-8 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("samples", [5000, 4990])
+def test_a_window_of_ten_seconds_takes_the_quick_way_and_is_exact_at_its_ends(samples):
+    assert _smooth(5, 0.5, 500, samples) is not None
+    sos = sps.butter(5, 0.5, "highpass", fs=500, output="sos")
+    steps = np.zeros((4, samples))
+    for row, at in enumerate((0, 18, samples - 19, samples - 1)):  # where the extension begins and ends
+        steps[row, at] = 1.0
+    noise = np.random.default_rng(0).normal(size=(12, samples)).cumsum(-1) + 1000
+    for x in (steps, noise):
+        expected = sps.sosfiltfilt(sos, x, axis=-1)
+        np.testing.assert_allclose(highpass(x, 5, 0.5, 500), expected, rtol=0, atol=1e-10 * np.abs(x).max())
+
+
+@pytest.mark.parametrize(
+    ("order", "cutoff_hz", "samples"), [(1, 0.5, 5000), (2, 0.5, 5000), (5, 5.0, 5000), (5, 0.5, 110)]
+)
+def test_where_what_is_taken_away_is_not_smooth_scipy_filters(order, cutoff_hz, samples):
+    assert _smooth(order, cutoff_hz, 500, samples) is None
 
 
 @settings(max_examples=30, deadline=None)
