@@ -5,6 +5,7 @@ which gives the bytes of a file beside the recording. Nothing else is opened, no
 input raises `UnreadableRecording`, which names the file, the value and the mend.
 """
 
+import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -118,13 +119,18 @@ def folder_fetch(folder: Path) -> Fetch:
     root = folder.resolve()
 
     def fetch(name: str) -> bytes:
-        path = (root / _plain(name)).resolve()
-        if not path.is_relative_to(root):
-            raise UnreadableRecording("unsafe_name", f"{name!r} is a link out of its folder: put the file itself there")
-        if not path.is_file():  # absent, or a folder, a pipe, a device
+        path = root / _plain(name)
+        if stat.S_ISLNK((status := path.lstat()).st_mode):
+            path = path.resolve()
+            if not path.is_relative_to(root):
+                raise UnreadableRecording(
+                    "unsafe_name", f"{name!r} is a link out of its folder: put the file itself there"
+                )
+            status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a folder, a pipe, a device
             raise FileNotFoundError(name)
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            raise _too_large(name, size)
+        if status.st_size > MAX_FILE_BYTES:
+            raise _too_large(name, status.st_size)
         return path.read_bytes()
 
     return fetch

@@ -55,7 +55,7 @@ _INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _SUBJECT = re.compile(r"#\s*<subject_id>:\s*(\S{1,64})\s*")  # MIMIC-IV-ECG's last line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Signal:
     """One signal line: where its samples are, and what they mean. `gain` and `unit` as written."""
 
@@ -287,10 +287,12 @@ def _decode_by_wfdb(signals: Sequence[_Signal], frames: int, data: bytes) -> lis
 
 
 def _millivolts(counts_T: np.ndarray, signal: _Signal, counts_per_mv: float, baseline: int) -> np.ndarray:
-    signal_mv_T = ((counts_T.astype(np.float64) - baseline) / counts_per_mv).astype(np.float32)
+    # An integer minus an integer below 2^32 is exact in float64; the quotient is rounded once, to float32.
+    above_T = np.subtract(counts_T, baseline, dtype=np.float64)
+    signal_mv_T = np.divide(above_T, counts_per_mv, out=np.empty(above_T.shape, np.float32), casting="same_kind")
     missing = _FORMATS[signal.format][2]
-    if missing is not None:
-        signal_mv_T[counts_T == missing] = np.nan
+    if missing is not None and (absent_T := counts_T == missing).any():
+        signal_mv_T[absent_T] = np.nan
     return signal_mv_T
 
 
