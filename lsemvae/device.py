@@ -1,7 +1,8 @@
 """The second half of preprocessing on an accelerator: the numbers of `preprocess.finish`, for training.
 
-The filter is linear, so over a window of fixed length it is one matrix, made by filtering the identity with the one
-definition. A GPU multiplies by it faster than any CPU filters.
+The filter is linear, so over a window of fixed length it is a matrix. `lsemvae.filters` has found it to be three small
+ones and a band, a fiftieth of the arithmetic; where it has not, the whole matrix is taken, made by filtering the
+identity with the one definition.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lsemvae.preprocess import PreprocessConfig, filter_mv
+from lsemvae.filters import AVERAGED, slow_part, triangle
+from lsemvae.preprocess import PreprocessConfig, averaged_samples, filter_mv
+
+WINDOW_FIELDS = ("filled_mv_BLT", "nan_share_BL", "length_B")
+"""What of a batch this makes model input of."""
 
 
 class DeviceFinish:
@@ -19,8 +25,18 @@ class DeviceFinish:
 
     def __init__(self, config: PreprocessConfig, leads: Sequence[str], device: torch.device | str) -> None:
         self._config, self._leads = config, tuple(leads)
-        self._filter_TT = torch.from_numpy(_operator(config)).to(device)
         self._at_T = torch.arange(config.samples, device=device)
+        self._taps = averaged_samples(config)
+
+        def here(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(device)
+
+        slow = slow_part(config.highpass_order, config.highpass_hz, config.rate_hz, config.samples)
+        if slow is None:
+            self._slow, self._filter_TT = None, here(_operator(config))
+        else:
+            self._slow, self._edge = [here(array) for array in (slow.basis_KP, slow.into_CR, slow.out_RC)], slow.edge
+            self._triangle = here(triangle(self._taps)) if self._taps > 1 else None
 
     @torch.no_grad()
     def __call__(self, filled_mv_BLT: Tensor, nan_share_BL: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +50,7 @@ class DeviceFinish:
         centre_BL1 = filled_mv_BLT.double().mean(dim=2, keepdim=True)
         level_BLT = (filled_mv_BLT - centre_BL1).float()
         with torch.autocast(level_BLT.device.type, enabled=False):
-            filtered_mv_BLT = (level_BLT @ self._filter_TT) * inside_B1T
+            filtered_mv_BLT = self._filter(level_BLT) * inside_B1T
         count_B11 = length_B[:, None, None]
         mean_BL1 = filtered_mv_BLT.sum(dim=2, keepdim=True) / count_B11
         centred_BLT = (filtered_mv_BLT - mean_BL1) * inside_B1T
@@ -54,6 +70,39 @@ class DeviceFinish:
             case "none":
                 x_BLT = filtered_mv_BLT
         return torch.where(lead_mask_BL[..., None], x_BLT, 0.0), lead_mask_BL, accepted_B
+
+    def batch(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A feed's batch of windows -> one of model input. A record that is refused has weight 0, and every lead."""
+        rest = {name: values for name, values in rows.items() if name not in WINDOW_FIELDS}
+        x_BLT, lead_mask_BL, accepted_B = self(*(rows[name] for name in WINDOW_FIELDS))
+        accepted_B = accepted_B & (rest["weight_B"] > 0)
+        return rest | {
+            "x_BLT": torch.where(accepted_B[:, None, None], x_BLT, 0.0),
+            "lead_mask_BL": lead_mask_BL | ~accepted_B[:, None],
+            "weight_B": rest["weight_B"] * accepted_B,
+        }
+
+    def _filter(self, level_BLT: Tensor) -> Tensor:
+        """`preprocess.filter_mv`."""
+        if self._slow is None:
+            return level_BLT @ self._filter_TT
+        basis_KP, into_CR, out_RC = self._slow
+        shape, samples, block = level_BLT.shape[:2], level_BLT.shape[2], len(basis_KP)
+        whole_BLT = functional.pad(level_BLT, (0, -samples % block))
+        described_BLC = (whole_BLT.reshape(*shape, -1, block) @ basis_KP).flatten(2)
+        ends = [level_BLT[..., : self._edge], level_BLT[..., -self._edge :]]
+        taken_BLC = torch.cat([described_BLC, *ends], dim=2) @ into_CR @ out_RC
+        slow_BLT = (taken_BLC.reshape(*shape, -1, basis_KP.shape[1]) @ basis_KP.T).flatten(2)[..., :samples]
+        fast_BLT = level_BLT - slow_BLT
+        return fast_BLT if self._triangle is None else self._average(fast_BLT)
+
+    def _average(self, x_BLT: Tensor) -> Tensor:
+        """`filters.moving_average`. Products of blocks: a convolution may round to TF32 on a GPU."""
+        samples, edge = x_BLT.shape[2], self._taps - 1
+        before = 2 * x_BLT[..., :1] - x_BLT[..., 1 : edge + 1].flip(2)
+        after = 2 * x_BLT[..., -1:] - x_BLT[..., -edge - 1 : -1].flip(2)
+        padded = functional.pad(torch.cat([before, x_BLT, after], dim=2), (0, -samples % AVERAGED))
+        return (padded.unfold(2, AVERAGED + 2 * edge, AVERAGED) @ self._triangle).flatten(2)[..., :samples]
 
 
 @lru_cache(maxsize=2)

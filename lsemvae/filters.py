@@ -23,7 +23,7 @@ MIN_BLOCK = 24
 """A shorter block would hardly be described by fewer numbers than it has samples."""
 
 
-class _Smooth(NamedTuple):
+class SlowPart(NamedTuple):
     """What a high-pass takes away from a window, for K samples a block, P numbers that describe one, and rank R."""
 
     basis_KP: np.ndarray
@@ -44,15 +44,15 @@ def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.nd
     samples = x.shape[-1]
     if samples <= edge:
         raise ValueError(f"{samples} samples: a high-pass of order {order} needs more than {edge}")
-    smooth = _smooth(order, cutoff_hz, rate_hz, samples)
-    if smooth is None:
+    slow = slow_part(order, cutoff_hz, rate_hz, samples)
+    if slow is None:
         return sps.sosfiltfilt(sos, x, axis=-1)
-    block = len(smooth.basis_KP)
+    block = len(slow.basis_KP)
     whole = x if samples % block == 0 else np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -samples % block)])
-    described = (whole.reshape(*x.shape[:-1], -1, block) @ smooth.basis_KP).reshape(*x.shape[:-1], -1)
-    ends = [x[..., : smooth.edge], x[..., -smooth.edge :]]
-    taken = np.concatenate([described, *ends], axis=-1) @ smooth.into_CR @ smooth.out_RC
-    low = taken.reshape(*x.shape[:-1], -1, smooth.basis_KP.shape[1]) @ smooth.basis_KP.T
+    described = (whole.reshape(*x.shape[:-1], -1, block) @ slow.basis_KP).reshape(*x.shape[:-1], -1)
+    ends = [x[..., : slow.edge], x[..., -slow.edge :]]
+    taken = np.concatenate([described, *ends], axis=-1) @ slow.into_CR @ slow.out_RC
+    low = taken.reshape(*x.shape[:-1], -1, slow.basis_KP.shape[1]) @ slow.basis_KP.T
     low = low.reshape(whole.shape)[..., :samples]
     return np.subtract(x, low, out=low)
 
@@ -64,7 +64,7 @@ def _sections(order: int, cutoff_hz: float, rate_hz: int) -> tuple[np.ndarray, i
 
 
 @lru_cache(maxsize=8)
-def _smooth(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> _Smooth | None:
+def slow_part(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> SlowPart | None:
     """Half a second of work at 5,000 samples. None where what is taken away is not smooth, or the window too short."""
     sos, extended = _sections(order, cutoff_hz, rate_hz)
     edge = extended + 1
@@ -100,7 +100,7 @@ def _smooth(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> _Smooth
         return None
     u_CR, size_R, v_RC = svd(matrix_CC, full_matrices=False)
     rank = int((size_R > EXACT / np.sqrt(samples)).sum())
-    return _Smooth(basis_KP, edge, u_CR[:, :rank] * size_R[:rank], v_RC[:rank].copy())
+    return SlowPart(basis_KP, edge, u_CR[:, :rank] * size_R[:rank], v_RC[:rank].copy())
 
 
 def _describe(rows_ST: np.ndarray, basis_KP: np.ndarray) -> np.ndarray:
@@ -121,11 +121,11 @@ def moving_average(x: np.ndarray, taps: int) -> np.ndarray:
     padded = np.zeros((*x.shape[:-1], samples + -samples % AVERAGED + 2 * edge))
     _extend(padded[..., : samples + 2 * edge], x, edge)
     windows = sliding_window_view(padded, AVERAGED + 2 * edge, axis=-1)[..., ::AVERAGED, :]
-    return (windows @ _triangle(taps)).reshape(*x.shape[:-1], -1)[..., :samples]
+    return (windows @ triangle(taps)).reshape(*x.shape[:-1], -1)[..., :samples]
 
 
 @lru_cache(maxsize=8)
-def _triangle(taps: int) -> np.ndarray:
+def triangle(taps: int) -> np.ndarray:
     """[AVERAGED + 2 (taps - 1), AVERAGED]: a window of samples to the averages in its middle."""
     weights = np.convolve(np.ones(taps), np.ones(taps)) / taps**2
     return toeplitz(np.pad(weights, (0, AVERAGED - 1)), np.zeros(AVERAGED))

@@ -119,8 +119,12 @@ def window_signals(
     rates_hz: Sequence[float],
     leads: Sequence[str],
     config: PreprocessConfig,
+    dtype: type[np.floating] = np.float64,
 ) -> Windows:
-    """The first half of the definition: rate and length are checked, signals resampled, cut and gaps filled."""
+    """The first half of the definition: rate and length are checked, signals resampled, cut and gaps filled.
+
+    Signals are float32; as `dtype` float64 is what `finish` computes in, float32 what travels to an accelerator.
+    """
     shape = (len(signals_mv), len(leads), config.samples)
     window_mv_BLT = np.full(shape, np.nan, dtype=np.float32)
     length_B = np.full(len(signals_mv), config.samples)
@@ -138,7 +142,7 @@ def window_signals(
     with np.errstate(invalid="ignore"):
         missing_BLT = ~np.isfinite(window_mv_BLT)
     nan_share_BL = (missing_BLT & inside_BT[:, None]).sum(2) / length_B[:, None]
-    return Windows(_interpolate(window_mv_BLT, missing_BLT), nan_share_BL, length_B, refused_B)
+    return Windows(_interpolate(window_mv_BLT, missing_BLT, dtype), nan_share_BL, length_B, refused_B)
 
 
 def finish(windows: Windows, leads: Sequence[str], config: PreprocessConfig) -> Prepared:
@@ -244,9 +248,9 @@ def _ratio(from_hz: float, to_hz: int) -> tuple[int, int]:
     return ratio.numerator, ratio.denominator
 
 
-def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray) -> np.ndarray:
-    """Linear over gaps, the nearest value at the ends, zero for a row with nothing; float64 copy."""
-    filled_BLT = signal_BLT.astype(np.float64)
+def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
+    """Linear over gaps, the nearest value at the ends, zero for a row with nothing; a copy."""
+    filled_BLT = signal_BLT.astype(dtype)
     for b, lead in zip(*np.nonzero(missing_BLT.any(axis=2)), strict=True):
         missing_T = missing_BLT[b, lead]
         if missing_T.all():
@@ -260,7 +264,12 @@ def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray) -> np.ndarray:
 def filter_mv(signal_mv_BLT: np.ndarray, config: PreprocessConfig) -> np.ndarray:
     """Zero-phase high-pass and moving average along time: linear, so a matrix over a window's samples."""
     filtered_mv_BLT = highpass(signal_mv_BLT, config.highpass_order, config.highpass_hz, config.rate_hz)
-    return moving_average(filtered_mv_BLT, int(config.rate_hz / config.mains_hz) if config.mains_hz > 0 else 1)
+    return moving_average(filtered_mv_BLT, averaged_samples(config))
+
+
+def averaged_samples(config: PreprocessConfig) -> int:
+    """Samples of the moving average: one period of the mains."""
+    return int(config.rate_hz / config.mains_hz) if config.mains_hz > 0 else 1
 
 
 def refusal(

@@ -18,6 +18,7 @@ import torch
 from lsemvae.bundle import Bundle
 from lsemvae.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
 from lsemvae.config import PretrainRecipe
+from lsemvae.device import DeviceFinish
 from lsemvae.errors import LsemvaeError
 from lsemvae.feed import DAMAGED, Feed, Order, Rows
 from lsemvae.fit import (
@@ -66,6 +67,10 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
+    if job.train.cache and context.get_local_rank() == 0:
+        records = order.records + (job.val.order.records if job.val else 0)
+        job.train.cache.require_room(records * job.train.record_bytes)
+    finish = DeviceFinish(recipe.preprocess, recipe.leads, device) if job.train.on_device else None
     progress, model, optimizer = start(job.place, recipe, order, rank, device)
     if optim.compile:
         model.compile()
@@ -98,7 +103,7 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
 
         for rows in batches_ahead(with_noise(), device):
             damaged += rows.pop("damaged")
-            yield rows
+            yield finish.batch(rows) if finish else rows
 
     def train_batches(epoch: int) -> Iterator[Batch]:
         nonlocal damaged

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "simulate.py": {"scipy"},
     "formats": {"wfdb", "defusedxml", "pydicom", "ecgdatakit"},
     "cohorts": {"pandas", "pyarrow"},
+    "cache.py": set(),
     "storage.py": {"pyarrow"},
     "shards.py": {"pyarrow", "ray"},
     "feed.py": {"pyarrow", "ray"},

@@ -29,7 +29,16 @@ def odd_recordings() -> tuple[list[np.ndarray], list[float]]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "config", [PreprocessConfig(scale=s) for s in ("lead", "record", "none")], ids=lambda c: c.scale
+    "config",
+    [
+        PreprocessConfig(scale="lead"),
+        PreprocessConfig(scale="record"),
+        PreprocessConfig(scale="none"),
+        PreprocessConfig(samples=4990),  # no whole number of blocks
+        PreprocessConfig(mains_hz=0),
+        PreprocessConfig(highpass_order=2, samples=2500),  # by the whole matrix
+    ],
+    ids=["lead", "record", "none", "length", "no mains", "matrix"],
 )
 def test_equals_the_definition(config: PreprocessConfig, device: str):
     signals, rates = odd_recordings()

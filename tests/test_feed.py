@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from command import start_ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsemvae import feed as feeding
+from lsemvae.device import DeviceFinish
 from lsemvae.errors import LsemvaeError
 from lsemvae.feed import DAMAGED, NOBODY, Feed, Order, read_here
 from lsemvae.leads import LEADS, LIMB_LEADS
@@ -35,6 +39,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
         (folder / path).write_bytes(content)
         shards.append(Shard(path, "train", count, len(content), "0"))
     (folder / MANIFEST).write_text(Manifest("here", "folder", "x", number, number, 0, {}, shards).to_json())
+    return ShardedDataset.open(str(folder))
+
+
+def copied(data: ShardedDataset, folder: Path) -> ShardedDataset:
+    folder.mkdir(exist_ok=True)
+    for path in Path(data.storage.base).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
     return ShardedDataset.open(str(folder))
 
 
@@ -135,14 +146,16 @@ def test_rows_are_what_the_one_definition_makes_of_them(data: ShardedDataset):
     assert refused == len(range(0, 202, 9))
 
 
-def test_a_damaged_row_group_is_counted_and_left_out(data: ShardedDataset, tmp_path: Path, caplog):
-    for path in Path(data.storage.base).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    shard = tmp_path / "train-00002.parquet"
+def damage(folder: Path) -> None:
+    shard = folder / "train-00002.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0xFF
     shard.write_bytes(content)
-    feed = feed_of(ShardedDataset.open(str(tmp_path)))
+
+
+def test_a_damaged_row_group_is_counted_and_left_out(data: ShardedDataset, tmp_path: Path, caplog):
+    feed = feed_of(copied(data, tmp_path))
+    damage(tmp_path)
     with caplog.at_level(logging.ERROR):
         rows = np.concatenate([batch["row_B"] for batch in feed.batches(0, read=read_here)])
     assert (rows == DAMAGED).sum() == 64
@@ -165,3 +178,95 @@ def test_mistakes(data: ShardedDataset, settings: dict, says: str):
 def test_more_workers_than_streams(data: ShardedDataset):
     with pytest.raises(LsemvaeError, match="5 workers and 4 streams"):
         next(feed_of(data).batches(0, 4, 5, read=read_here))
+
+
+def assert_same(found: list[dict], wanted: list[dict]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_device_finishes_windows_to_the_same_batches(data: ShardedDataset):
+    finish = DeviceFinish(CONFIG, LIMB_LEADS, "cpu")
+    windows = feed_of(data, on_device=True).batches(0, read=read_here)
+    for found, wanted in zip(windows, feed_of(data).batches(0, read=read_here), strict=True):
+        batch = finish.batch({name: torch.from_numpy(values) for name, values in found.items()})
+        assert batch.keys() == wanted.keys()
+        for name in ("lead_mask_BL", "weight_B", "row_B"):
+            np.testing.assert_array_equal(batch[name], wanted[name], err_msg=name)
+        np.testing.assert_allclose(batch["x_BLT"], wanted["x_BLT"], atol=1e-4)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_after_one_epoch_the_cache_has_every_epoch(data: ShardedDataset, tmp_path: Path, on_device: bool):
+    plain = feed_of(data, on_device=on_device)
+    kept = feed_of(copied(data, tmp_path / "shards"), on_device=on_device, cache=tmp_path / "cache")
+    assert_same(list(kept.batches(0, read=read_here)), list(plain.batches(0, read=read_here)))
+    for shard in (tmp_path / "shards").glob("*.parquet"):
+        shard.unlink()
+    for epoch in (0, 1):
+        for worker in range(3):
+            wanted = list(plain.batches(epoch, worker, 3, 2, read_here))
+            assert_same(list(kept.batches(epoch, worker, 3, 2, read_here)), wanted)
+            assert_same(list(kept.batches(epoch, worker, 3, 2)), wanted)  # Ray is not asked for what is here
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("cached", [False, True])
+def test_ray_data_brings_the_same(data: ShardedDataset, tmp_path: Path, ray_cluster, cached: bool):
+    """Also where a part of it is in the cache."""
+    start_ray()
+    wanted = list(feed_of(data).batches(3, 1, 2, 1, read_here))
+    feed = feed_of(data, cache=tmp_path if cached else None)
+    assert_same(list(feed.batches(3, 1, 2, 1)), wanted)
+    if cached:
+        paths = sorted(tmp_path.glob("*/*.npy"))
+        assert len(paths) > 2
+        for path in paths[::2]:
+            path.unlink()
+        assert_same(list(feed.batches(3, 1, 2, 1)), wanted)
+        assert sorted(tmp_path.glob("*/*.npy")) == paths
+
+
+def test_a_cache_is_made_again_where_it_is_cut_or_means_something_else(
+    data: ShardedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def files() -> set[Path]:
+        return set(tmp_path.glob("*/*.npy"))
+
+    feed = feed_of(data, cache=tmp_path)
+    wanted = list(feed.batches(0, read=read_here))
+    first = files()
+    cut = min(first)
+    content = cut.read_bytes()
+    cut.write_bytes(content[:1000])
+    assert_same(list(feed.batches(0, read=read_here)), wanted)
+    assert cut.read_bytes() == content
+    assert f"{cut} cannot be read and is made again" in caplog.text
+    list(feed_of(data, cache=tmp_path, on_device=True).batches(0, read=read_here))
+    second = files()
+    assert len(second) == 2 * len(first)
+    list(Feed.of(data, "train", LEADS, CONFIG, batch_size=16, cache=tmp_path).batches(0, read=read_here))
+    assert len(files()) == 3 * len(first)
+
+
+def test_what_is_damaged_is_not_cached(data: ShardedDataset, tmp_path: Path):
+    feed = feed_of(copied(data, tmp_path / "shards"), cache=tmp_path / "cache")
+    damage(tmp_path / "shards")
+    rows = np.concatenate([batch["row_B"] for batch in feed.batches(0, read=read_here)])
+    assert (rows == DAMAGED).sum() == 64
+    copied(data, tmp_path / "shards")
+    feeding._footer.cache_clear()
+    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
+
+
+def test_a_run_goes_on_where_the_cache_has_no_room(data: ShardedDataset, tmp_path: Path, caplog):
+    with pytest.raises(LsemvaeError, match=r"needs 1000000.0 GB, 0.0 are in it and .* give another --cache, or none"):
+        feed_of(data, cache=tmp_path / "cache").cache.require_room(10**15)
+    (tmp_path / "file").write_text("")
+    feed = feed_of(data, cache=tmp_path / "file")
+    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
+    assert caplog.text.count("takes no more (Not a directory): going on without") == 1
+    with pytest.raises(LsemvaeError, match="cannot be written to"):
+        feed.cache.require_room(0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import signal as sps
 
-from lsemvae.filters import _smooth, highpass, moving_average
+from lsemvae.filters import highpass, moving_average, slow_part
 
 
 @settings(max_examples=40, deadline=None)
@@ -28,7 +28,7 @@ def test_highpass_equals_sosfiltfilt(seed, shape, samples, order, cutoff_hz, rat
 
 @pytest.mark.parametrize("samples", [5000, 4990])
 def test_a_window_of_ten_seconds_takes_the_quick_way_and_is_exact_at_its_ends(samples):
-    assert _smooth(5, 0.5, 500, samples) is not None
+    assert slow_part(5, 0.5, 500, samples) is not None
     sos = sps.butter(5, 0.5, "highpass", fs=500, output="sos")
     steps = np.zeros((4, samples))
     for row, at in enumerate((0, 18, samples - 19, samples - 1)):  # where the extension begins and ends
@@ -43,7 +43,7 @@ def test_a_window_of_ten_seconds_takes_the_quick_way_and_is_exact_at_its_ends(sa
     ("order", "cutoff_hz", "samples"), [(1, 0.5, 5000), (2, 0.5, 5000), (5, 5.0, 5000), (5, 0.5, 110)]
 )
 def test_where_what_is_taken_away_is_not_smooth_scipy_filters(order, cutoff_hz, samples):
-    assert _smooth(order, cutoff_hz, 500, samples) is None
+    assert slow_part(order, cutoff_hz, 500, samples) is None
 
 
 @settings(max_examples=30, deadline=None)

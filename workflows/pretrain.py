@@ -57,6 +57,9 @@ class Args:
     """How often lost workers are replaced before the run gives up."""
     all: bool = False
     """Train on validation subjects too, without validation: the paper's last step, with settings chosen before."""
+    cache: str | None = None
+    """A folder on the local disk of each training machine for prepared recordings, 240 kB each: what the first epoch
+    decodes and preprocesses, those after it read."""
     wait_s: float = 600
     """How long to wait for a cluster that has too few free processors or GPUs."""
 
@@ -65,7 +68,7 @@ def main(args: Args) -> None:
     data = ShardedDataset.open(args.data)
     recipe = args.recipe
     workers = parse_workers(args.num_workers)
-    feeds = make_feeds(data, recipe, args.all)
+    feeds = make_feeds(data, recipe, args.all, args.cache)
     feeds["train"].order.streams_of(0, workers[1])
     storage = Storage.open(args.storage)
     name = args.name or f"pretrain-{_digest(recipe, data, args.all)}"
@@ -125,9 +128,13 @@ def parse_workers(text: str) -> tuple[int, int]:
     return found
 
 
-def make_feeds(data: ShardedDataset, recipe: PretrainRecipe, everything: bool = False) -> dict[str, Feed | None]:
+def make_feeds(
+    data: ShardedDataset, recipe: PretrainRecipe, everything: bool = False, cache: str | None = None
+) -> dict[str, Feed | None]:
     """The `train` and `val` feeds of a recipe; with `everything` all recordings are to train on."""
     settings = {
+        "on_device": recipe.preprocess_on == "device",
+        "cache": cache,
         "batch_size": recipe.optim.batch_size,
         "streams": recipe.streams,
         "buffer": recipe.shuffle_buffer,

@@ -91,6 +91,9 @@ class Args:
     """The search's name; by default it follows from recipe and data, so that the same command resumes."""
     max_failures: int = 3
     """How often lost workers are replaced before a trial fails."""
+    cache: str | None = None
+    """A folder on the local disk of each training machine for prepared recordings, 240 kB each, which the trials share:
+    only the first epoch of the first decodes and preprocesses."""
     wait_s: float = 600
     """How long to wait for a cluster that has too few free processors or GPUs for one trial."""
 
@@ -109,7 +112,7 @@ def main(args: Args) -> None:
         require_comparable(plan["trials"], place.uri)
     if min(args.num_workers, args.max_concurrent or 1) < 1:
         raise LsemvaeError("--num-workers and --max-concurrent take 1 or more")
-    feeds = {trial.id: make_feeds(data, trial.recipe) for trial in trials}
+    feeds = {trial.id: make_feeds(data, trial.recipe, cache=args.cache) for trial in trials}
     for of_trial in feeds.values():
         of_trial["train"].order.streams_of(0, args.num_workers)
 
