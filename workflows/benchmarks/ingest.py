@@ -82,17 +82,29 @@ def bench_feed(args: argparse.Namespace) -> list[Row]:
         manifest = Manifest(args.data, "", "", len(table), len(table), 0, {}, shards)
         Path(folder, MANIFEST).write_text(manifest.to_json())
         order = {"batch_size": 32, "streams": 1, "shuffle": False}
-        feed = Feed.of(ShardedDataset.open(folder), "all", LEADS, CONFIG, **order)
+        feed_of = partial(Feed.of, ShardedDataset.open(folder), "all", LEADS, CONFIG, **order)
 
-        def feed_all() -> list[dict[str, np.ndarray]]:
+        def feed_all(feed: Feed) -> list[dict[str, np.ndarray]]:
             return list(feed.batches(0, read=read_here))
 
-        batches = feed_all()
+        batches = feed_all(feed_of())
         x_BLT, row_B = (np.concatenate([batch[name] for batch in batches]) for name in ("x_BLT", "row_B"))
         assert (row_B[: len(paths)] == np.arange(len(paths))).all()
         _check_equal(x_BLT[: len(paths)], _prepare_usual(paths))
-        seconds = alternate(feed_all, lambda: _prepare_usual(paths), args.rounds or 3, "cpu")
-    return [more_is_better("feed shard -> batch, per core", *(len(paths) / s for s in seconds), "records/s")]
+        rows = []
+        cached, device_cached = (feed_of(cache=Path(folder, "cache"), on_device=there) for there in (False, True))
+        for case, feed in (
+            ("shard -> batch", feed_of()),
+            ("shard -> windows for a device", feed_of(on_device=True)),
+            ("cache -> batch", cached),
+            ("cache -> windows for a device", device_cached),
+        ):
+            seconds = alternate(partial(feed_all, feed), lambda: _prepare_usual(paths), args.rounds or 3, "cpu")
+            rows.append(more_is_better(f"feed {case}, per core", *(len(paths) / s for s in seconds), "records/s"))
+        bytes_read = sum(shard.bytes for shard in shards) / len(paths)
+        cases = (("shards", bytes_read), ("cache", cached.record_bytes))
+        rows += [less_is_better(f"feed {case}, read", size / 1e6, 0.12, "MB a record") for case, size in cases]
+    return rows
 
 
 def _recordings(args: argparse.Namespace) -> tuple[pd.DataFrame, Job]:

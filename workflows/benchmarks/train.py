@@ -1,7 +1,12 @@
-"""`train`: pre-training from shards, with Ray Data and Ray Train, against the bare step on a batch in memory."""
+"""`train`: pre-training from shards, with Ray Data and Ray Train, against the bare step on a batch in memory.
+
+Three ways: preprocessing by Ray Data's tasks on the CPUs; on the training device; and from the cache of prepared
+recordings, as in every epoch but the first.
+"""
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,7 +17,8 @@ import torch
 from command import start_ray
 
 from benchmarks.measure import Row, more_is_better
-from lsemvae.feed import Feed
+from lsemvae.device import DeviceFinish
+from lsemvae.feed import Feed, read_here
 from lsemvae.fit import Batch, fit, make_optimizer
 from lsemvae.models import build
 from lsemvae.pretraining import batches_ahead
@@ -35,28 +41,39 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     data, recipe = ShardedDataset.open(args.data), PRETRAIN[args.recipe]
-    settings = {"batch_size": recipe.optim.batch_size, "streams": recipe.streams, "buffer": recipe.shuffle_buffer}
-    feed = Feed.of(data, "train", recipe.leads, recipe.preprocess, **settings)
+    order = {"batch_size": recipe.optim.batch_size, "streams": recipe.streams, "buffer": recipe.shuffle_buffer}
     rows = []
-    for workers in args.workers:
-        trainer = TorchTrainer(
-            measure,
-            train_loop_config={"feed": feed, "recipe": recipe, "steps": args.steps, "rounds": args.rounds or 3},
-            torch_config=TorchConfig(timeout_s=600),
-            scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=args.device == "cuda"),
-            run_config=ray.train.RunConfig(logging_config=ray.train.LoggingConfig(log_level="WARNING")),
-        )
-        fed, bare = trainer.fit().return_value
-        rows.append(more_is_better(f"end to end {args.recipe}, {workers} workers", fed, bare, "records/s"))
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {
+            "preprocessed on the CPUs": {},
+            "preprocessed on the device": {"on_device": True},
+            "from the cache": {"cache": folder},
+        }
+        feeds = {
+            way: Feed.of(data, "train", recipe.leads, recipe.preprocess, **how, **order) for way, how in ways.items()
+        }
+        for _ in feeds["from the cache"].batches(0, read=read_here):
+            pass
+        for workers in args.workers:
+            trainer = TorchTrainer(
+                measure,
+                train_loop_config={"feeds": feeds, "recipe": recipe, "steps": args.steps, "rounds": args.rounds or 3},
+                torch_config=TorchConfig(timeout_s=600),
+                scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=args.device == "cuda"),
+                run_config=ray.train.RunConfig(logging_config=ray.train.LoggingConfig(log_level="WARNING")),
+            )
+            for way, (fed, bare) in trainer.fit().return_value.items():
+                case = f"end to end {args.recipe}, {workers} workers, {way}"
+                rows.append(more_is_better(case, fed, bare, "records/s"))
     return rows
 
 
-def measure(config: dict[str, Any]) -> tuple[float, float]:
-    """Runs on each worker -> median records/s of all workers, from shards and from memory."""
+def measure(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Runs on each worker -> for each way the median records/s of all workers, from there and from memory."""
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    feed, recipe, steps = config["feed"], config["recipe"], config["steps"]
+    recipe, steps = config["recipe"], config["steps"]
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
@@ -64,12 +81,14 @@ def measure(config: dict[str, Any]) -> tuple[float, float]:
     model = prepare_model(build(recipe.model, recipe.leads).to(device))
     optimizer = make_optimizer(model, recipe.optim)
 
-    def forever() -> Iterator[Batch]:
+    finish = DeviceFinish(recipe.preprocess, recipe.leads, device)
+
+    def forever(feed: Feed) -> Iterator[Batch]:
         epoch = 0
         while True:
             for batch in batches_ahead(feed.batches(epoch, rank, workers), device):
                 batch.pop("damaged")
-                yield batch
+                yield finish.batch(batch) if feed.on_device else batch
             epoch += 1
 
     def rate(batches: Iterable[Batch]) -> float:
@@ -91,10 +110,14 @@ def measure(config: dict[str, Any]) -> tuple[float, float]:
         _wait(device)
         return records / (time.perf_counter() - began)
 
-    stream = forever()
-    in_memory = next(stream)
-    rates = [(rate(stream), rate(repeat(in_memory))) for _ in range(config["rounds"])]
-    return statistics.median(fed for fed, _ in rates), statistics.median(bare for _, bare in rates)
+    found = {}
+    for way, feed in config["feeds"].items():
+        stream = forever(feed)
+        in_memory = next(stream)
+        rates = [(rate(stream), rate(repeat(in_memory))) for _ in range(config["rounds"])]
+        stream.close()
+        found[way] = statistics.median(fed for fed, _ in rates), statistics.median(bare for _, bare in rates)
+    return found
 
 
 def _wait(device: torch.device) -> None:
