@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -63,15 +64,20 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
 
 
 @pytest.mark.ray
-def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(ray_cluster: Cluster, s3: str, shards: Path):
-    """At a reconstruction weight of zero nothing but the prior is left."""
+def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(s3: str, shards: Path, pretrained: Trained):
+    """At a reconstruction weight of zero nothing but the prior is left; the device preprocesses, and refuses the same."""
     client = boto3.client("s3")
     for path in shards.iterdir():
         client.upload_file(str(path), "ecg", f"pretrain/shards/{path.name}")
     done = workflow(
         "pretrain", "smoke", "--data", "s3://ecg/pretrain/shards", "--storage", "s3://ecg/pretrain/runs",
         "--name", "s3", "--model-name", "s3", "--optim.epochs", 1, "--model.reconstruction-weight", 0,
+        "--preprocess-on", "device",
     )  # fmt: skip
+    on_device, on_cpu = (logged(name, "pretrain")[1].data.metrics for name in ("s3", "encoder"))
+    assert {split: on_device[f"{split}.records"] for split in ("train", "val")} == {
+        split: on_cpu[f"{split}.records"] for split in ("train", "val")
+    }
     assert "warning: the posterior has collapsed" in done.stdout
     assert bundles.load(fetch("s3://ecg/pretrain/runs/s3/bundle").folder)[0].leads == LEADS
     keys = {item["Key"] for item in client.list_objects_v2(Bucket="ecg", Prefix="pretrain/runs/s3/")["Contents"]}
@@ -87,9 +93,13 @@ def test_the_same_command_again_says_it_is_finished(shards: Path, pretrained: Tr
 
 @pytest.mark.ray
 def test_a_killed_run_goes_on_from_its_checkpoint(ray_cluster: Cluster, shards: Path, tmp_path: Path):
-    """SIGKILL of the driver after the first checkpoint; the same command then trains only the epochs that are left."""
+    """SIGKILL of the driver after the first checkpoint; the same command then trains only the epochs that are left.
+
+    Both read from the cache what the first epoch has prepared.
+    """
     command = [sys.executable, str(ROOT / "workflows" / "pretrain.py"), "smoke", "--data", str(shards)]
     command += ["--storage", str(tmp_path), "--name", "killed", "--model-name", "killed", "--optim.epochs", "5"]
+    command += ["--cache", str(tmp_path / "cache")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("killed/checkpoint_*/state.json")):
         assert process.poll() is None, "it ended before its first checkpoint"
@@ -107,6 +117,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint(ray_cluster: Cluster, shards: 
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train.loss")]
     assert sorted(set(steps)) == list(range(5))
     assert len(steps) <= 6  # at most the epoch that was under way is done twice
+    groups = [len(np.load(path, mmap_mode="r")) for path in (tmp_path / "cache").glob("*/*.npy")]
+    assert sum(groups) == ShardedDataset.open(str(shards)).manifest.rows_in("all")
     assert bundles.load(tmp_path / "killed" / "bundle")[0].leads == LEADS
 
 
@@ -195,7 +207,7 @@ def test_promotion_goes_forward_and_back(finetuned: dict[str, Trained]):
             "500 workers and 8 streams",
         ),
         (
-            ["pretrain", "smoke", "--data", "{shards}", "--storage", "{tmp}/s", "--num-workers", "8", "--wait-s", "1"],
+            ["pretrain", "smoke", "--data", "{shards}", "--storage", "{tmp}", "--num-workers", "8", "--wait-s", "1"],
             "8 workers cannot be had: the cluster has 4 CPU, 9 are needed",
         ),
         (["finetune", "smoke", "--task", "sex", "--encoder", "{encoder}"], "no label 'sex': it has "),
