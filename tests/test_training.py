@@ -65,7 +65,7 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
 
 @pytest.mark.ray
 def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(s3: str, shards: Path, pretrained: Trained):
-    """At a reconstruction weight of zero nothing but the prior is left; the device preprocesses, and refuses the same."""
+    """At a reconstruction weight of zero nothing but the prior is left. Preprocessed on the device."""
     client = boto3.client("s3")
     for path in shards.iterdir():
         client.upload_file(str(path), "ecg", f"pretrain/shards/{path.name}")
