@@ -192,6 +192,7 @@ def system_metrics(run_id: str) -> Iterator[None]:
     """MLflow's own record of processors, memory, disk, network and GPUs of this machine, while the block runs."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # a line of its own would cut a progress bar
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri())
     monitor.start()
     try:
