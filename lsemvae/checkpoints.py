@@ -40,6 +40,10 @@ class Progress:
     """Lowest validation loss."""
     best_epoch: int = -1
     metrics: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of this epoch's steps before `step`, see `lsemvae.fit`."""
+    damaged: int = 0
+    """Records that could not be read in these steps, on all workers."""
 
 
 Started = tuple[Progress, nn.Module, torch.optim.Optimizer]
@@ -103,7 +107,7 @@ def _load(place: Storage, name: str | None, recipe: PretrainRecipe, order: Order
         raise LsemvaeError(f"the run began with {'; '.join(changed)}: go on with the same, or give another --name")
     if model.config != recipe.model or model.leads != recipe.leads:
         raise LsemvaeError("the run began with another model: go on with the same, or give another --name")
-    return Progress(**{name: state[name] for name in vars(Progress())}), model, optimizer
+    return Progress(**{name: state[name] for name in vars(Progress()) if name in state}), model, optimizer
 
 
 def save_checkpoint(

@@ -45,16 +45,12 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one step: terms are means over this worker's records, `records` are those of all workers.
-
-    `share` is how much of the step was this worker's: 1 where all had the same number of records.
-    """
+    """The numbers of one step: terms are means over the records of all workers."""
 
     epoch: int
     index: int
     terms: dict[str, float]
     records: int
-    share: float
 
 
 def fit(
@@ -70,7 +66,8 @@ def fit(
     before_step: Callable[[int, int], None] = lambda epoch, step: None,
     on_step: Callable[[Step], None] = lambda step: None,
     checkpoint_every: int = 0,
-    on_checkpoint: Callable[[int, int], None] = lambda epoch, step: None,
+    on_checkpoint: Callable[[int, int, dict[str, float]], None] = lambda epoch, step, sums: None,
+    sums: Mapping[str, float] | None = None,
 ) -> None:
     """Train to `config.epochs`, or until `on_epoch` returns True.
 
@@ -78,7 +75,8 @@ def fit(
     `weight_B`: how much each record counts in the mean over the whole step, over all workers; 0 takes no part.
     `config.accumulate` parts of a batch go through the model one after another, for one step of the optimiser.
     `forward_kwargs(epoch, step)` is what the model's `forward` takes beside a batch. `on_checkpoint` is called
-    after every `checkpoint_every` steps, once their numbers are known to be finite.
+    after every `checkpoint_every` steps, once their numbers are known to be finite. Its third argument is what this
+    epoch's numbers need of these steps: given as `sums` with `start`, they are those of the whole epoch.
 
     `model(batch)` returns `{"loss": …, "good_B": …, other named terms}`. Raises NonFiniteBatch when a record or the
     gradient is not finite: the weights are then those of the last good step (a fused AdamW leaves such a step out
@@ -91,7 +89,9 @@ def fit(
         raise LsemvaeError("schedule='cosine' needs the number of steps: give steps_per_epoch")
     for epoch in range(start[0], config.epochs):
         model.train()
-        tally, began = _Tally(workers, on_step), time.monotonic()
+        before = dict(sums or {}) if epoch == start[0] else {}
+        began = time.monotonic() - before.pop("seconds", 0.0)
+        tally = _Tally(on_step, before)
         for step, batch in enumerate(batches(epoch), start=start[1] if epoch == start[0] else 0):
             before_step(epoch, step)
             if steps_per_epoch:
@@ -117,11 +117,10 @@ def fit(
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
             optimizer.found_inf = (~norm.isfinite()).float()  # workers agree: the gradient is that of all
             optimizer.step()
-            terms = {"share": batch["share_B"].sum(), "grad_norm": norm, **terms}
-            tally.add(_Later(epoch, step, terms, total, torch.cat(goods)))
+            tally.add(_Later(epoch, step, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers))
             if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 != steps_per_epoch:
                 tally.settle()
-                on_checkpoint(epoch, step)
+                on_checkpoint(epoch, step, tally.sums | {"seconds": time.monotonic() - began})
         tally.settle()
         if tally.records == 0:
             raise LsemvaeError(f"epoch {epoch} has no training recordings: all were refused, or the split is empty")
@@ -142,9 +141,12 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 class _Later:
     """A step's numbers, copied while the device goes on: reading them at once would make it wait each step."""
 
-    def __init__(self, epoch: int, step: int, terms: dict[str, Tensor], total: Tensor, good_B: Tensor) -> None:
+    def __init__(
+        self, epoch: int, step: int, terms: dict[str, Tensor], total: Tensor, good_B: Tensor, workers: int
+    ) -> None:
         self._at, self._names, self._good_B = (epoch, step), [*terms], good_B
-        values = torch.stack([term.float() for term in (*terms.values(), total)])
+        # The loss of a step is that of its records, however many workers share them, and all see that it is not finite.
+        values = sum_over_workers(torch.stack([term.float() for term in (*terms.values(), total)])) / workers
         self._event = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -154,7 +156,7 @@ class _Later:
             self._values = values
 
     def read(self) -> Step:
-        """The step, with this worker's terms. Raises NonFiniteBatch."""
+        """Raises NonFiniteBatch."""
         if self._event is not None:
             self._event.synchronize()
         *values, total = self._values.tolist()
@@ -163,19 +165,16 @@ class _Later:
             where = f"epoch {epoch}, step {index}: the loss or its gradient is not finite; NaN, infinity or no lead"
             require(self._good_B, where)
             raise NonFiniteBatch(f"{where}, on another worker or in the gradient alone: lower the learning rate", ())
-        share, norm, *sums = values
-        terms = {name: value / max(share, 1e-9) for name, value in zip(self._names[2:], sums, strict=True)}
-        return Step(epoch, index, terms | {"grad_norm": norm}, round(total), share)
+        return Step(epoch, index, dict(zip(self._names, values, strict=True)), round(total))
 
 
 class _Tally:
     """An epoch's sums. A step's numbers are read when the next one is under way."""
 
-    def __init__(self, workers: int, on_step: Callable[[Step], None]) -> None:
-        self._workers, self._on_step = workers, on_step
+    def __init__(self, on_step: Callable[[Step], None], sums: dict[str, float]) -> None:
+        self._on_step = on_step
         self._pending: _Later | None = None
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self.records = 0
+        self.sums = {"records": 0.0} | sums
 
     def add(self, latest: _Later) -> None:
         self._pending = latest
@@ -187,15 +186,16 @@ class _Tally:
         step = self._pending.read()
         self._pending = None
         for name, value in step.terms.items():
-            self._sums[name] += value * step.share * step.records
-        self.records += step.records
+            self.sums[name] = self.sums.get(name, 0.0) + value * step.records
+        self.sums["records"] += step.records
         self._on_step(step)
 
+    @property
+    def records(self) -> int:
+        return round(self.sums["records"])
+
     def means(self) -> dict[str, float]:
-        """Over the records of all workers; every worker has to call it."""
-        names = sorted(self._sums)
-        sums = sum_over_workers(torch.tensor([self._sums[name] for name in names], dtype=torch.float64))
-        return {name: float(total) / self._workers / self.records for name, total in zip(names, sums, strict=True)}
+        return {name: total / self.records for name, total in self.sums.items() if name != "records"}
 
 
 def _with_shares(batch: Batch, workers: int) -> tuple[dict[str, Tensor], Tensor]:

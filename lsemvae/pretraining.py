@@ -107,7 +107,7 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
 
     def train_batches(epoch: int) -> Iterator[Batch]:
         nonlocal damaged
-        damaged = 0
+        damaged = progress.damaged if rank == 0 and epoch == progress.epoch else 0
         return batches(job.train, epoch, progress.step if epoch == progress.epoch else 0)
 
     def before_step(epoch: int, step: int) -> None:
@@ -153,8 +153,11 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
                 keep_as_best(folder, job.place)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    def on_checkpoint(epoch: int, step: int) -> None:
-        now = Progress(epoch, step + 1, progress.best, progress.best_epoch, progress.metrics)
+    def on_checkpoint(epoch: int, step: int, sums: dict[str, float]) -> None:
+        unreadable = int(sum_over_workers(torch.tensor(damaged)))
+        now = Progress(
+            epoch, step + 1, progress.best, progress.best_epoch, progress.metrics, sums=sums, damaged=unreadable
+        )
         report(now, {"epoch": epoch, "step": step})
 
     def on_epoch(epoch: Epoch) -> bool:
@@ -201,6 +204,7 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
             on_step=on_step,
             checkpoint_every=recipe.checkpoint_steps,
             on_checkpoint=on_checkpoint,
+            sums=progress.sums,
         )
 
 

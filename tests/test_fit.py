@@ -137,15 +137,19 @@ def _worker(rank: int, workers: int, folder: str) -> None:
             parts.append(part if rank == 0 or size == 10 else part | {"weight_B": torch.zeros(2)})
         return parts
 
-    epochs = train(ddp, OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=2), batches=mine)
+    steps: list[Step] = []
+    config = OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=2)
+    epochs = train(ddp, config, batches=mine, on_step=steps.append)
     values, _ = validate(model, mine(0), PRETRAIN["smoke"])
+    del ddp  # else it outlives the process group, and now and then aborts this process at its end
     torch.distributed.destroy_process_group()
     if rank == 0:
         from safetensors.torch import save_file
 
         save_file(model.state_dict(), f"{folder}/model.safetensors")
         numbers = torch.tensor([epochs[-1].terms["loss"], epochs[-1].records, values["loss"], values["records"]])
-        save_file({"numbers": numbers.double()}, f"{folder}/numbers.safetensors")
+        losses = torch.tensor([step.terms["loss"] for step in steps])
+        save_file({"numbers": numbers.double(), "losses": losses.double()}, f"{folder}/numbers.safetensors")
 
 
 def test_workers_with_uneven_parts_equal_one_process(tmp_path: Path):
@@ -165,10 +169,14 @@ def test_workers_with_uneven_parts_equal_one_process(tmp_path: Path):
         return batches
 
     alone = model_of()
-    epochs = train(alone, batches=together)
+    steps: list[Step] = []
+    epochs = train(alone, batches=together, on_step=steps.append)
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=1e-3, atol=1e-5)
-    loss, records, val_loss, val_records = load_file(tmp_path / "numbers.safetensors")["numbers"].tolist()
+    found = load_file(tmp_path / "numbers.safetensors")
+    # A step's loss is that of its records, not of those that the first worker has.
+    assert found["losses"].tolist() == pytest.approx([step.terms["loss"] for step in steps], rel=1e-4)
+    loss, records, val_loss, val_records = found["numbers"].tolist()
     assert loss == pytest.approx(epochs[-1].terms["loss"], rel=1e-4)
     assert records == epochs[-1].records
     values, _ = validate(alone, together(0), PRETRAIN["smoke"])
@@ -186,7 +194,7 @@ def test_a_run_goes_on_from_any_step_as_if_nothing_had_happened(at: tuple[int, i
     def keep(step: Step) -> None:
         losses[step.epoch, step.index] = step.terms["loss"]
 
-    train(whole, config, on_step=keep)
+    epochs = train(whole, config, on_step=keep)
     expected, losses = losses, {}
 
     stopped = model_of()
@@ -195,14 +203,14 @@ def test_a_run_goes_on_from_any_step_as_if_nothing_had_happened(at: tuple[int, i
     class Killed(Exception):
         pass
 
-    def save(epoch: int, step: int) -> None:
+    def save(epoch: int, step: int, sums: dict[str, float]) -> None:
         if (epoch, step + 1) == at:
-            save_optimizer(optimizer, tmp_path, epoch=epoch, step=step + 1)
+            save_optimizer(optimizer, tmp_path, epoch=epoch, step=step + 1, sums=sums)
             raise Killed
 
     def save_epoch(epoch: Epoch) -> None:
         if (epoch.index + 1, 0) == at:
-            save_optimizer(optimizer, tmp_path, epoch=epoch.index + 1, step=0)
+            save_optimizer(optimizer, tmp_path, epoch=epoch.index + 1, step=0, sums={})
             raise Killed
 
     with pytest.raises(Killed):
@@ -216,11 +224,13 @@ def test_a_run_goes_on_from_any_step_as_if_nothing_had_happened(at: tuple[int, i
     continued.load_state_dict(stopped.state_dict())
     optimizer = make_optimizer(continued, config)
     load_optimizer(optimizer, tmp_path)
-    train(
-        continued, config, optimizer=optimizer, start=at, on_step=keep,
+    rest = train(
+        continued, config, optimizer=optimizer, start=at, sums=state["sums"], on_step=keep,
         batches=lambda epoch: batches_of(epoch, at[1] if epoch == at[0] else 0),
     )  # fmt: skip
     assert losses == pytest.approx(expected, rel=1e-6)
+    for one, other in zip(rest, epochs[at[0] :], strict=True):  # the whole epoch, not what was left of it
+        assert one.terms == pytest.approx(other.terms, rel=1e-6) and one.records == other.records
     assert_same(whole, continued, rtol=1e-6, atol=1e-7)
 
 
