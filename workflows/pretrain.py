@@ -141,6 +141,11 @@ def make_feeds(
         "seed": recipe.optim.seed,
     }
     split = "all" if everything else "train"
+    if not everything and data.manifest.subjects == 1 and not data.manifest.rows_in("train"):
+        raise LsemvaeError(
+            f"{data.storage.uri} has recordings of one subject, who is held out: ingest others too, or give --all to "
+            "train without validation"
+        )
     data.require_rows(split, at_least=recipe.optim.batch_size)
     train = Feed.of(data, split, recipe.leads, recipe.preprocess, **settings)
     if everything:
