@@ -28,7 +28,7 @@ from test_object_store import Between, Fault
 from watched import Watched
 
 from lsemvae import bundle as bundles
-from lsemvae.checkpoints import newest_whole
+from lsemvae.checkpoints import newest_whole, writing_to
 from lsemvae.config import with_settings
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.failures import raise_lasting
@@ -602,6 +602,15 @@ def test_a_shard_that_is_gone_is_named(data: Path, tmp_path: Path):
     feed = Feed.of(ShardedDataset.open(str(tmp_path)), "train", LEADS, PREPROCESS, batch_size=16)
     with pytest.raises(LsemvaeError, match=r"train-1\.parquet is gone, though the manifest names it"):
         list(feed.batches(0, read=read_here))
+
+
+def test_a_full_disk_is_no_failure_that_passes(tmp_path: Path):
+    says = r"no checkpoint can be written .*No space left.*: make room"
+    with pytest.raises(LsemvaeError, match=says) as caught, writing_to(Storage.open(tmp_path)):
+        Path("/dev/full").write_bytes(b"x")
+    assert not isinstance(caught.value, StorageError)
+    with pytest.raises(StorageError), writing_to(Storage.open(tmp_path)):
+        raise OSError("AWS Error SLOW_DOWN")
 
 
 @pytest.mark.parametrize(
