@@ -51,10 +51,6 @@ FULL_BYTES = 2**16  # less than the weights, more than a log
 HANGS_S = 300
 """What takes so long will not come: no measure of speed, but the end of waiting for ever."""
 CURVES = ("step.loss", "step.kl", "train.loss", "train.records", "val.loss")
-alone = pytest.mark.skipif(
-    "LSEMVAE_SURVIVAL" not in os.environ,
-    reason="kills and machines that come back take minutes, and two cores to themselves: set LSEMVAE_SURVIVAL=1",
-)
 PREPROCESS = PreprocessConfig(samples=SAMPLES, min_seconds=1.0)
 SETTINGS = {
     "leads": PAIR, "model.samples": SAMPLES, "model.latent": 32, "model.channels": (2, 4, 4),
@@ -410,7 +406,37 @@ def truncate(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
-@alone
+@pytest.mark.ray
+def test_a_machine_is_lost_and_returns(machines: Machines, data: Path, undisturbed: dict[str, dict], tmp_path: Path):
+    """Two workers, then one on the machine that is left, which has a single CPU, then two again.
+
+    It comes first: Ray keeps what a killed driver has asked for, and for some minutes gives an elastic run the rest.
+    """
+    place = tmp_path / "elastic"
+    words = ["--data", data, "--storage", tmp_path, "--name", "elastic", "--num-workers", "1-2"]
+    command = Command(machines, tmp_path / "watched", *words)
+    attempt = command.attempt
+
+    attempt.until(7)
+    process = command.start()
+    # It may begin with one, and grow.
+    process.wait(lambda: newest(place) == 4 and 2 in attempt.workers() and 3 in curve(tracked(place), "step.loss"))
+    two = attempt.processes()
+    machines.lose_other()
+    process.wait(lambda: attempt.steps(after=two))
+    attempt.until(17)
+    process.wait(lambda: 16 in attempt.steps(after=two) and 13 in curve(tracked(place), "step.loss"))
+    assert attempt.workers(after=two) == {1} and min(attempt.steps(after=two)) == 4
+    before = attempt.processes()
+    machines.add_other()
+    process.wait(lambda: attempt.steps(after=before))
+    attempt.until(10**9)
+    process.finish()
+    assert attempt.workers(after=before) == {2} and min(attempt.steps(after=before)) == 14
+    attempt.assert_every_record_once()
+    assert_nothing_happened(place, undisturbed)
+
+
 @pytest.mark.ray
 def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undisturbed: dict[str, dict], tmp_path: Path):
     """The workers between writing and reporting, a full disk, the driver, a damaged checkpoint, a silent MLflow."""
@@ -486,36 +512,6 @@ def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undistur
         goes_on_from()
 
 
-@alone
-@pytest.mark.ray
-def test_a_machine_is_lost_and_returns(machines: Machines, data: Path, undisturbed: dict[str, dict], tmp_path: Path):
-    """Two workers, then one on the machine that is left, which has a single CPU, then two again."""
-    place = tmp_path / "elastic"
-    words = ["--data", data, "--storage", tmp_path, "--name", "elastic", "--num-workers", "1-2"]
-    command = Command(machines, tmp_path / "watched", *words)
-    attempt = command.attempt
-
-    attempt.until(7)
-    process = command.start()
-    # It begins with one where the test before has a processor still.
-    process.wait(lambda: newest(place) == 4 and 2 in attempt.workers() and 3 in curve(tracked(place), "step.loss"))
-    two = attempt.processes()
-    machines.lose_other()
-    process.wait(lambda: attempt.steps(after=two))
-    attempt.until(17)
-    process.wait(lambda: 16 in attempt.steps(after=two) and 13 in curve(tracked(place), "step.loss"))
-    assert attempt.workers(after=two) == {1} and min(attempt.steps(after=two)) == 4
-    before = attempt.processes()
-    machines.add_other()
-    process.wait(lambda: attempt.steps(after=before))
-    attempt.until(10**9)
-    process.finish()
-    assert attempt.workers(after=before) == {2} and min(attempt.steps(after=before)) == 14
-    attempt.assert_every_record_once()
-    assert_nothing_happened(place, undisturbed)
-
-
-@alone
 @pytest.mark.ray
 def test_an_object_store_that_fails_then_refuses_and_a_loss_that_is_not_finite(
     machines: Machines, data: Path, s3: str, tmp_path: Path
@@ -602,6 +598,22 @@ def test_a_shard_that_is_gone_is_named(data: Path, tmp_path: Path):
     feed = Feed.of(ShardedDataset.open(str(tmp_path)), "train", LEADS, PREPROCESS, batch_size=16)
     with pytest.raises(LsemvaeError, match=r"train-1\.parquet is gone, though the manifest names it"):
         list(feed.batches(0, read=read_here))
+
+
+def test_numbers_wait_while_mlflow_is_away(mlflow_server: str, monkeypatch: pytest.MonkeyPatch, caplog):
+    run = Run.start("pretrain", "away", {})
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with silent(mlflow_server):
+        run.metrics({"loss": 3.0}, 0)
+        run._sender.join()
+        assert "MLflow cannot be written to, going on without" in caplog.text
+        run.metrics({"loss": 2.0}, 1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    run.metrics({"loss": 1.0}, 2)
+    run.end()
+    assert curve(run, "loss") == {0: 3.0, 1: 2.0, 2: 1.0}
+    assert "are lost" not in caplog.text
 
 
 def test_a_full_disk_is_no_failure_that_passes(tmp_path: Path):
