@@ -1,0 +1,150 @@
+"""The load of `serve`, from a process of its own: each line of its input is a `Run`, each of its output a `Found`.
+
+It costs little beside what it measures: requests are made once, and sent as they are on connections that are kept.
+"""
+
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked for: closed loop, or with `rate` open: so many requests a second whatever comes back.
+
+    port      of 127.0.0.1
+    requests  files with whole HTTP/1.1 requests, sent in turn
+    clients   connections; each waits for its answer before it asks again
+    seconds   of counting, after `warm_s` without
+    """
+
+    port: int
+    requests: Sequence[str]
+    clients: int
+    seconds: float
+    warm_s: float = 0.0
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Answers with status 200 a second, and milliseconds until the 50th, 95th and 99th of a hundred was there.
+
+    In an open loop time counts from when the request was due, so that waiting for a free connection is in it.
+    `failed`: other answers by status. `answers` were there in the whole run, and cost this process `cpu_s`.
+    """
+
+    per_s: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    failed: dict[str, int]
+    answers: int
+    cpu_s: float
+
+
+class Connection(asyncio.Protocol):
+    """One request at a time over one connection. Answers must have a Content-Length."""
+
+    def __init__(self) -> None:
+        self._received = b""
+        self._answer: asyncio.Future[int] | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    async def ask(self, request: bytes) -> int:
+        """The status of the answer; its body is read and dropped."""
+        self._received, self._answer = b"", asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, body = self._received.partition(b"\r\n\r\n")
+        if end and self._answer and not self._answer.done():
+            length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+            if len(body) >= length:
+                self._answer.set_result(int(head[9:12]))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(error or ConnectionResetError("the server closed the connection"))
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+async def measure(run: Run) -> Found:
+    """Asks, and counts what came back between `warm_s` and `warm_s + seconds`."""
+    requests = itertools.cycle([Path(name).read_bytes() for name in run.requests])
+    began = time.perf_counter()
+    counting, end = began + run.warm_s, began + run.warm_s + run.seconds
+    due = (began + n / run.rate for n in itertools.count()) if run.rate else iter(time.perf_counter, None)
+    latencies_s: list[float] = []
+    failed: Counter[str] = Counter()
+    answers = 0
+
+    async def client() -> None:
+        nonlocal answers
+        _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", run.port)
+        for at in due:
+            if at > time.perf_counter():
+                await asyncio.sleep(at - time.perf_counter())
+            if time.perf_counter() > end:
+                break
+            try:
+                status = await connection.ask(next(requests))
+            except OSError as error:
+                failed[type(error).__name__] += 1
+                _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", run.port)
+                continue
+            now, answers = time.perf_counter(), answers + 1
+            if counting <= now <= end:
+                if status == 200:
+                    latencies_s.append(now - at)
+                else:
+                    failed[str(status)] += 1
+        connection.close()
+
+    cpu_s = time.process_time()
+    await asyncio.gather(*(client() for _ in range(run.clients)))
+    cpu_s = time.process_time() - cpu_s
+    p50, p95, p99 = np.percentile(latencies_s or [np.nan], (50, 95, 99)) * 1000
+    return Found(len(latencies_s) / run.seconds, p50, p95, p99, dict(failed), answers, cpu_s)
+
+
+class Generator:
+    """This file as a process, for the one that measures."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def __call__(self, run: Run) -> Found:
+        self._process.stdin.write(json.dumps(asdict(run)) + "\n")
+        self._process.stdin.flush()
+        return Found(**json.loads(self._process.stdout.readline()))
+
+
+@contextmanager
+def generator() -> Iterator[Generator]:
+    """Runs for as long as the context lasts."""
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Generator(process)
+        process.stdin.close()
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(asdict(asyncio.run(measure(Run(**json.loads(line)))))), flush=True)
