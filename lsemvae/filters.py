@@ -51,7 +51,8 @@ def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.nd
     whole = x if samples % block == 0 else np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -samples % block)])
     described = (whole.reshape(*x.shape[:-1], -1, block) @ slow.basis_KP).reshape(*x.shape[:-1], -1)
     ends = [x[..., : slow.edge], x[..., -slow.edge :]]
-    taken = np.concatenate([described, *ends], axis=-1) @ slow.into_CR @ slow.out_RC
+    # Row by row: BLAS shares larger products among threads, which on a busy machine wait for each other.
+    taken = np.concatenate([described, *ends], axis=-1)[..., None, :] @ slow.into_CR @ slow.out_RC
     low = taken.reshape(*x.shape[:-1], -1, slow.basis_KP.shape[1]) @ slow.basis_KP.T
     low = low.reshape(whole.shape)[..., :samples]
     return np.subtract(x, low, out=low)
