@@ -24,6 +24,9 @@ import swift_server
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+# Ray reads these once, when a test first imports it, which may be long before one asks for the cluster.
+AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ.update(AUTHENTICATION)
 
 
 @pytest.fixture(scope="session")
@@ -114,9 +117,7 @@ class Cluster:
 def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """`ray start --head` with token authentication, as a user's cluster would have it."""
     port, dashboard_port = demo.free_port(), demo.free_port()
-    environment = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    environment = AUTHENTICATION | {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard_port}",  # what the `serve` command asks
@@ -148,7 +149,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
     traces = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     if traces.is_file() and environment["RAY_ADDRESS"] in traces.read_text():
         traces.unlink()
-    for key in environment.keys() - {"PATH"}:
+    for key in environment.keys() - {"PATH", *AUTHENTICATION}:
         os.environ.pop(key, None)
 
 
