@@ -5,8 +5,10 @@ batch in `scoring.py`, who may ask in `security.py`, which versions answer in `r
 """
 
 import logging
+import os
 from pathlib import Path
 
+import ray
 import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +16,7 @@ from ray import serve as ray_serve
 from ray.serve import Application
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.memory import keep_freed_memory
 from lsemvae.tracking import fetch
 from serve.api import Service, make_api
 from serve.observed import Metrics
@@ -32,6 +35,9 @@ class Config(BaseModel):
     models: list[str] = Field(min_length=1, description="models:/NAME@champion, models:/NAME/3 or a bundle's folder")
     encoder: str | None = Field(default=None, description="the pre-trained bundle of /v1/reconstruct")
     bundles: Path = Field(default=Path("~/.cache/lsemvae/serve"), description="where the bundles that answer are kept")
+    threads: int | None = Field(
+        default=None, gt=0, description="of torch in a replica; all of its node's cores by default"
+    )
     poll_s: float = Field(default=20, gt=0, description="seconds between two looks at MLflow's aliases")
     allow_anonymous: bool = Field(default=False, description="answer everybody when no token is set")
     cors_origins: list[str] = Field(default=[], description="sites whose pages may ask; none by default")
@@ -75,10 +81,20 @@ class EcgService:
     """A replica. Ray Serve asks it for its application once it is made."""
 
     def __init__(self, config: Config) -> None:
+        keep_freed_memory()
+        # Ray would have it that a replica computes with as many threads as it reserves CPUs.
+        torch.set_num_threads(config.threads or _cores())
         self._service = make_service(config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self._service)
+
+
+def _cores() -> int:
+    """Those of this node that Ray may use: in a pod, fewer than the machine has."""
+    node_id = ray.get_runtime_context().get_node_id()
+    of_ray = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    return max(1, min(int(of_ray), len(os.sched_getaffinity(0))))
 
 
 def build(config: Config) -> Application:

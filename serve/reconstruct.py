@@ -14,6 +14,7 @@ from lsemvae.leads import in_order
 from lsemvae.preprocess import preprocess
 from lsemvae.record import Record
 from serve.schema import LeadOut, ReconstructOut, RefusedOut
+from serve.scoring import TORCH
 
 
 class Reconstructor:
@@ -28,7 +29,7 @@ class Reconstructor:
         self._device = device
 
     async def reconstruct(self, records: Sequence[Record], ids: Sequence[str]) -> list[ReconstructOut]:
-        return await asyncio.to_thread(self._reconstruct, records, ids)
+        return await asyncio.get_running_loop().run_in_executor(TORCH, self._reconstruct, records, ids)
 
     def _reconstruct(self, records: Sequence[Record], ids: Sequence[str]) -> list[ReconstructOut]:
         config, leads = self.bundle.preprocess, self.bundle.leads

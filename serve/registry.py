@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -106,6 +107,11 @@ class Registry:
 
     def refresh(self) -> None:
         """One look at every URI: what is new is loaded, checked, and then answers. Never raises."""
+        # In a thread that ends, and with it the threads that OpenMP has made for it: see `scoring.TORCH`.
+        with ThreadPoolExecutor(1, "look") as look:
+            look.submit(self._look).result()
+
+    def _look(self) -> None:
         with self._one_at_a_time:
             for name, uri in self._uris.items():
                 try:

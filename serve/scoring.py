@@ -5,6 +5,8 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -24,21 +26,32 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
+TORCH = ThreadPoolExecutor(1, "torch")
+"""The one thread in which a replica's models run. OpenMP keeps a team of threads for each thread that asks for one, and
+when all of them are more than the cores none waits awake: every step of a model then begins with waking them."""
+
+
 class Batcher(Generic[Job, Done]):
-    """Runs `run` in a thread on all that arrived while it ran before, `max_size` at most.
+    """Runs `run` in the models' thread on all that arrived while it ran before, `max_size` at most.
 
     `ray.serve.batch` closes a batch before it is its turn, so it needs a wait: added to every lone request, and yet
-    too short to fill a batch behind a slow one. Here a lone request waits for nothing, and load makes full batches.
+    too short to fill a batch behind a slow one. Here a lone request waits for nothing, and load makes full batches:
+    those who were answered together ask again together, so the next batch waits for as many as there were, though
+    for no longer than half of what the last one took. Else the first of them would be a batch of its own, which
+    takes the model seven times as long as its share of a full one.
     """
 
     def __init__(self, run: Callable[[list[Job]], list[Done]], max_size: int = MAX_BATCH) -> None:
         self._run, self._max_size = run, max_size
         self._waiting: deque[tuple[Job, asyncio.Future[Done]]] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._wanted, self._enough = 0, asyncio.Event()
 
     async def __call__(self, job: Job) -> Done:
         future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, future))
+        if len(self._waiting) >= self._wanted:
+            self._enough.set()
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain())
         return await future
@@ -49,16 +62,32 @@ class Batcher(Generic[Job, Done]):
             taken = [(job, future) for job, future in taken if not future.done()]  # its client has gone
             if not taken:
                 continue
-            try:
-                results = await asyncio.to_thread(self._run, [job for job, _ in taken])
-            except Exception as error:
-                for _, future in taken:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), result in zip(taken, results, strict=True):
+            began = time.perf_counter()
+            await self._answer(taken)
+            clients = len(taken) + len(self._waiting)
+            if clients > 1:
+                await self._wait_for(clients, (time.perf_counter() - began) / 2)
+
+    async def _answer(self, taken: list[tuple[Job, asyncio.Future[Done]]]) -> None:
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(TORCH, self._run, [job for job, _ in taken])
+        except Exception as error:
+            for _, future in taken:
                 if not future.done():
-                    future.set_result(result)
+                    future.set_exception(error)
+            return
+        for (_, future), result in zip(taken, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    async def _wait_for(self, count: int, seconds: float) -> None:
+        self._wanted = min(count, self._max_size)
+        if len(self._waiting) >= self._wanted:
+            return
+        self._enough = asyncio.Event()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._enough.wait()
 
 
 class NothingServed(Exception):
@@ -74,9 +103,7 @@ class Scoring:
 
     def __init__(self, served: Callable[[], Mapping[str, Served]], metrics: Metrics) -> None:
         self._served, self._metrics = served, metrics
-        self._scored: Batcher[tuple[Served, Record], Score] = Batcher(self._score_batch)
-        # Beside the model, in a thread of their own: a sixth of the time that scoring takes.
-        self._flagged: Batcher[Record, tuple[str, ...]] = Batcher(lambda records: list(map(quality_flags, records)))
+        self._scored: Batcher[tuple[Served, Record], tuple[Score, tuple[str, ...]]] = Batcher(self._score_batch)
 
     async def score(
         self, given: Record | LsemvaeError, *, id: str, model: str | None, signal: bool = False
@@ -98,7 +125,7 @@ class Scoring:
             candidates = choose(given, served, model)
         except Refused as error:
             return refused(id, error, [*given.flags, *quality_flags(given)])
-        (chosen, answer), flags = await asyncio.gather(self._first_to_accept(candidates, given), self._flagged(given))
+        chosen, answer, flags = await self._first_to_accept(candidates, given)
         flags = (*given.flags, *flags)
         out = ScoreOut(id=id, flags=list(flags), model=chosen.described)
         if answer.refused:
@@ -111,14 +138,16 @@ class Scoring:
         out.reliability = reliability(given, answer.leads_used, flags, chosen.scorer.bundle.leads)
         return out
 
-    async def _first_to_accept(self, candidates: list[Served], record: Record) -> tuple[Served, Score]:
+    async def _first_to_accept(self, candidates: list[Served], record: Record) -> tuple[Served, Score, tuple[str, ...]]:
         for chosen in candidates:
-            answer = await self._scored((chosen, record))
+            answer, flags = await self._scored((chosen, record))
             if not (answer.refused and answer.refused.code == "leads"):
                 break  # else the next model may do with the leads that are left
-        return chosen, answer
+        return chosen, answer, flags
 
-    def _score_batch(self, jobs: list[tuple[Served, Record]]) -> list[Score]:
+    def _score_batch(self, jobs: list[tuple[Served, Record]]) -> list[tuple[Score, tuple[str, ...]]]:
+        # Not beside the model: its threads wait for each other, and the slowest would be the one that shares its core.
+        flags = [quality_flags(record) for _, record in jobs]
         began = time.perf_counter()
         by_model: defaultdict[int, list[int]] = defaultdict(list)
         for position, (served, _) in enumerate(jobs):
@@ -130,7 +159,7 @@ class Scoring:
             answers |= zip(positions, scores, strict=True)
             self._metrics.batch(served.described, len(positions))
         self._metrics.took("model", time.perf_counter() - began)
-        return [answers[position] for position in range(len(jobs))]
+        return [(answers[position], flags[position]) for position in range(len(jobs))]
 
 
 def refused(id: str, error: LsemvaeError, flags: Iterable[str] = ()) -> ScoreOut:

@@ -508,7 +508,7 @@ def test_replicas_follow_under_load_without_a_failed_or_mixed_answer(
     config["http_options"]["port"] = port = demo.free_port()
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
-    deployment.pop("autoscaling_config", None)
+    del deployment["autoscaling_config"], deployment["max_replicas_per_node"]
     deployment["num_replicas"] = 2
     record = example_record()
     rows = dict(zip(record.leads, record.signal_mv_LT, strict=True))
@@ -517,7 +517,7 @@ def test_replicas_follow_under_load_without_a_failed_or_mixed_answer(
     with Between(mlflow_server) as between:
         application["args"] |= {
             "models": [f"models:/{name}@champion"], "bundles": str(tmp_path / "kept"), "poll_s": 1,
-            "allow_anonymous": True,
+            "allow_anonymous": True, "threads": 1,
         }  # fmt: skip
         application["runtime_env"] = {
             "env_vars": {"MLFLOW_TRACKING_URI": between.url, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}

@@ -96,12 +96,12 @@ def service(finetuned, pretrained, ray_cluster: Cluster, tmp_path_factory) -> It
     folder = tmp_path_factory.mktemp("serve")
     (application,) = config["applications"]
     application["args"] |= {"encoder": str(pretrained.folder / "bundle"), "bundles": str(folder / "kept")}
-    application["args"]["body_timeout_s"] = 2
+    application["args"] |= {"body_timeout_s": 2, "threads": 1}  # two replicas on this machine
     # `serve deploy` sends no code, and in the image PYTHONPATH says where it is.
     environment = {"LSEMVAE_TOKENS": f"{TOKEN} of-somebody-else-too", "PYTHONPATH": str(ROOT)}
     application["runtime_env"] = {"env_vars": environment}
     (deployment,) = application["deployments"]
-    del deployment["autoscaling_config"]
+    del deployment["autoscaling_config"], deployment["max_replicas_per_node"]
     deployment |= {"num_replicas": REPLICAS, "max_ongoing_requests": ONGOING, "max_queued_requests": WAITING}
     deployment["ray_actor_options"] = {"num_cpus": 0.5}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

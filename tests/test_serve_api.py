@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -778,6 +779,32 @@ def test_what_arrives_during_a_batch_is_the_next_one(gate: threading.Event):
     assert batches == [[0], [1, 3, 4], [5, 6]] or batches == [[0], [1, 3, 4, 5], [6]]
     assert [a for a in answers if isinstance(a, int)] == [0, 2, 6, 8, 10, 12]
     assert isinstance(answers[2], asyncio.CancelledError)
+
+
+def test_those_who_ask_again_and_again_are_answered_together():
+    batches: list[int] = []
+
+    def run(jobs: list[int]) -> list[int]:
+        batches.append(len(jobs))
+        time.sleep(0.05)  # half of this is waited for them
+        return jobs
+
+    async def client(batcher: Batcher, times: int) -> None:
+        for time_ in range(times):
+            await batcher(time_)
+            await asyncio.sleep(0)  # its next request is on its way
+
+    async def main() -> None:
+        batcher = Batcher(run, max_size=8)
+        first = asyncio.create_task(client(batcher, 5))
+        while not batches:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(first, *(client(batcher, 4) for _ in range(5)))
+        batches.append(0)
+        await client(batcher, 2)  # who is alone is answered alone
+
+    asyncio.run(main())
+    assert batches == [1, 6, 6, 6, 6, 0, 1, 1]  # and not 1, 5, 1, 5 …
 
 
 def test_a_batch_that_fails_fails_its_own_jobs_alone():

@@ -19,9 +19,10 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from benchmarks.measure import Row, keep_freed_memory
+from benchmarks.measure import Row
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.memory import keep_freed_memory
 
 # Case -> module, which has `add_arguments(parser)`, its function, and what is measured. A module is imported when its
 # case is asked for: `model` must run where neither Ray nor MLflow is installed.

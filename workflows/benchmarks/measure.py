@@ -61,19 +61,6 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, for both sides: else a third of a step on a CPU is page faults.
-
-    Each step allocates a gigabyte of gradients anew. The same for any other program, from outside:
-    MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ above the largest allocation.
-    """
-    mmap_max, trim_threshold = -4, -1  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-
-
 def roofs(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """The best this machine gives: matrix products in FLOP/s at `dtype`, and copies in byte/s."""
     size = 8192 if device == "cuda" else 1024
