@@ -58,6 +58,7 @@ def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.nd
     return np.subtract(x, low, out=low)
 
 
+@lru_cache(maxsize=8)
 def _sections(order: int, cutoff_hz: float, rate_hz: int) -> tuple[np.ndarray, int]:
     """The filter, and by how many samples `sosfiltfilt` extends a signal at each end."""
     sos = sps.butter(order, cutoff_hz, "highpass", fs=rate_hz, output="sos")

@@ -30,7 +30,9 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a command, at once
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# Have glibc keep freed memory: every step allocates its gradients anew, and the page faults are a third of it.
+# Have glibc keep freed memory: every step allocates its gradients anew, and the page faults are a third of it. In one
+# pool, for those that threads have of their own are given back whatever else is set.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31))
 
@@ -128,6 +130,9 @@ def _free_port() -> int:
 
 # No secret is among them: a job's environment is shown in Ray's dashboard. Nodes hold their own credentials.
 _WORKERS_NEED = (
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
     "RAY_DATA_USE_DATASOURCE_V2",
