@@ -78,7 +78,7 @@ BEAT_MIN_HZ = 100.0
 
 @np.errstate(invalid="ignore")  # an infinite sample counts as missing
 def quality_flags(record: Record) -> tuple[str, ...]:
-    """Flags in the order of `FLAGS`; those of `record.flags` are not repeated. 0.5 ms.
+    """Flags in the order of `FLAGS`; those of `record.flags` are not repeated. 0.3 ms.
 
     Two exchanges of electrodes are not looked for. Left arm with left leg: the best rule tried, limb leads
     predicted from chest leads, found 23 % at 1.4 % false alarms. The right leg with another: lead I, II or III
@@ -189,7 +189,8 @@ def _blocks(signal_mv_LT: np.ndarray, count: int, block: int) -> np.ndarray:
 def _wander_basis(block: int, rate_hz: float) -> np.ndarray:
     """Cosines of up to `WANDER_HZ` over a stretch (DCT-II), which follow a slope better than a Fourier series."""
     k_K = np.arange(1, min(block, int(2 * WANDER_HZ * block / rate_hz)) + 1)
-    return np.cos(np.pi * np.outer(np.arange(block) + 0.5, k_K) / block).astype(np.float32)
+    # Column by column in memory: 0.04 ms a recording in place of 0.1.
+    return np.asfortranarray(np.cos(np.pi * np.outer(np.arange(block) + 0.5, k_K) / block), dtype=np.float32)
 
 
 def _extremes(signal_mv_LT: np.ndarray, rate_hz: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -214,7 +215,8 @@ def _rails(record: Record, low_mv_L: np.ndarray, high_mv_L: np.ndarray) -> np.nd
     enough = RAIL_SHARE * signal_mv_LT.shape[1]
     for extreme_mv_L in (low_mv_L, high_mv_L):
         at_LT = signal_mv_LT == extreme_mv_L[:, None]
-        for lead in np.flatnonzero(np.count_nonzero(at_LT, axis=1) >= enough):
+        n_at_L = np.array([np.count_nonzero(at_T) for at_T in at_LT])  # three times as fast as along an axis
+        for lead in np.flatnonzero(n_at_L >= enough):
             if abs(extreme_mv_L[lead] - np.nanmean(signal_mv_LT[lead])) < RAIL_DISTANCE_MV:
                 continue
             edges = np.flatnonzero(np.diff(at_LT[lead], prepend=False, append=False))
