@@ -6,6 +6,7 @@ import torch
 
 from lsemvae.device import DeviceFinish
 from lsemvae.leads import LEADS
+from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig, finish, window_signals
 from lsemvae.simulate import EcgParameters, simulate_ecg
 
@@ -52,3 +53,25 @@ def test_equals_the_definition(config: PreprocessConfig, device: str):
     assert 0 < accepted_B.sum() < len(accepted_B)
     np.testing.assert_array_equal(lead_mask_BL, wanted.lead_mask_BL)
     np.testing.assert_allclose(x_BLT, wanted.x_BLT, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_compiled_model_gives_the_losses_and_gradients_of_the_cpu():
+    torch.manual_seed(0)
+    config = LSEMVAEConfig(samples=1000, latent=16, channels=(4, 8, 8))
+    batch = {"x_BLT": torch.randn(8, 12, 1000), "lead_mask_BL": torch.ones(8, 12, dtype=torch.bool)}
+    batch["lead_mask_BL"][2:5, 3] = False
+    batch["noise_BD"] = torch.randn(8, 16)
+    model = LSEMVAE(config)
+    wanted = model(batch)
+    wanted["loss"].backward()
+    gradients = {name: values.grad.clone() for name, values in model.named_parameters()}
+    model.zero_grad()
+    model.cuda().compile(dynamic=False)
+    found = model({name: values.cuda() for name, values in batch.items()}, check=False)
+    found["loss"].backward()
+    for name, term in wanted.items():
+        torch.testing.assert_close(found[name].cpu(), term, rtol=2e-3, atol=1e-4)
+    for name, values in model.named_parameters():
+        error = (values.grad.cpu() - gradients[name]).norm() / gradients[name].norm()
+        assert error < 1e-2, (name, error)  # convolutions may round to TF32

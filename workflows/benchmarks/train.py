@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="shards, made by workflows/ingest.py")
     parser.add_argument("--recipe", default="small", choices=PRETRAIN)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--compile", action="store_true", help="torch.compile, on both sides")
     parser.add_argument("--steps", type=int, default=12, help="of each measurement, after the first which is not timed")
 
 
@@ -41,6 +42,7 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     data, recipe = ShardedDataset.open(args.data), PRETRAIN[args.recipe]
+    recipe = replace(recipe, optim=replace(recipe.optim, compile=args.compile))
     order = {"batch_size": recipe.optim.batch_size, "streams": recipe.streams, "buffer": recipe.shuffle_buffer}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +80,10 @@ def measure(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
     torch.manual_seed(0)
-    model = prepare_model(build(recipe.model, recipe.leads).to(device))
+    model = build(recipe.model, recipe.leads).to(device)
+    if recipe.optim.compile:
+        model.compile()
+    model = prepare_model(model)
     optimizer = make_optimizer(model, recipe.optim)
 
     finish = DeviceFinish(recipe.preprocess, recipe.leads, device)
