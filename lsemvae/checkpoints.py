@@ -18,7 +18,7 @@ from torch import nn
 from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, load, save
 from lsemvae.config import PretrainRecipe
 from lsemvae.errors import BundleError, LsemvaeError, StorageError
-from lsemvae.feed import Order
+from lsemvae.feed import ORDER_VERSION, Order
 from lsemvae.fit import load_optimizer, make_optimizer, read_state, save_optimizer
 from lsemvae.models import build
 from lsemvae.storage import Storage, explained
@@ -102,7 +102,8 @@ def _load(place: Storage, name: str | None, recipe: PretrainRecipe, order: Order
         optimizer = make_optimizer(model, recipe.optim)
         load_optimizer(optimizer, folder)
     began = state["order"]
-    changed = [f"{key}={began[key]}, not {value}" for key, value in _meaning_of(order).items() if began[key] != value]
+    now = _meaning_of(order)
+    changed = [f"{key}={began.get(key)}, not {value}" for key, value in now.items() if began.get(key) != value]
     if changed:
         raise LsemvaeError(f"the run began with {'; '.join(changed)}: go on with the same, or give another --name")
     if model.config != recipe.model or model.leads != recipe.leads:
@@ -148,4 +149,5 @@ def writing_to(place: Storage) -> Iterator[None]:
 def _meaning_of(order: Order) -> dict[str, int]:
     """What decides which records (epoch, step) stands for."""
     settings = asdict(order)
-    return {"records": order.records} | {name: settings[name] for name in ("batch_size", "streams", "buffer", "seed")}
+    fixed = {"order_version": ORDER_VERSION, "records": order.records}
+    return fixed | {name: settings[name] for name in ("batch_size", "streams", "buffer", "seed")}

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lsemvae.ahead import ahead
 from lsemvae.cache import Cache
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals, window_signals
@@ -34,6 +35,8 @@ PREFETCHED_BLOCKS = 2
 LOOKS = 3
 """Readings of a row group in an object store that must agree that it is damaged."""
 NOBODY, DAMAGED = -1, -2
+ORDER_VERSION = 2
+"""Raised when the same settings come to mean another order: a run cannot go on in the middle of an epoch then."""
 
 Rows = dict[str, np.ndarray]
 
@@ -112,12 +115,15 @@ class Order:
         begin, end = (share * self.records // self.streams for share in (stream, stream + 1))
         blocks: list[Block] = []
         pieces: list[Piece] = []
+        enough = self.buffer // self.streams
+        # The first is shorter, by more in one stream than in the next: else all would need another at the same step.
+        least = -(-enough * (stream + 1) // self.streams)
         first, last = np.searchsorted(ends_G, begin, side="right"), np.searchsorted(ends_G, end, side="left")
         for g in range(first, last + 1):
             before = ends_G[g] - rows_G[g]
             start, stop = max(begin - before, 0), min(end - before, rows_G[g])
             pieces.append(Piece(int(shard_G[g]), int(group_G[g]), int(start), int(stop)))
-            if sum(p.stop - p.start for p in pieces) >= self.buffer // self.streams or g == last:
+            if sum(p.stop - p.start for p in pieces) >= (enough if blocks else least) or g == last:
                 blocks.append(Block(stream, (self.seed, epoch, stream, len(blocks)), tuple(pieces)))
                 pieces = []
         return blocks
@@ -357,8 +363,12 @@ def read_here(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator
 def read_on_ray(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Rows]:
     """The same by Ray Data's tasks, wherever there is a CPU, some blocks ahead. Every one of `workers` does so.
 
-    What this machine's cache has by now is read here; what comes from elsewhere is kept in it.
+    What this machine's cache has by now is read here, in a thread; what comes from elsewhere is kept in it.
     """
+    return ahead(_from_cache_and_tasks(feed, blocks, workers), PREFETCHED_BLOCKS)
+
+
+def _from_cache_and_tasks(feed: Feed, blocks: Sequence[Block], workers: int) -> Iterator[Rows]:
     missing = [number for number, block in enumerate(blocks) if not feed.is_cached(block)]
     arriving, asked = _from_tasks(feed, blocks, missing, workers), set(missing)
     for number, block in enumerate(blocks):

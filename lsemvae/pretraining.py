@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import queue
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lsemvae.ahead import ahead
 from lsemvae.bundle import Bundle
 from lsemvae.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
 from lsemvae.config import PretrainRecipe
@@ -215,42 +214,20 @@ def _noise(order: Order, latent: int, seed: Sequence[int]) -> np.ndarray:
 
 def batches_ahead(parts: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[dict[str, Any]]:
     """Batches as tensors on the device, put together in a thread while the device works on those before."""
-    ready: queue.Queue[Any] = queue.Queue(PREFETCHED_BATCHES)
-    stopped = threading.Event()
 
-    def put(item: Any) -> bool:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.2)
-                return True
-        return False
+    def together() -> Iterator[dict[str, Any]]:
+        for part in parts:
+            batch: dict[str, Any] = {"damaged": int((part.pop("row_B") == DAMAGED).sum())}
+            for name, values in part.items():
+                tensor = torch.from_numpy(values)
+                batch[name] = tensor.pin_memory() if device.type == "cuda" else tensor
+            yield batch
 
-    def work() -> None:
-        try:
-            for part in parts:
-                batch: dict[str, Any] = {"damaged": int((part.pop("row_B") == DAMAGED).sum())}
-                for name, values in part.items():
-                    tensor = torch.from_numpy(values)
-                    batch[name] = tensor.pin_memory() if device.type == "cuda" else tensor
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:  # raised again where the batches are used
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="feed")
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield {
-                name: values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
-                for name, values in item.items()
-            }
-    finally:
-        stopped.set()
-        thread.join()
+    for batch in ahead(together(), PREFETCHED_BATCHES):
+        yield {
+            name: values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
+            for name, values in batch.items()
+        }
 
 
 def _require_readable(damaged: int, records: int, limit: float) -> int:

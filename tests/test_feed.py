@@ -93,6 +93,18 @@ def test_what_is_asked_for_is_what_is_left(order: Order, data: st.DataObject):
     assert left == sum(max(length - start * order.per_stream, 0) for length in lengths)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streams_need_their_next_blocks_at_different_steps(workers: int):
+    """All at once, a device waits for eight blocks, and then for nothing for as long as they last."""
+    order = Order((256,) * 160, batch_size=128, streams=8, buffer=4096)
+    begins = []  # the step at which a block is wanted
+    for stream in order.streams_of(0, workers):
+        records = [block.records for block in order.blocks(3, stream)]
+        begins += (np.cumsum(records)[:-1] // order.per_stream).tolist()
+    assert len(begins) >= 8 * len(order.streams_of(0, workers))
+    assert max(np.bincount(begins)) == 1
+
+
 def steps_of(feed: Feed, epoch: int, workers: int, start: int = 0) -> list[list[int]]:
     """The records of each step, over all workers, as a sorted list."""
     parts = [[b["row_B"] for b in feed.batches(epoch, w, workers, start, read_here)] for w in range(workers)]
