@@ -43,3 +43,17 @@ def test_score_is_measured_against_the_bare_loop(tmp_path):
         )
     ]  # fmt: skip
     assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.ray
+def test_the_cache_is_measured_at_the_pace_of_a_device(shards, tmp_path):
+    path = tmp_path / "rows.json"
+    rates = (200.0, 1e9)
+    done = workflow(
+        "bench", "pace", "--data", shards, "--recipe", "smoke", "--records-per-s", *rates, "--rounds", 1, "--json", path
+    )
+    slow, fast = json.loads(path.read_text())["rows"]
+    assert (slow["baseline"], fast["baseline"]) == rates
+    assert 0 < slow["ours"] <= 200
+    assert slow["ratio"] > fast["ratio"] > 0  # nothing feeds the second
+    assert "an epoch begins after" in done.stdout

@@ -34,6 +34,7 @@ CASES = {
     "serve": ("benchmarks.serve", "bench_serve", "the endpoint against a bare loop, FastAPI and mlflow models serve"),
     "ingest": ("benchmarks.ingest", "bench_ingest", "recordings into shards and model input, against NeuroKit2"),
     "feed": ("benchmarks.ingest", "bench_feed", "shards into batches against reading and NeuroKit2 lead by lead"),
+    "pace": ("benchmarks.pace", "bench_pace", "whether the cache keeps up with a GPU's rate, without the GPU"),
     "collapse": ("benchmarks.collapse", "bench_collapse", "what the reconstruction weight does to the posterior"),
 }
 
