@@ -37,7 +37,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31))
 
 
-LOCAL_OBJECT_STORE_BYTES = 2 * 2**30
+LEAST_OBJECT_STORE_BYTES = 2 * 2**30
 
 
 def run_command(main: Callable[[Args], None], args_type: type[Args], default: Args | None = None) -> None:
@@ -106,7 +106,7 @@ def start_ray(cpus: int = 4) -> None:
     if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
         # Said outright, else Ray would join whatever cluster it finds traces of on this machine.
         where = {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
-        where |= {"object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+        where |= {"object_store_memory": _object_store_bytes()}
         # Ray Train's clean-up looks for the cluster itself, and would find another one that runs on this machine.
         os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
         runtime_env["env_vars"]["RAY_ADDRESS"] = f"127.0.0.1:{os.environ['RAY_GCS_SERVER_PORT']}"
@@ -120,6 +120,15 @@ def start_ray(cpus: int = 4) -> None:
             "RAY_AUTH_MODE=token with the token if it wants one"
         ) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _object_store_bytes() -> int:
+    """A twelfth of the memory: on a machine of many cores 2 GiB hold what a few tasks give, and the others wait."""
+    from ray._common.utils import get_system_memory  # a container's, where it has less than its machine
+
+    shared = os.statvfs("/dev/shm")  # what is beyond it Ray would put on a disk
+    room_bytes = min(get_system_memory() // 12, shared.f_frsize * shared.f_bavail)
+    return max(LEAST_OBJECT_STORE_BYTES, room_bytes)
 
 
 def _free_port() -> int:
