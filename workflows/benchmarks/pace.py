@@ -36,7 +36,7 @@ def bench_pace(args: argparse.Namespace) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         feed = Feed.of(data, "train", recipe.leads, recipe.preprocess, cache=folder, **order)
-        print(f"filling the cache with {feed.order.records} recordings, {feed.record_bytes / 1e3:g} kB each", flush=True)
+        print(f"filling the cache: {feed.order.records} recordings, {feed.record_bytes / 1e3:g} kB each", flush=True)
         for _ in feed.batches(0, read=read_here):
             pass
         for rate in args.records_per_s:
