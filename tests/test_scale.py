@@ -34,7 +34,7 @@ def test_document_works_through_the_three_runs() -> None:
 
 
 def test_document_says_what_is_not_measured() -> None:
-    assert "**No GPU has been measured.**" in DOCUMENT
+    assert "**No A100 has been measured, one H100 has.**" in DOCUMENT
     assert not re.search(r"[$€]\s?\d|\d\s?(USD|EUR|dollars)", DOCUMENT)  # no price is made up
 
 
@@ -63,6 +63,14 @@ def test_figures_beside_the_tables_follow_from_them() -> None:
     measured_per_s = float(re.search(r"([\d.]+) recordings/s in training", DOCUMENT)[1])
     assert re.search(rf"train step b64, rate +{measured_per_s}", (ROOT / "docs" / "performance.md").read_text())
     assert f"take {one.records * 100 / measured_per_s / 3600:.0f} hours" in DOCUMENT
+    performance = (ROOT / "docs" / "performance.md").read_text()
+    hours = []
+    for batch, rate in ((128, "9393"), (1024, "1.868e+04")):
+        assert f"train step b{batch}, rate" in performance
+        assert re.search(rf"train step b{batch}, rate +{re.escape(rate)}", performance)
+        hours.append(one.records * 100 / float(rate) / 3600)
+        assert f"| H100, batch {batch}, measured | {float(rate):,.0f} | {ceil(float(rate) / 984)} |" in DOCUMENT
+    assert "take it {:.2f} and {:.2f} hours".format(*hours) in DOCUMENT
 
 
 def test_links_of_the_document_lead_somewhere() -> None:
