@@ -10,6 +10,7 @@ remember to go on exactly where it was, with as many workers as there are then.
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,8 @@ ORDER_VERSION = 2
 """Raised when the same settings come to mean another order: a run cannot go on in the middle of an epoch then."""
 
 Rows = dict[str, np.ndarray]
+Records = Sequence[tuple[Rows, int]]
+"""Each record as the rows that it is among, and its place there: nothing is copied before a batch is made of them."""
 
 
 class Piece(NamedTuple):
@@ -214,7 +217,7 @@ class Feed:
         worker: int = 0,
         workers: int = 1,
         start_step: int = 0,
-        read: "Callable[[Feed, Sequence[Block], int], Iterator[Rows]] | None" = None,
+        read: "Callable[[Feed, Sequence[Block], int], Iterator[Records]] | None" = None,
     ) -> Iterator[Rows]:
         """This worker's part of every step: `x_BLT` float32, `lead_mask_BL` bool, `weight_B` float32, `row_B` int64.
 
@@ -230,24 +233,24 @@ class Feed:
         streams = order.streams_of(worker, workers)
         wanted = order.demand(epoch, streams, start_step)
         arriving = zip((read or read_on_ray)(self, [block for block, _ in wanted], workers), wanted, strict=True)
-        queues: dict[int, list[Rows]] = {stream: [] for stream in streams}
+        queues: dict[int, deque[tuple[Rows, int]]] = {stream: deque() for stream in streams}
         sizes = {stream: sum(b.records - s for b, s in wanted if b.stream == stream) for stream in streams}
+        nobody = (self._nothing(1), 0)
         for _ in range(start_step, order.steps):
-            parts = []
+            records: list[tuple[Rows, int]] = []
             for stream in streams:
                 take = min(order.per_stream, sizes[stream])
                 sizes[stream] -= take
-                while sum(len(rows["row_B"]) for rows in queues[stream]) < take:
-                    rows, (block, skipped) = next(arriving)
-                    queues[block.stream].append({name: values[skipped:] for name, values in rows.items()})
-                parts += _take(queues[stream], take)
-                if take < order.per_stream:
-                    parts.append(self._nothing(order.per_stream - take))
-            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                while len(queues[stream]) < take:
+                    found, (block, skipped) = next(arriving)
+                    queues[block.stream].extend(found[skipped:])
+                records += [queues[stream].popleft() for _ in range(take)]
+                records += [nobody] * (order.per_stream - take)
+            yield _copied(records)
 
     def read(self, block: Block) -> Rows:
         """One block's records in their order. A row group that is damaged has weight 0, and is logged."""
-        return self.arrange(block, self.gather(block))
+        return _copied(self.arrange(block, self.gather(block)))
 
     def gather(self, block: Block) -> list[Rows]:
         """The records of a block's pieces; with a cache those of their row groups, from it or for it."""
@@ -255,19 +258,15 @@ class Feed:
             return [self._prepare(piece) for piece in block.pieces]
         return [self._from_cache(piece) or self._prepare(self._whole(piece)) for piece in block.pieces]
 
-    def arrange(self, block: Block, parts: Sequence[Rows]) -> Rows:
+    def arrange(self, block: Block, parts: Sequence[Rows]) -> Records:
         """What `gather` gave, cut to the pieces, in the order of the block."""
-        pieces = [self._whole(piece) if self.cache else piece for piece in block.pieces]
-        to_B = np.argsort(self.order.permutation(block))
-        arranged, filled = {}, 0
-        for piece, whole, part in zip(block.pieces, pieces, parts, strict=True):
-            begin, count = piece.start - whole.start, piece.stop - piece.start
-            for name, values in part.items():
-                if name not in arranged:
-                    arranged[name] = np.empty((block.records, *values.shape[1:]), values.dtype)
-                arranged[name][to_B[filled : filled + count]] = values[begin : begin + count]
-            filled += count
-        return arranged
+        firsts = [0 if self.cache else piece.start for piece in block.pieces]
+        records = [
+            (part, row - first)
+            for piece, first, part in zip(block.pieces, firsts, parts, strict=True)
+            for row in range(piece.start, piece.stop)
+        ]
+        return [records[position] for position in self.order.permutation(block)]
 
     def is_cached(self, block: Block) -> bool:
         """Whether this machine's disk has all of it."""
@@ -351,7 +350,7 @@ class Feed:
         return {"x_BLT": np.zeros(shape, dtype=np.float32), "lead_mask_BL": np.ones(shape[:2], dtype=bool)} | none
 
 
-def read_here(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Rows]:
+def read_here(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Records]:
     """The blocks' records in this order, read and preprocessed in this process."""
     for block in blocks:
         parts = feed.gather(block)
@@ -360,7 +359,7 @@ def read_here(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator
         yield feed.arrange(block, parts)
 
 
-def read_on_ray(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Rows]:
+def read_on_ray(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Records]:
     """The same by Ray Data's tasks, wherever there is a CPU, some blocks ahead. Every one of `workers` does so.
 
     What this machine's cache has by now is read here, in a thread; what comes from elsewhere is kept in it.
@@ -368,17 +367,17 @@ def read_on_ray(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterat
     return ahead(_from_cache_and_tasks(feed, blocks, workers), PREFETCHED_BLOCKS)
 
 
-def _from_cache_and_tasks(feed: Feed, blocks: Sequence[Block], workers: int) -> Iterator[Rows]:
+def _from_cache_and_tasks(feed: Feed, blocks: Sequence[Block], workers: int) -> Iterator[Records]:
     missing = [number for number, block in enumerate(blocks) if not feed.is_cached(block)]
     arriving, asked = _from_tasks(feed, blocks, missing, workers), set(missing)
     for number, block in enumerate(blocks):
         if number not in asked:
-            yield feed.read(block)
+            yield feed.arrange(block, feed.gather(block))
             continue
         rows = next(arriving)
         assert (rows.pop("number") == number).all()
         if not feed.cache:
-            yield rows
+            yield [(rows, row) for row in range(block.records)]
             continue
         ends = np.cumsum([feed.rows_of(piece) for piece in block.pieces])[:-1]
         split = {name: np.split(values, ends) for name, values in rows.items()}
@@ -428,17 +427,14 @@ def _from_tasks(feed: Feed, blocks: Sequence[Block], numbers: Sequence[int], wor
         yield rows
 
 
-def _take(queue: list[Rows], count: int) -> list[Rows]:
-    """The first `count` records of a queue of parts, which are removed from it."""
-    taken = []
-    while count:
-        part = queue.pop(0)
-        size = len(part["row_B"])
-        taken.append({name: values[:count] for name, values in part.items()})
-        if size > count:
-            queue.insert(0, {name: values[count:] for name, values in part.items()})
-        count -= min(size, count)
-    return taken
+def _copied(records: Records) -> Rows:
+    """One after another. Each is one copy of what may lie in a mapped file."""
+    kinds = {name: (values.shape[1:], values.dtype) for name, values in records[0][0].items()}
+    copied = {name: np.empty((len(records), *shape), dtype) for name, (shape, dtype) in kinds.items()}
+    for to, (rows, row) in enumerate(records):
+        for name, values in rows.items():
+            copied[name][to] = values[row]
+    return copied
 
 
 class _Damaged(Exception):
