@@ -1,9 +1,9 @@
 """Pre-training outlives what happens to it, on a cluster of two machines: the same records once, the same losses."""
 
 import contextlib
+import copy
 import json
 import os
-import pickle
 import re
 import resource
 import secrets
@@ -635,6 +635,6 @@ def test_a_full_disk_is_no_failure_that_passes(tmp_path: Path):
     ],
 )
 def test_only_what_may_pass_is_tried_again(error: Exception, lasting: bool):
-    error = pickle.loads(pickle.dumps(error))  # as it comes from a worker
+    error = copy.deepcopy(error)  # made anew of its arguments and attributes, as one that comes from a worker
     with pytest.raises(type(error)) if lasting else contextlib.nullcontext():
         raise_lasting([RuntimeError("lost"), error])
