@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 import warnings
@@ -126,9 +127,11 @@ def _object_store_bytes() -> int:
     """A twelfth of the memory: on a machine of many cores 2 GiB hold what a few tasks give, and the others wait."""
     from ray._common.utils import get_system_memory  # a container's, where it has less than its machine
 
-    shared = os.statvfs("/dev/shm")  # what is beyond it Ray would put on a disk
-    room_bytes = min(get_system_memory() // 12, shared.f_frsize * shared.f_bavail)
-    return max(LEAST_OBJECT_STORE_BYTES, room_bytes)
+    try:
+        free_bytes = shutil.disk_usage("/dev/shm").free  # what is beyond it Ray would put on a disk
+    except FileNotFoundError:  # Linux alone has it
+        return LEAST_OBJECT_STORE_BYTES
+    return max(LEAST_OBJECT_STORE_BYTES, min(get_system_memory() // 12, free_bytes))
 
 
 def _free_port() -> int:
