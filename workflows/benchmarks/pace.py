@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from pretrain import make_feeds
 
 from benchmarks.measure import Row, more_is_better
 from lsemvae.feed import Feed, read_here
@@ -32,10 +33,9 @@ def bench_pace(args: argparse.Namespace) -> list[Row]:
     data, recipe = ShardedDataset.open(args.data), PRETRAIN[args.recipe]
     size = recipe.optim.batch_size
     data.require_rows("train", at_least=2 * size)
-    order = {"batch_size": size, "streams": recipe.streams, "buffer": recipe.shuffle_buffer}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        feed = Feed.of(data, "train", recipe.leads, recipe.preprocess, cache=folder, **order)
+        feed = make_feeds(data, recipe, cache=folder)["train"]
         print(f"filling the cache: {feed.order.records} recordings, {feed.record_bytes / 1e3:g} kB each", flush=True)
         for _ in feed.batches(0, read=read_here):
             pass
