@@ -362,7 +362,7 @@ def read_here(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator
 def read_on_ray(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Records]:
     """The same by Ray Data's tasks, wherever there is a CPU, some blocks ahead. Every one of `workers` does so.
 
-    What this machine's cache has by now is read here, in a thread; what comes from elsewhere is kept in it.
+    What this machine's cache has by now is mapped from it; what comes from elsewhere is kept in it, in a thread.
     """
     return ahead(_from_cache_and_tasks(feed, blocks, workers), PREFETCHED_BLOCKS)
 
