@@ -213,7 +213,8 @@ def reconstructions(
             axis.set_yticks([])
             axis.spines[["top", "right", "left"]].set_visible(False)
         axes[-1, column].set_xlabel("seconds")
-    axes[0, 0].legend(loc="upper left", fontsize=7, frameon=False, ncols=2)
+    # Above the plots: within one it would lie on the recording.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", fontsize=7, frameon=False, ncols=2)
     figure.savefig(path, dpi=90)
 
 
