@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lsemvae.errors import BundleError, LsemvaeError
+from lsemvae.fields import read_fields
 from lsemvae.leads import LEADS
-from lsemvae.models import read_fields
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
 

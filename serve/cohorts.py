@@ -26,8 +26,8 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from lsemvae.data.shards import MANIFEST
 from lsemvae.errors import LsemvaeError
-from lsemvae.shards import MANIFEST
 from lsemvae.storage import Storage
 from serve.registry import Served
 from serve.schema import RESEARCH_ONLY, ModelOut, Problem

@@ -5,27 +5,20 @@ Everything is real and local. Each station's result is made once a session, by t
 
 import json
 import os
-import secrets
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
 import demo
 import pytest
-import swift_server
+import servers
+from demo import workflow
+from support import swift_server
+from support.session import AUTHENTICATION, SHARED_DATA, Cluster, Trained, end_group, wait_for
 
-ROOT = Path(__file__).parents[1]
-SHARED_DATA = ROOT.parent / "shared" / "data"
-# Ray reads these once, when a test first imports it, which may be long before one asks for the cluster.
-AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ.update(AUTHENTICATION)
 
 
@@ -36,39 +29,10 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path, attempts: int = 600, headers: dict | None = None) -> None:
-    for _ in range(attempts):
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {})) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
-    pytest.fail(f"{url} did not come up:\n{log.read_text()[-3000:]}")
-
-
-def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-    process.wait()
-
-
-def end_serve(process: subprocess.Popen) -> None:
-    """Ends `serve run` and Serve itself: its proxies would keep their port, and the next one get none."""
-    end_group(process)
-    subprocess.run(
-        [str(Path(sys.executable).with_name("serve")), "shutdown", "-y"], cwd=ROOT, capture_output=True, check=True
-    )
-
-
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server on SQLite; `MLFLOW_TRACKING_URI` names it for the rest of the session."""
-    with demo.mlflow_server(tmp_path_factory.mktemp("mlflow")) as uri:
+    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow")) as uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri
         yield uri
 
@@ -76,7 +40,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A mock of S3 with the bucket `ecg`, set up in the environment as a user's endpoint would be -> its URL."""
-    log, port = tmp_path_factory.mktemp("moto") / "server.log", demo.free_port()
+    log, port = tmp_path_factory.mktemp("moto") / "server.log", servers.free_port()
     endpoint = f"http://127.0.0.1:{port}"
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -105,18 +69,10 @@ def object_store(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     store.end()
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A running head node and what its clients need in their environment (it is set for the session)."""
-
-    dashboard: str
-    environment: dict[str, str]
-
-
 @pytest.fixture(scope="session")
 def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """`ray start --head` with token authentication, as a user's cluster would have it."""
-    port, dashboard_port = demo.free_port(), demo.free_port()
+    port, dashboard_port = servers.free_port(), demo.free_port()
     environment = AUTHENTICATION | {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
@@ -130,7 +86,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
     command += [f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
     # The default is one for the machine: beside another cluster there would be no agent, and no jobs.
-    command += [f"--dashboard-agent-listen-port={demo.free_port()}"]
+    command += [f"--dashboard-agent-listen-port={servers.free_port()}"]
     command += [f"--object-store-memory={2 * 2**30}", "--node-ip-address=127.0.0.1"]
     start = {key: value for key, value in environment.items() if key not in ("RAY_ADDRESS",)}
     with log.open("w") as stream:
@@ -153,19 +109,10 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
         os.environ.pop(key, None)
 
 
-def workflow(name: str, *arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `python workflows/NAME.py …` as a user would; with `check` a failure shows what it printed."""
-    command = [sys.executable, str(ROOT / "workflows" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-    if check and done.returncode:
-        pytest.fail(f"{name} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
-    return done
-
-
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 simulated subjects in MIMIC-IV-ECG's layout, with NaN and flat leads more often than in life."""
-    from lsemvae.simulate import CohortConfig, simulate_cohort
+    from lsemvae.cohorts.simulated import CohortConfig, simulate_cohort
 
     folder = tmp_path_factory.mktemp("simulated") / "cohort"
     simulate_cohort(CohortConfig(subjects=60, seed=3, mean_studies=2.0, nan_share=0.05, flat_share=0.02), folder)
@@ -177,14 +124,6 @@ def shards(ray_cluster: Cluster, cohort: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("data") / "shards"
     workflow("ingest", "--source", cohort, "--output", folder, "--shard-records", 48, "--val-share", 0.2)
     return folder
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A station's result: where its files are, and what the command printed."""
-
-    folder: Path
-    printed: str
 
 
 @pytest.fixture(scope="session")

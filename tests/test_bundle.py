@@ -9,34 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.bundles import CONFIGS, SMALL, records, save
 
 from lsemvae import bundle as bundles
 from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Scorer, example_record
 from lsemvae.errors import BundleError
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import ARCHITECTURES, build
-from lsemvae.models.classifier import Classifier, ClassifierConfig, Head
-from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.models.classifier import Classifier, ClassifierConfig
+from lsemvae.models.parts.head import Head
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.record import Record
-from lsemvae.simulate import EcgParameters, simulate_ecg
-
-SMALL = LSEMVAEConfig(latent=4, channels=(2, 3, 4))
-CONFIGS = [SMALL, ClassifierConfig(encoder=SMALL, hidden=8)]
-CALIBRATION = Calibration(slope=2.5, intercept=-0.75)
-
-
-def records(count: int, seed: int = 0) -> list[Record]:
-    rng = np.random.default_rng(seed)
-    signals = [simulate_ecg(EcgParameters(severity=b / 2), rng)[0] for b in range(count)]
-    return [Record.from_leads(dict(zip(LEADS, s, strict=True)), 500, record_id=f"r{b}") for b, s in enumerate(signals)]
-
-
-def save(folder: Path, config: object = CONFIGS[1], leads: tuple[str, ...] = LIMB_LEADS) -> Bundle:
-    torch.manual_seed(1)
-    model = build(config, leads)
-    rest = {"task": "ph", "threshold": 0.5, "calibration": CALIBRATION} if config is not SMALL else {}
-    return bundles.save(Bundle.of(model, PreprocessConfig(), provenance={"data": "made up"}, **rest), model, folder)
 
 
 def test_every_architecture_is_tested_here():

@@ -17,11 +17,11 @@ from golden import make
 
 from lsemvae import bundle as bundles
 from lsemvae.bundle import Scorer
-from lsemvae.checkpoints import newest_whole
+from lsemvae.data.shards import unpack
 from lsemvae.leads import LEADS
 from lsemvae.models import build
-from lsemvae.shards import unpack
 from lsemvae.storage import Storage
+from lsemvae.training.checkpoints import newest_whole
 
 FACTS = json.loads((make.HERE / make.FACTS).read_text())
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,21 +14,13 @@ import wfdb
 from scipy.signal import find_peaks
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
+from support.session import ROOT
 
+from lsemvae.cohorts.simulated import FILE_LEADS, CohortConfig, best_auroc, draw_pressures, severity_of, simulate_cohort
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS
-from lsemvae.simulate import (
-    FILE_LEADS,
-    CohortConfig,
-    EcgParameters,
-    best_auroc,
-    draw_pressures,
-    severity_of,
-    simulate_cohort,
-    simulate_ecg,
-)
+from lsemvae.simulate import EcgParameters, simulate_ecg
 
-ROOT = Path(__file__).parents[1]
 QUIET = (0.0,) * 5
 
 

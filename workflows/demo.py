@@ -6,12 +6,9 @@ Without --data it simulates a cohort whose best achievable AUROC is known. What 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,11 +19,12 @@ import numpy as np
 import pandas as pd
 import yaml
 from command import run_command
+from servers import end, free_port, mlflow_server, wait_until_healthy
 
 from lsemvae.bundle import describe
+from lsemvae.data.shards import ShardedDataset, unpack
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.shards import ShardedDataset, unpack
 
 ROOT = Path(__file__).parents[1]
 PREFERRED_TASKS = ("ph", "norm")
@@ -138,31 +136,6 @@ def workflow(name: str, *arguments: object) -> None:
         raise SystemExit(status)
 
 
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """A real MLflow server on SQLite in the folder, for as long as the context lasts."""
-    port, log = free_port(5000), folder / "mlflow.log"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        f"{folder}/artifacts",
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    print("Starting MLflow …", flush=True)
-    with log.open("w") as stream:
-        server = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=stream, stderr=stream, start_new_session=True
-        )
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        wait_until_healthy(f"{uri}/health", server, log)
-        yield uri
-    finally:
-        end(server)
-
-
 def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Serves the champions with serve/config.yaml's settings and asks for one recording with 6 and with 12 leads."""
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
@@ -217,48 +190,6 @@ def finished(output: Path, encoder: Path) -> bool:
     if not (output / "results.csv").exists():
         return False
     return describe(output / "bundle").provenance["encoder"]["digest"] == describe(encoder).digest
-
-
-def free_port(preferred: int = 0) -> int:
-    """The preferred port of this machine if it is free, else any that is."""
-    for port in (preferred, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
-    raise AssertionError("port 0 can always be bound")
-
-
-def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
-    """Returns when the URL answers 200; raises LsemvaeError when the server ends, fails, or takes minutes."""
-    for _ in range(240):
-        if server.poll() is not None:
-            break
-        try:
-            answer = httpx.get(url, timeout=2)
-            if answer.status_code == 200:
-                return
-            if "failed to deploy" in answer.text:
-                break
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise LsemvaeError(f"{url} did not come up: see {log}")
-
-
-def end(server: subprocess.Popen) -> None:
-    """Interrupts the server's whole group, and kills it if that does not end it soon."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(server.pid, number)
-            server.wait(timeout=15)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 if __name__ == "__main__":

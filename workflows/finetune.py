@@ -6,35 +6,31 @@ probability is its score, calibrated on the out-of-fold scores.
 """
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
-import pandas as pd
-import torch
 import tyro
 from command import run_recipe_command, start_ray
-from sklearn.model_selection import StratifiedGroupKFold
-from tqdm import tqdm
 
-from lsemvae import __version__, calibration, plots
+from lsemvae import __version__
 from lsemvae.bundle import Bundle, load, save
 from lsemvae.config import FinetuneRecipe
+from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
-from lsemvae.fit import Batch, fit, make_optimizer
+from lsemvae.evaluation import calibration
+from lsemvae.evaluation.embedding import embed, embedding_of, untrained
+from lsemvae.evaluation.folds import make_folds, require_subjects
+from lsemvae.evaluation.metrics import best_threshold
+from lsemvae.evaluation.protocol import ENCODER, UNTRAINED, as_table, cross_validate, out_of_fold, summarise
 from lsemvae.leads import lead_set_name, parse_leads
-from lsemvae.metrics import METRICS, Estimate, best_threshold, with_intervals
-from lsemvae.models import build
-from lsemvae.models.classifier import Classifier, Head
+from lsemvae.models.classifier import Classifier
 from lsemvae.models.lsemvae import LSEMVAE
-from lsemvae.preprocess import PreprocessConfig
+from lsemvae.plots import curves as plots
+from lsemvae.plots.curves import reliability
 from lsemvae.recipes import FINETUNE
-from lsemvae.shards import ShardedDataset
 from lsemvae.tracking import CANDIDATE, Run, fetch
-
-ENCODER, UNTRAINED, NAIVE = "LS-EMVAE", "untrained encoder", "naive"
+from lsemvae.training.finetune import train_head
 
 
 @dataclass(frozen=True)
@@ -58,32 +54,6 @@ class Args:
     """Where Ray Tune keeps its trials; needed on a cluster of several machines, by default a temporary folder."""
     max_concurrent: int = 2
     """Trials at a time, one CPU each."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """What the head sees, computed once: embeddings by encoder, masks, labels and groups. B recordings."""
-
-    h_BF: dict[str, np.ndarray]
-    lead_mask_BL: np.ndarray
-    y_B: np.ndarray
-    record_B: np.ndarray
-    subject_B: np.ndarray
-    refused: int
-
-
-class Embedder:
-    """A Ray Data actor: embeds batches with every encoder it is given."""
-
-    def __init__(self, encoders: dict[str, Classifier]) -> None:
-        self._encoders = encoders
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        x_BLT, mask_BL = (torch.from_numpy(batch.pop(name).copy()) for name in ("x_LT", "lead_mask_L"))
-        with torch.inference_mode():
-            for name, encoder in self._encoders.items():
-                batch[name] = encoder.embed(x_BLT, mask_BL).numpy()
-        return batch | {"lead_mask_L": mask_BL.numpy()}
 
 
 def main(args: Args) -> None:
@@ -114,7 +84,7 @@ def main(args: Args) -> None:
     )
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": bundle.digest})
     try:
-        scores, by_fold = cross_validate(embedded, folds, args, run.run_id)
+        scores, by_fold = cross_validate(embedded, folds, recipe, run.run_id, args.storage, args.max_concurrent)
         results = summarise(embedded, scores, folds, recipe)
         errors, diagrams = reliability(embedded, scores, folds)
         fitted = calibration.fit(embedded.y_B, scores[ENCODER], calibration.subject_weights(embedded.subject_B))
@@ -189,238 +159,6 @@ def main(args: Args) -> None:
         print(f"files:   {args.output}")
     print(f"MLflow:  {run.url}")
     print(f"promote: python workflows/promote.py --name {model_name}")
-
-
-def embedding_of(encoder: LSEMVAE, leads: tuple[str, ...]) -> Classifier:
-    """The named leads' encoders without log-variance heads and decoder, under a head that is not used."""
-    return Classifier.from_encoder(encoder, leads, Head(len(leads) * encoder.config.latent)).eval()
-
-
-def untrained(encoder: LSEMVAE, recipe: FinetuneRecipe) -> LSEMVAE:
-    """The same architecture with its initial weights."""
-    torch.manual_seed(recipe.optim.seed)
-    return build(encoder.config, encoder.leads)
-
-
-def embed(
-    data: ShardedDataset,
-    column: str,
-    leads: tuple[str, ...],
-    preprocess: PreprocessConfig,
-    encoders: dict[str, Classifier],
-    recipe: FinetuneRecipe,
-) -> Embedded:
-    """Every labelled recording once through every encoder, on Ray Data."""
-    import ray.data
-
-    columns = ["record_id", "subject_id", column]
-    labelled = data.model_input(leads, preprocess, columns=columns, labelled=column)
-    embedded = labelled.map_batches(
-        Embedder,
-        fn_constructor_args=(encoders,),
-        batch_size=recipe.embed_batch_size,
-        compute=ray.data.ActorPoolStrategy(size=1),
-    )
-    parts: list[dict[str, np.ndarray]] = []
-    counts = data.manifest.labels[column.removeprefix("label.")]
-    with tqdm(total=counts["0"] + counts["1"], desc="embed", unit="records") as bar:
-        for batch in embedded.iter_batches(batch_size=None):
-            parts.append(batch)
-            bar.update(len(batch["record_id"]))
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # Ray Data keeps no order: sort, so that folds and results depend on the data and the seed alone.
-    order = np.argsort(whole["record_id"], kind="stable")
-    accepted = order[pd.isna(whole["refused"][order])]
-    return Embedded(
-        h_BF={name: whole[name][accepted] for name in encoders},
-        lead_mask_BL=whole["lead_mask_L"][accepted].astype(bool),
-        y_B=whole[column][accepted].astype(np.int64),
-        record_B=whole["record_id"][accepted].astype(str),
-        subject_B=whole["subject_id"][accepted].astype(str),
-        refused=len(order) - len(accepted),
-    )
-
-
-def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int) -> None:
-    """Raises LsemvaeError when either class has fewer subjects than there are folds."""
-    negative, positive = (len(np.unique(subject_B[y_B == value])) for value in (0, 1))
-    if min(negative, positive) < folds:
-        raise LsemvaeError(
-            f"{positive} subjects are positive and {negative} negative: {folds} folds need {folds} of each; "
-            "lower --folds or add recordings"
-        )
-
-
-def make_folds(embedded: Embedded, recipe: FinetuneRecipe) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training rows, test rows) of each fold; raises LsemvaeError when a fold would lack a class."""
-    require_subjects(embedded.y_B, embedded.subject_B, recipe.folds)
-    splitter = StratifiedGroupKFold(recipe.folds, shuffle=True, random_state=recipe.optim.seed)
-    folds = list(splitter.split(embedded.y_B, embedded.y_B, embedded.subject_B))
-    for number, (train, test) in enumerate(folds):
-        assert not set(embedded.subject_B[train]) & set(embedded.subject_B[test])
-        if len(np.unique(embedded.y_B[test])) < 2:
-            raise LsemvaeError(f"fold {number} has one class only: lower --folds (now {recipe.folds})")
-    return folds
-
-
-def train_head(h_BF: np.ndarray, lead_mask_BL: np.ndarray, y_B: np.ndarray, recipe: FinetuneRecipe) -> Head:
-    """A head on these embeddings, standardised on them, in evaluation mode."""
-    torch.manual_seed(recipe.optim.seed)
-    data = {
-        "h_BF": torch.from_numpy(h_BF),
-        "lead_mask_BL": torch.from_numpy(lead_mask_BL),
-        "y_B": torch.from_numpy(y_B).float(),
-    }
-    head = Head(
-        h_BF.shape[1],
-        hidden=recipe.hidden,
-        dropout=recipe.dropout,
-        focal_gamma=recipe.focal_gamma,
-        focal_alpha=float(1 - y_B.mean()) if recipe.balance else None,
-    )
-    head.standardise_from(data["h_BF"], data["lead_mask_BL"])
-
-    def batches(epoch: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(recipe.optim.seed * 100_003 + epoch)
-        for rows in torch.randperm(len(y_B), generator=generator).split(recipe.optim.batch_size):
-            yield {name: values[rows] for name, values in data.items()}
-
-    fit(head, make_optimizer(head, recipe.optim), recipe.optim, batches, on_epoch=lambda epoch: None)
-    return head.eval()
-
-
-def trial(config: dict[str, Any], embedded: Embedded, folds: list[Any], recipe: FinetuneRecipe) -> None:
-    """One head on one fold of one encoder: reports the scores of its test recordings."""
-    from ray import tune
-
-    torch.set_num_threads(1)
-    train, test = folds[config["fold"]]
-    h_BF, mask_BL = embedded.h_BF[config["row"]], embedded.lead_mask_BL
-    head = train_head(h_BF[train], mask_BL[train], embedded.y_B[train], recipe)
-    with torch.inference_mode():
-        score_B = head.predict(torch.from_numpy(h_BF[test]), torch.from_numpy(mask_BL[test]))
-    tune.report({"scores": score_B.tolist()})
-
-
-def cross_validate(
-    embedded: Embedded, folds: list[Any], args: Args, run_id: str
-) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
-    """Out-of-fold scores by row of the table, and AUROC by fold."""
-    from ray import tune
-    from sklearn.metrics import roc_auc_score
-
-    class Progress(tune.Callback):
-        def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-            bar.update(1)
-
-    rows = (ENCODER, UNTRAINED)
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        tqdm(total=len(rows) * len(folds), desc="folds", unit="trial") as bar,
-    ):
-        tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(trial, embedded=embedded, folds=folds, recipe=args.recipe), {"cpu": 1}
-            ),
-            param_space={
-                "row": tune.grid_search(list(rows)),
-                "fold": tune.grid_search(list(range(len(folds)))),
-            },
-            tune_config=tune.TuneConfig(max_concurrent_trials=args.max_concurrent, reuse_actors=True),
-            run_config=tune.RunConfig(
-                storage_path=args.storage or temporary,
-                name=f"folds-{run_id}",
-                verbose=0,
-                callbacks=[Progress()],
-            ),
-        )
-        fitted = tuner.fit()
-        if fitted.errors:
-            raise LsemvaeError(f"a fold failed: {str(fitted.errors[0]).strip().splitlines()[-1]}")
-        scores = {row: np.full(len(embedded.y_B), np.nan) for row in rows}
-        by_fold: dict[str, list[float]] = {row: [] for row in rows}
-        for result in fitted:
-            test = folds[result.config["fold"]][1]
-            scores[result.config["row"]][test] = result.metrics["scores"]
-            by_fold[result.config["row"]].append(roc_auc_score(embedded.y_B[test], result.metrics["scores"]))
-    assert all(np.isfinite(values).all() for values in scores.values())
-    return scores, by_fold
-
-
-def decisions(y_B: np.ndarray, score_B: np.ndarray, folds: list[Any]) -> np.ndarray:
-    """Each fold is decided at the threshold that is best on the other folds' scores: never on its own labels."""
-    decision_B = np.zeros(len(y_B), dtype=bool)
-    for train, test in folds:
-        decision_B[test] = score_B[test] >= best_threshold(y_B[train], score_B[train])
-    return decision_B
-
-
-def summarise(
-    embedded: Embedded, scores: dict[str, np.ndarray], folds: list[Any], recipe: FinetuneRecipe
-) -> dict[str, dict[str, Estimate]]:
-    """Metrics with intervals for each row, the naive one included."""
-    naive_B = np.full(len(embedded.y_B), embedded.y_B.mean())
-    rows = {name: (score_B, decisions(embedded.y_B, score_B, folds)) for name, score_B in scores.items()}
-    rows[NAIVE] = (naive_B, naive_B >= 0.5)
-    return {
-        name: with_intervals(
-            embedded.y_B,
-            score_B,
-            decision_B,
-            embedded.subject_B,
-            draws=recipe.bootstrap_draws,
-            seed=recipe.optim.seed,
-        )
-        for name, (score_B, decision_B) in tqdm(rows.items(), desc="bootstrap", unit="row")
-    }
-
-
-def reliability(
-    embedded: Embedded, scores: dict[str, np.ndarray], folds: list[Any]
-) -> tuple[dict[str, dict[str, float]], dict[str, calibration.Diagram]]:
-    """Brier score and expected calibration error by row, of the scores as they are and cross-fitted; and the diagrams
-    of the encoder's."""
-    y_B, weight_B = embedded.y_B, calibration.subject_weights(embedded.subject_B)
-    errors: dict[str, dict[str, float]] = {}
-    diagrams: dict[str, calibration.Diagram] = {}
-    for row, score_B in {**scores, NAIVE: np.full(len(y_B), y_B.mean())}.items():
-        errors[row] = {}
-        for kind, p_B in (("", score_B), ("calibrated", calibration.cross_fitted(y_B, score_B, weight_B, folds))):
-            if p_B is None:
-                continue
-            errors[row][f"Brier {kind}".strip()] = calibration.brier(y_B, p_B, weight_B)
-            errors[row][f"ECE {kind}".strip()] = calibration.expected_calibration_error(y_B, p_B, weight_B)
-            if row == ENCODER:
-                diagrams[f"{kind}, cross-fitted" if kind else "score"] = calibration.diagram(y_B, p_B, weight_B)
-    return errors, diagrams
-
-
-def as_table(
-    results: dict[str, dict[str, Estimate]], errors: dict[str, dict[str, float]], by_fold: dict[str, list[float]]
-) -> pd.DataFrame:
-    rows = []
-    for name, metrics in results.items():
-        folds = by_fold.get(name)
-        mean_of_folds = f"{np.mean(folds):.3f} ± {np.std(folds, ddof=1):.3f}" if folds else "-"
-        row = {"scored by": name} | {m.upper(): str(metrics[m]) for m in METRICS} | {"AUROC of folds": mean_of_folds}
-        row |= {error: f"{errors[name][error]:.3f}" if error in errors[name] else "-" for error in errors[ENCODER]}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def out_of_fold(embedded: Embedded, scores: dict[str, np.ndarray], folds: list[Any]) -> pd.DataFrame:
-    fold_B = np.zeros(len(embedded.y_B), dtype=int)
-    for number, (_, test) in enumerate(folds):
-        fold_B[test] = number
-    return pd.DataFrame(
-        {
-            "record_id": embedded.record_B,
-            "subject_id": embedded.subject_B,
-            "fold": fold_B,
-            "label": embedded.y_B,
-            **scores,
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,7 @@ from command import run_command, start_ray
 from tqdm import tqdm
 
 from lsemvae.cohorts import COHORTS, detect, read_labels
-from lsemvae.errors import LsemvaeError, StorageError, UnreadableRecording
-from lsemvae.formats import read_relative
-from lsemvae.quality import quality_flags
-from lsemvae.shards import (
+from lsemvae.data.shards import (
     LABEL_PREFIX,
     MANIFEST,
     SCHEMA_VERSION,
@@ -41,6 +38,9 @@ from lsemvae.shards import (
     pack,
     shard_bytes,
 )
+from lsemvae.errors import LsemvaeError, StorageError, UnreadableRecording
+from lsemvae.formats import read_relative
+from lsemvae.quality import quality_flags
 from lsemvae.storage import Storage
 
 REPORT = "report.html"
@@ -315,7 +315,7 @@ def write_unreadable(output: Storage, unreadable: list[dict[str, str]]) -> None:
 
 
 def write_report(output: Storage) -> None:
-    from lsemvae.report import ingest_report  # matplotlib and scipy, for this alone
+    from lsemvae.reports.ingest import ingest_report  # matplotlib and scipy, for this alone
 
     unreadable = list(csv.DictReader(io.StringIO(output.read_bytes(UNREADABLE).decode())))
     output.write_bytes(REPORT, ingest_report(ShardedDataset.open(output.uri), unreadable).encode())

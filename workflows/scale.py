@@ -50,7 +50,7 @@ class Args:
     gradient_bytes: int = 4
     """Of one gradient on the wire: 4 for float32 as here, 2 with a bf16 compression hook."""
     record_bytes: float = 28_800.0
-    """Of a recording in the shards: 24 % of its 120,000, measured on PTB-XL (lsemvae/shards.py)."""
+    """Of a recording in the shards: 24 % of its 120,000, measured on PTB-XL (lsemvae/data/shards.py)."""
     feed_records_per_core_s: float | None = None
     """Measured on the machines that feed, by `workflows/bench.py feed`. Without it no number of cores is given."""
 

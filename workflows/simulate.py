@@ -11,9 +11,10 @@ import tyro
 from command import run_command
 from tqdm import tqdm
 
+from lsemvae.cohorts.simulated import CohortConfig, simulate_cohort
 from lsemvae.leads import LEADS
 from lsemvae.record import Record
-from lsemvae.simulate import RATE_HZ, CohortConfig, EcgParameters, simulate_cohort, simulate_ecg
+from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def main(args: Args) -> None:
 
 def draw(folder: Path) -> None:
     """An average heart at mPAP 14 mmHg and at 69 mmHg, each as it would be printed."""
-    from lsemvae.plots import ecg_paper  # matplotlib, for this alone
+    from lsemvae.plots.ecg_paper import ecg_paper
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, severity, title in (

@@ -17,19 +17,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import pretrain
+import pandas as pd
 import tyro
 from command import run_recipe_command, start_ray
-from pretrain import keep_bundle, make_feeds, make_job, make_trainer, require_resources, require_writable
-from ray import cloudpickle
 from tqdm import tqdm
-from tuning import results
-from tuning.grid import Trial, digest, make_trials, parse_grid, require_comparable, searched
-from tuning.results import (
+
+from lsemvae.config import PretrainRecipe, with_settings
+from lsemvae.data.shards import ShardedDataset
+from lsemvae.errors import LsemvaeError
+from lsemvae.plots import curves as plots
+from lsemvae.recipes import PRETRAIN, recipe_json
+from lsemvae.storage import Storage
+from lsemvae.tracking import Run
+from lsemvae.training.failures import root_cause
+from lsemvae.training.grid import Trial, digest, make_trials, parse_grid, require_comparable, searched
+from lsemvae.training.launch import keep_bundle, make_feeds, make_job, make_trainer, require_resources, require_writable
+from lsemvae.training.pretrain import PretrainJob
+from lsemvae.training.trials import (
     BEST,
     LABEL,
     PLOT,
     RESULT,
+    SIGN,
     TABLE,
     Outcome,
     Select,
@@ -39,28 +48,13 @@ from tuning.results import (
     read_history,
     read_outcome,
     say_metrics,
-    say_results,
     say_settings,
     score,
     write_outcome,
 )
 
-from lsemvae import plots
-from lsemvae.config import PretrainRecipe, with_settings
-from lsemvae.errors import LsemvaeError
-from lsemvae.failures import root_cause
-from lsemvae.pretraining import PretrainJob
-from lsemvae.recipes import PRETRAIN, recipe_json
-from lsemvae.shards import ShardedDataset
-from lsemvae.storage import Storage
-from lsemvae.tracking import Run
-
 PLAN = "tune.json"
 DRIVER_CPUS = 0.01  # what a trial holds beside its workers, which do the work: a hundred of them hold one CPU
-
-# A worker on another machine has lsemvae, not this folder: what it needs of it travels with the trial.
-for module in (pretrain, results):
-    cloudpickle.register_pickle_by_value(module)
 
 
 @dataclass(frozen=True)
@@ -372,3 +366,20 @@ def finish(
 
 if __name__ == "__main__":
     run_recipe_command(main, Args, PRETRAIN, storage=tyro.MISSING, grid=tyro.MISSING)
+
+
+def say_results(table: pd.DataFrame, place: Storage, select: Select, url: str) -> None:
+    better = "highest" if SIGN[select] > 0 else "lowest"
+    print(f"\nOf each trial the epoch with the lowest validation loss; best: {better} {select}, collapsed ones last\n")
+    shown = table.drop(columns=["id", "reason"]).rename(columns=lambda name: name.removeprefix("model."))
+    print(shown.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep=""))
+    for row in table[table["state"] == "failed"].itertuples():
+        print(f"\ntrial {row.trial} failed: {row.reason}")
+    print(f"\ntable, plot: {place.uri}   ({TABLE}, {PLOT})")
+    if best := best_of(table):
+        print(f"bundle:      {(place / 'trials' / best / 'bundle').uri}")
+        print(f"pre-train:   python workflows/pretrain.py {(place / BEST).uri} --data …   (--all: on every subject)")
+    else:
+        print("warning: no trial finished without collapse, so there is no best recipe:")
+        print("         raise reconstruction_weight, lower beta, or train longer")
+    print(f"MLflow:      {url}")

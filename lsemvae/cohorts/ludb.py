@@ -7,8 +7,8 @@ law. The raw counts fulfil it exactly; that one of them is 1 uV is inferred.
 import numpy as np
 import pandas as pd
 
+from lsemvae.cohorts.labels import stated
 from lsemvae.cohorts.tables import join_labels, only_present, read_table, require_columns
-from lsemvae.labels import stated
 from lsemvae.storage import Storage
 
 TABLE = "ludb.csv"

@@ -5,7 +5,7 @@ A recording that is listed but absent is found out when it is read: its 1.6 mill
 
 import pandas as pd
 
-from lsemvae import labels as definitions
+from lsemvae.cohorts import labels as definitions
 from lsemvae.cohorts.tables import join_labels, read_table, require_columns
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage

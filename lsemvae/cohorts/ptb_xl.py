@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from lsemvae.cohorts.labels import stated
 from lsemvae.cohorts.tables import join_labels, only_present, read_table, require_columns
 from lsemvae.errors import LsemvaeError
-from lsemvae.labels import stated
 from lsemvae.storage import Storage
 
 DATABASE = "ptbxl_database.csv"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 import pandas as pd
 
-from lsemvae import labels as definitions
+from lsemvae.cohorts import labels as definitions
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 
@@ -97,7 +97,7 @@ def clinical_labels(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
     What follows: `ph` from mpap_mmhg, `post_capillary` also from pawp_mmhg, `cmr_pawp_mmhg` and `elevated_pawp`
     from la_volume_ml and lv_mass_g. Raises LsemvaeError for what is no number or outside
-    `lsemvae.labels.PLAUSIBLE`, with its row, as a wrong label would be learnt.
+    `lsemvae.cohorts.labels.PLAUSIBLE`, with its row, as a wrong label would be learnt.
     """
     table = plain_names(table, name)
     for column, (low, high) in definitions.PLAUSIBLE.items():

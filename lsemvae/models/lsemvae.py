@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS, in_order
-from lsemvae.models import fusion, objectives
-from lsemvae.models.blocks import Decoder, LeadEncoders
-from lsemvae.models.diagnostics import Diagnostics
+from lsemvae.models.parts import fusion, objectives
+from lsemvae.models.parts.blocks import Decoder, LeadEncoders
+from lsemvae.models.parts.diagnostics import Diagnostics
 
 DecoderKind = Literal["lead", "paper"]
 Fusion = Literal["hime", "product", "mixture", "released"]

@@ -16,20 +16,21 @@ import numpy as np
 import torch
 
 from lsemvae.bundle import Bundle, Calibration, Scorer, example_record, save
-from lsemvae.checkpoints import Progress, save_checkpoint
 from lsemvae.config import OptimConfig, PretrainRecipe
-from lsemvae.feed import Order
-from lsemvae.fit import fit, make_optimizer
+from lsemvae.data.order import Order
+from lsemvae.data.shards import pack, shard_bytes
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import build
-from lsemvae.models.classifier import Classifier, Head
+from lsemvae.models.classifier import Classifier
 from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.models.parts.head import Head
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.quality import quality_flags
 from lsemvae.recipes import FINETUNE, PRETRAIN
 from lsemvae.record import Record
-from lsemvae.shards import pack, shard_bytes
 from lsemvae.simulate import EcgParameters, simulate_ecg
+from lsemvae.training.checkpoints import Progress, save_checkpoint
+from lsemvae.training.fit import fit, make_optimizer
 
 HERE = Path(__file__).parent
 SHARD, BUNDLE, CHECKPOINT, FACTS = "shard.parquet", "bundle", "checkpoint", "facts.json"

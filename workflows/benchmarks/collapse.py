@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, more_is_better
-from lsemvae.fit import fit, kl_scale, make_optimizer, validate
 from lsemvae.leads import LEADS
 from lsemvae.models.lsemvae import LSEMVAE
 from lsemvae.preprocess import preprocess_signals
+from lsemvae.training.fit import fit, kl_scale, make_optimizer
+from lsemvae.training.validation import validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +31,8 @@ def bench_collapse(args: argparse.Namespace) -> list[Row]:
     """
     from matplotlib.figure import Figure
 
+    from lsemvae.data.shards import ShardedDataset, signals_mv
     from lsemvae.recipes import PRETRAIN
-    from lsemvae.shards import ShardedDataset, signals_mv
 
     recipe = PRETRAIN["small"]
     parts: dict[str, list[dict[str, Tensor]]] = {"train": [], "val": []}

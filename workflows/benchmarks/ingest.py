@@ -21,12 +21,12 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.measure import Row, alternate, less_is_better, more_is_better, peak_bytes, timed
 from lsemvae.cohorts import COHORTS, detect
+from lsemvae.data.feed import Feed, read_here
+from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset
 from lsemvae.errors import LsemvaeError
-from lsemvae.feed import Feed, read_here
 from lsemvae.formats import read
 from lsemvae.leads import LEADS, canonical
 from lsemvae.preprocess import PreprocessConfig, preprocess
-from lsemvae.shards import MANIFEST, Manifest, Shard, ShardedDataset
 from lsemvae.storage import Storage
 
 SHARD_RECORDS = 64

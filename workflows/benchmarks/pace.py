@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 
 import torch
-from pretrain import make_feeds
 
 from benchmarks.measure import Row, more_is_better
-from lsemvae.feed import Feed, read_here
-from lsemvae.pretraining import batches_ahead
+from lsemvae.data.feed import Feed, read_here
+from lsemvae.data.shards import ShardedDataset
 from lsemvae.recipes import PRETRAIN
-from lsemvae.shards import ShardedDataset
+from lsemvae.training.launch import make_feeds
+from lsemvae.training.pretrain import batches_ahead
 
 DEVICE = torch.device("cpu")
 

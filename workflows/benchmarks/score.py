@@ -19,12 +19,12 @@ import torch
 from benchmarks.measure import Row, less_is_better, more_is_better
 from benchmarks.model import SIZES
 from lsemvae.bundle import CHUNK, Bundle, Scorer, save
+from lsemvae.data.shards import ShardedDataset, signals_mv
 from lsemvae.errors import LsemvaeError
 from lsemvae.formats import read
 from lsemvae.leads import LEADS
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.preprocess import PreprocessConfig
-from lsemvae.shards import ShardedDataset, signals_mv
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 WORKFLOWS = Path(__file__).parents[1]

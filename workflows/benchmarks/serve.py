@@ -26,9 +26,9 @@ import mlflow
 import numpy as np
 import torch
 import yaml
-from demo import end, free_port, wait_until_healthy
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
+from servers import end, free_port, wait_until_healthy
 
 from benchmarks.load import Generator, Run, generator
 from benchmarks.measure import Row, less_is_better, more_is_better

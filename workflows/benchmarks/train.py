@@ -17,13 +17,13 @@ import torch
 from command import start_ray
 
 from benchmarks.measure import Row, more_is_better
-from lsemvae.device import DeviceFinish
-from lsemvae.feed import Feed, read_here
-from lsemvae.fit import Batch, fit, make_optimizer
+from lsemvae.data.feed import Feed, read_here
+from lsemvae.data.shards import ShardedDataset
 from lsemvae.models import build
-from lsemvae.pretraining import batches_ahead
+from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.recipes import PRETRAIN
-from lsemvae.shards import ShardedDataset
+from lsemvae.training.fit import Batch, fit, make_optimizer
+from lsemvae.training.pretrain import batches_ahead
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

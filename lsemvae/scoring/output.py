@@ -1,0 +1,137 @@
+"""What a cohort's scoring leaves behind: one Parquet file, one CSV, and the summary that makes them count."""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from lsemvae.errors import LsemvaeError
+from lsemvae.scoring.parts import SCHEMA, Job, part_path, unreadable_in
+from lsemvae.storage import Storage, explained
+
+JOB, SUMMARY = "job.json", "summary.json"
+
+
+def claim(output: Storage, about: dict[str, Any]) -> None:
+    """The output is for this model on these recordings; raises LsemvaeError when it is another's.
+
+    Files are named for the plan, so that not even two commands that look here at the same moment mix their scores:
+    the one that writes summary.json last has the output, and the other hears it here.
+    """
+    for name in (SUMMARY, JOB):
+        try:
+            before = json.loads(output.read_bytes(name))
+        except FileNotFoundError:
+            continue
+        if before.get("plan") != about["plan"]:
+            one, other = (_named(a) for a in (before, about))
+            raise LsemvaeError(
+                f"{output.uri} holds scores of {one} on {before.get('input')}, "
+                + ("whose recordings were others" if one == other else f"this is {other}")
+                + ": choose another --output"
+            )
+        return
+    output.write_bytes(JOB, json.dumps(about, indent=2).encode())
+
+
+def _named(about: dict[str, Any]) -> str:
+    version = f" version {about['version']}" if about.get("version") else ""
+    return f"{about.get('model')}{version} (digest {about.get('digest')})"
+
+
+def finished(output: Storage, plan: str) -> dict[str, Any] | None:
+    """The summary, if everything it names is there and whole."""
+    try:
+        summary = json.loads(output.read_bytes(SUMMARY))
+        whole = all(sha256_of(output, name) == digest for name, digest in summary["files"].items())
+    except FileNotFoundError:
+        return None
+    return summary if whole and summary["plan"] == plan else None
+
+
+def sha256_of(output: Storage, name: str) -> str:
+    with explained(output.path(name)), output.filesystem.open_input_stream(output.path(name)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any]:
+    """The parts as one Parquet file and one CSV, a part at a time, then the summary that makes them count."""
+    names = [part_path(job.plan, number) for number in range(len(digests))]
+    counts: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    scores: list[np.ndarray] = []
+    parquet, csv = f"scores-{job.plan}.parquet", f"scores-{job.plan}.csv"
+    with (
+        ThreadPoolExecutor(8) as pool,
+        whole_file(job.output, parquet) as parquet_stream,
+        whole_file(job.output, csv) as csv_stream,
+        pq.ParquetWriter(parquet_stream, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+        pacsv.CSVWriter(csv_stream, SCHEMA) as csv_writer,
+    ):
+        for start in range(0, len(names), 64):  # read ahead, but not everything at once
+            batch = slice(start, start + 64)
+            for digest, content in zip(digests[batch], pool.map(job.output.read_bytes, names[batch]), strict=True):
+                if hashlib.sha256(content).hexdigest() != digest:
+                    raise LsemvaeError(f"a part in {job.output.uri}/parts changed: give the same command again")
+                table = pq.read_table(pa.BufferReader(content)).replace_schema_metadata(None)
+                writer.write_table(table)
+                csv_writer.write_table(table)
+                known = table["score"].drop_null().to_numpy()
+                scores.append(known)
+                refused.update(code for code in table["refused"].to_pylist() if code)
+                positive = sum(table["decision"].drop_null().to_pylist())
+                counts.update(records=table.num_rows, scored=len(known), positive=positive)
+                counts["unreadable"] += len(unreadable_in(content))
+    summary = about | {
+        "records": counts["records"],
+        "scored": counts["scored"],
+        "positive": counts["positive"],
+        "unreadable": counts["unreadable"],
+        "unreadable_at_ingest": job.source.unreadable_before,
+        "refused": dict(sorted(refused.items())),
+        "distribution": distribution(np.concatenate(scores)),
+        "files": {name: sha256_of(job.output, name) for name in (parquet, csv)},
+    }
+    job.output.write_bytes(SUMMARY, json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def distribution(scores: np.ndarray) -> dict[str, Any]:
+    quantiles = (0, 5, 25, 50, 75, 95, 100)
+    return {
+        "histogram": np.histogram(scores, bins=10, range=(0, 1))[0].tolist(),
+        "quantiles": {q: float(np.percentile(scores, q)) for q in quantiles} if len(scores) else {},
+    }
+
+
+@contextmanager
+def whole_file(output: Storage, name: str) -> Iterator[IO[bytes]]:
+    """A stream that becomes the file when the block ends without an error, in one step."""
+    with tempfile.TemporaryFile() as spool:
+        yield spool
+        spool.seek(0)
+        with explained(output.path(name)):
+            if not output.is_local:  # an S3 object appears when its upload is complete
+                with output.filesystem.open_output_stream(output.path(name)) as stream:
+                    shutil.copyfileobj(spool, stream, 2**20)
+                return
+            target = Path(output.path(name))
+            partial = target.with_name(f".{name}.{secrets.token_hex(4)}.partial")
+            with partial.open("wb") as stream:
+                shutil.copyfileobj(spool, stream, 2**20)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(target)

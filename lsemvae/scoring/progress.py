@@ -1,0 +1,151 @@
+"""progress.json: how far workflows/score.py is, for the endpoint to tell and for other commands to see it live."""
+
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+from lsemvae.errors import LsemvaeError
+from lsemvae.storage import Storage
+
+FILE = "progress.json"
+BEAT_S = 5.0
+SILENT_S = 30.0
+"""A command that has written nothing for so long is taken to be dead."""
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts, and a thread that writes them. One command at a time works on an output: others wait for it.
+
+    Nothing rests on this but that no work is done twice: parts are the same bytes whoever makes them.
+    """
+
+    def __init__(self, output: Storage, about: dict[str, Any], total: int) -> None:
+        self._output, self._about, self._total = output, about, total
+        self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._created, self._beat, self._state = time.time(), 0, "running"
+        self._began = self._ended = 0.0
+        self._stopped, self._lost = threading.Event(), False
+        self._thread = threading.Thread(target=self._beats, daemon=True, name="progress")
+        self.done = self.made = self.scored = self.unreadable = 0
+        self.refused: Counter[str] = Counter()
+
+    def __enter__(self) -> "Progress":
+        self._wait_for_others()
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.stop("done" if kind is None else "failed")
+
+    def stop(self, state: str) -> None:
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._thread.join()
+            self._state = state
+            if not self._lost:
+                self._write()
+
+    def add(self, part: dict[str, Any]) -> None:
+        """What an actor says of a part. Raises LsemvaeError when another command works on the output."""
+        if self._lost:
+            raise LsemvaeError(
+                f"another command scores into {self._output.uri} since this one began: it goes on, this one ends"
+            )
+        self.done += part["records"]
+        self.made += part["made"]
+        self.scored += part["scored"]
+        self.unreadable += part["unreadable"]
+        self.refused.update(part["refused"])
+        if part["made"]:
+            self._began = min(self._began or part["began"], part["began"])
+            self._ended = max(self._ended, part["ended"])
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning of the first part that was made to the end of the last."""
+        return self._ended - self._began
+
+    @property
+    def startup_s(self) -> float:
+        """Until the first part was begun: Ray, the model, and waiting for processors."""
+        return max(self._began - self._created, 0.0)
+
+    @property
+    def rate(self) -> float:
+        """Recordings a second, without those that were scored before."""
+        return self.made / self.seconds if self.seconds > 0 else 0.0
+
+    def _beats(self) -> None:
+        while not self._stopped.wait(BEAT_S):
+            other = self._read()
+            if other and other["owner"] != self._owner and other["state"] == "running":
+                self._lost = True
+                return
+            try:
+                self._write()
+            except (LsemvaeError, OSError) as error:  # it may pass, and the work goes on
+                log.warning(f"{FILE} cannot be written: {error}")
+
+    def _write(self) -> None:
+        self._beat += 1
+        left = (self._total - self.done) / self.rate if self.rate else None
+        content = self._about | {
+            "state": self._state,
+            "owner": self._owner,
+            "beat": self._beat,
+            "records": self._total,
+            "done": self.done,
+            "scored": self.scored,
+            "unreadable": self.unreadable,
+            "refused": dict(sorted(self.refused.items())),
+            "made": self.made,
+            "seconds": round(self.seconds, 3),
+            "startup_s": round(self.startup_s, 3),
+            "records_per_s": round(self.rate, 3),
+            "time_left_s": None if left is None else round(left, 1),
+        }
+        self._output.write_bytes(FILE, json.dumps(content, indent=2).encode())
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._output.read_bytes(FILE))
+        except (FileNotFoundError, ValueError):  # LsemvaeError too: a place that fails says nothing of others
+            return None
+
+    def _wait_for_others(self) -> None:
+        last, since, said = None, time.monotonic(), False
+        while (other := self._read()) and other["state"] == "running" and not _is_dead(other["owner"]):
+            if (other["owner"], other["beat"]) != last:
+                last, since = (other["owner"], other["beat"]), time.monotonic()
+            elif time.monotonic() - since > SILENT_S:
+                return
+            if not said:
+                log.info(
+                    f"another command scores into {self._output.uri}: this one waits until it has finished, or has "
+                    f"been silent for {SILENT_S:g} s"
+                )
+                said = True
+            time.sleep(1)
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether the owner was a process of this machine that is no more."""
+    host, pid, _ = owner.rsplit(":", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -1,0 +1,36 @@
+"""Training a head on embeddings."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from lsemvae.config import FinetuneRecipe
+from lsemvae.models.parts.head import Head
+from lsemvae.training.fit import Batch, fit, make_optimizer
+
+
+def train_head(h_BF: np.ndarray, lead_mask_BL: np.ndarray, y_B: np.ndarray, recipe: FinetuneRecipe) -> Head:
+    """A head on these embeddings, standardised on them, in evaluation mode."""
+    torch.manual_seed(recipe.optim.seed)
+    data = {
+        "h_BF": torch.from_numpy(h_BF),
+        "lead_mask_BL": torch.from_numpy(lead_mask_BL),
+        "y_B": torch.from_numpy(y_B).float(),
+    }
+    head = Head(
+        h_BF.shape[1],
+        hidden=recipe.hidden,
+        dropout=recipe.dropout,
+        focal_gamma=recipe.focal_gamma,
+        focal_alpha=float(1 - y_B.mean()) if recipe.balance else None,
+    )
+    head.standardise_from(data["h_BF"], data["lead_mask_BL"])
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(recipe.optim.seed * 100_003 + epoch)
+        for rows in torch.randperm(len(y_B), generator=generator).split(recipe.optim.batch_size):
+            yield {name: values[rows] for name, values in data.items()}
+
+    fit(head, make_optimizer(head, recipe.optim), recipe.optim, batches, on_epoch=lambda epoch: None)
+    return head.eval()

@@ -1,0 +1,108 @@
+"""What became of trials: outcomes that outlive the command, the table of them, and what is said of each."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+from lsemvae.config import PretrainRecipe
+from lsemvae.storage import Storage
+from lsemvae.tracking import flatten
+from lsemvae.training.grid import searched
+
+RESULT = "result.json"
+TABLE, PLOT, BEST = "results.csv", "results.png", "best_recipe.json"
+
+Select = Literal["pearson_r", "reconstruction"]
+SIGN = {"pearson_r": 1, "reconstruction": -1}
+LABEL = {"pearson_r": "mean Pearson r", "reconstruction": "reconstruction error, unweighted"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended. `metrics` are those of its epoch with the lowest validation loss."""
+
+    state: Literal["finished", "stopped", "failed"]
+    metrics: dict[str, float] = field(default_factory=dict)
+    digest: str = ""
+    """Of the bundle of a finished trial."""
+    reason: str = ""
+
+
+def score(metrics: Mapping[str, float], select: Select) -> float:
+    """Higher is better, whatever the weights of the loss; a collapsed model is below all that are not."""
+    return SIGN[select] * metrics[f"val.{select}"] - 1e6 * metrics["val.collapsed"]
+
+
+def read_outcome(place: Storage) -> Outcome | None:
+    return Outcome(**json.loads(place.read_bytes(RESULT))) if place.exists(RESULT) else None
+
+
+def write_outcome(place: Storage, outcome: Outcome) -> None:
+    place.write_bytes(RESULT, json.dumps(asdict(outcome), indent=2).encode())
+
+
+def read_history(place: Storage) -> list[dict[str, float]]:
+    """What each epoch's validation gave, as far as the command heard of it before it was killed."""
+    return json.loads(place.read_bytes("epochs.json")) if place.exists("epochs.json") else []
+
+
+def forget_checkpoints(place: Storage) -> None:
+    """Of a trial that has ended its bundle is kept; a checkpoint has twice its size again for the optimiser."""
+    folders = {path.split("/")[0] for path in place.list() if path.startswith("checkpoint_20")}
+    for folder in folders:
+        place.filesystem.delete_dir(place.path(folder))
+
+
+def make_table(
+    entries: Mapping[str, Mapping[str, Any]],
+    recipe: PretrainRecipe,
+    outcomes: Mapping[str, Outcome],
+    select: Select,
+) -> pd.DataFrame:
+    """A row for each trial that has ended: the best first; those that were stopped, collapsed or failed come last."""
+    of_recipe = flatten(asdict(recipe))
+    rows = []
+    for number, (id, entry) in enumerate(entries.items(), start=1):
+        if id not in outcomes:
+            continue
+        outcome = outcomes[id]
+        value = {name: entry["settings"].get(name, of_recipe[name]) for name in searched(entries)}
+        row = {"trial": number} | {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
+        row |= {"state": outcome.state}
+        if outcome.metrics:
+            metrics = outcome.metrics
+            row |= {
+                "pearson_r": metrics["val.pearson_r"],
+                "reconstruction": metrics["val.reconstruction"],
+                "kl": metrics["val.kl"],
+                "active_units": int(metrics["val.active_units"]),
+                "collapsed": bool(metrics["val.collapsed"]),
+                "epoch": int(metrics["epoch"]),
+            }
+        collapsed = bool(outcome.metrics.get("val.collapsed"))
+        value = score(outcome.metrics, select) if outcome.metrics else 0.0
+        order = (outcome.state == "failed", collapsed, outcome.state == "stopped", -value, number)
+        rows.append((order, row | {"reason": outcome.reason, "id": id}))
+    return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
+
+
+def best_of(table: pd.DataFrame) -> str | None:
+    """The id of the first row, where that trial finished alive."""
+    first = table.iloc[0]
+    return first["id"] if first["state"] == "finished" and not first["collapsed"] else None
+
+
+def say_settings(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{name.removeprefix('model.')}={value}" for name, value in settings.items())
+
+
+def say_metrics(metrics: Mapping[str, float]) -> str:
+    return (
+        f"mean Pearson r {metrics['val.pearson_r']:.3f}, reconstruction {metrics['val.reconstruction']:.4g}, "
+        f"KL {metrics['val.kl']:.3g}, {metrics['val.active_units']:.0f} active units"
+        + (", collapsed" if metrics["val.collapsed"] else "")
+        + f" (epoch {metrics['epoch']:.0f})"
+    )

@@ -1,0 +1,285 @@
+"""An epoch has every record once, in an order that seed and epoch alone decide, for any number of workers."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import start_ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsemvae.data import feed as feeding
+from lsemvae.data.feed import DAMAGED, NOBODY, Feed, read_here
+from lsemvae.data.order import Order
+from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset, pack, shard_bytes, signals_mv
+from lsemvae.errors import LsemvaeError
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.preprocess import PreprocessConfig, preprocess_signals
+from lsemvae.preprocess.on_device import DeviceFinish
+from lsemvae.record import Record
+
+CONFIG = PreprocessConfig(samples=1000, min_seconds=1)
+ROWS = (70, 3, 129)  # two row groups, one small, three
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
+    """202 recordings; every ninth is flat, and so refused."""
+    folder, rng = tmp_path_factory.mktemp("feed"), np.random.default_rng(0)
+    shards, number = [], 0
+    for index, count in enumerate(ROWS):
+        rows = []
+        for _ in range(count):
+            signal_mv = {lead: rng.integers(-400, 400, 1000) / 200 * (number % 9 > 0) for lead in LEADS}
+            rows.append(pack(Record.from_leads(signal_mv, 500, record_id=f"r{number}")))
+            number += 1
+        content = shard_bytes(rows, [], {"plan": "x"})
+        path = f"train-{index:05d}.parquet"
+        (folder / path).write_bytes(content)
+        shards.append(Shard(path, "train", count, len(content), "0"))
+    (folder / MANIFEST).write_text(Manifest("here", "folder", "x", number, number, 0, {}, shards).to_json())
+    return ShardedDataset.open(str(folder))
+
+
+def copied(data: ShardedDataset, folder: Path) -> ShardedDataset:
+    folder.mkdir(exist_ok=True)
+    for path in Path(data.storage.base).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return ShardedDataset.open(str(folder))
+
+
+def feed_of(data: ShardedDataset, **order) -> Feed:
+    return Feed.of(data, "train", LIMB_LEADS, CONFIG, **{"batch_size": 16, "streams": 4, "buffer": 64} | order)
+
+
+orders = st.builds(
+    lambda rows, streams, per_stream, buffer, seed: Order(tuple(rows), streams * per_stream, streams, buffer, seed),
+    rows=st.lists(st.integers(1, 300), min_size=1, max_size=6).filter(lambda rows: sum(rows) >= 8),
+    streams=st.integers(1, 8),
+    per_stream=st.integers(1, 20),
+    buffer=st.integers(1, 400),
+    seed=st.integers(0, 5),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(order=orders, epoch=st.integers(0, 3))
+def test_the_streams_hold_every_record_once_and_are_equally_long(order: Order, epoch: int):
+    seen, lengths = [], []
+    for stream in range(order.streams):
+        blocks = order.blocks(epoch, stream)
+        lengths.append(sum(block.records for block in blocks))
+        for block in blocks:
+            assert sorted(order.permutation(block)) == list(range(block.records))
+            seen += [(p.shard, p.group * 64 + row) for p in block.pieces for row in range(p.start, p.stop)]
+    assert sorted(seen) == [(shard, row) for shard, rows in enumerate(order.rows) for row in range(rows)]
+    assert max(lengths) - min(lengths) <= 1
+    assert order.steps == -(-max(lengths) // order.per_stream)
+
+
+@settings(max_examples=80, deadline=None)
+@given(order=orders, data=st.data())
+def test_what_is_asked_for_is_what_is_left(order: Order, data: st.DataObject):
+    """From any step on, the blocks that are demanded hold exactly what the steps before have not taken."""
+    start = data.draw(st.integers(0, order.steps))
+    workers = data.draw(st.integers(1, order.streams))
+    left = 0
+    for worker in range(workers):
+        demanded = order.demand(1, order.streams_of(worker, workers), start)
+        left += sum(block.records - skipped for block, skipped in demanded)
+        assert all(0 <= skipped < block.records for block, skipped in demanded)
+    lengths = [sum(block.records for block in order.blocks(1, stream)) for stream in range(order.streams)]
+    assert left == sum(max(length - start * order.per_stream, 0) for length in lengths)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streams_need_their_next_blocks_at_different_steps(workers: int):
+    """All at once, a device waits for eight blocks, and then for nothing for as long as they last."""
+    order = Order((256,) * 160, batch_size=128, streams=8, buffer=4096)
+    begins = []  # the step at which a block is wanted
+    for stream in order.streams_of(0, workers):
+        records = [block.records for block in order.blocks(3, stream)]
+        begins += (np.cumsum(records)[:-1] // order.per_stream).tolist()
+    assert len(begins) >= 8 * len(order.streams_of(0, workers))
+    assert max(np.bincount(begins)) == 1
+
+
+def steps_of(feed: Feed, epoch: int, workers: int, start: int = 0) -> list[list[int]]:
+    """The records of each step, over all workers, as a sorted list."""
+    parts = [[b["row_B"] for b in feed.batches(epoch, w, workers, start, read_here)] for w in range(workers)]
+    return [sorted(int(row) for part in step for row in part if row != NOBODY) for step in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_a_step_has_the_same_records_for_any_number_of_workers(data: ShardedDataset, workers: int):
+    feed = feed_of(data)
+    alone = steps_of(feed, 0, 1)
+    assert len(alone) == feed.order.steps
+    assert sorted(row for step in alone for row in step) == list(range(202))
+    assert [len(step) for step in alone] == [16] * 12 + [10]
+    assert steps_of(feed, 0, workers) == alone
+
+
+def test_a_run_goes_on_in_mid_epoch_with_another_number_of_workers(data: ShardedDataset):
+    feed = feed_of(data)
+    whole = steps_of(feed, 2, 3)
+    assert steps_of(feed, 2, 3)[:5] + steps_of(feed, 2, 2, start=5) == whole
+    assert steps_of(feed, 2, 4, start=feed.order.steps) == []
+
+
+def test_epochs_and_seeds_differ_and_validation_does_not(data: ShardedDataset):
+    first = steps_of(feed_of(data), 0, 1)
+    assert steps_of(feed_of(data), 0, 1) == first
+    assert steps_of(feed_of(data), 1, 1) != first
+    assert steps_of(feed_of(data, seed=1), 0, 1) != first
+    mixed = np.mean([np.ptp(step) for step in first])
+    assert mixed > 100  # a batch comes from all over the data set
+    still = feed_of(data, shuffle=False)
+    assert steps_of(still, 0, 1) == steps_of(still, 3, 1)
+
+
+def test_rows_are_what_the_one_definition_makes_of_them(data: ShardedDataset):
+    columns = data.read(["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]).to_pydict()
+    wanted = preprocess_signals(signals_mv(columns, LIMB_LEADS), columns["rate_hz"], LIMB_LEADS, CONFIG)
+    refused = 0
+    for batch in feed_of(data).batches(0, read=read_here):
+        assert batch["x_BLT"].shape == (16, 6, 1000)  # the same size at the end too
+        for x_LT, mask_L, weight, row in zip(
+            *(batch[n] for n in ("x_BLT", "lead_mask_BL", "weight_B", "row_B")), strict=True
+        ):
+            if weight:
+                np.testing.assert_array_equal(x_LT, wanted.x_BLT[row])
+                np.testing.assert_array_equal(mask_L, wanted.lead_mask_BL[row])
+            else:
+                assert row == NOBODY or row % 9 == 0
+                assert mask_L.all() and not x_LT.any()
+                refused += row != NOBODY
+    assert refused == len(range(0, 202, 9))
+
+
+def damage(folder: Path) -> None:
+    shard = folder / "train-00002.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+
+
+def test_a_damaged_row_group_is_counted_and_left_out(data: ShardedDataset, tmp_path: Path, caplog):
+    feed = feed_of(copied(data, tmp_path))
+    damage(tmp_path)
+    with caplog.at_level(logging.ERROR):
+        rows = np.concatenate([batch["row_B"] for batch in feed.batches(0, read=read_here)])
+    assert (rows == DAMAGED).sum() == 64
+    assert len(set(rows[rows >= 0])) == 202 - 64
+    assert "train-00002.parquet, row group 1, is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"batch_size": 18}, "no multiple of streams=4"),
+        ({"streams": 300, "batch_size": 300}, "202 recordings for 300 streams"),
+    ],
+)
+def test_mistakes(data: ShardedDataset, settings: dict, says: str):
+    with pytest.raises(LsemvaeError, match=says):
+        feed_of(data, **settings)
+
+
+def test_more_workers_than_streams(data: ShardedDataset):
+    with pytest.raises(LsemvaeError, match="5 workers and 4 streams"):
+        next(feed_of(data).batches(0, 4, 5, read=read_here))
+
+
+def assert_same(found: list[dict], wanted: list[dict]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_device_finishes_windows_to_the_same_batches(data: ShardedDataset):
+    finish = DeviceFinish(CONFIG, LIMB_LEADS, "cpu")
+    windows = feed_of(data, on_device=True).batches(0, read=read_here)
+    for found, wanted in zip(windows, feed_of(data).batches(0, read=read_here), strict=True):
+        batch = finish.batch({name: torch.from_numpy(values) for name, values in found.items()})
+        assert batch.keys() == wanted.keys()
+        for name in ("lead_mask_BL", "weight_B", "row_B"):
+            np.testing.assert_array_equal(batch[name], wanted[name], err_msg=name)
+        np.testing.assert_allclose(batch["x_BLT"], wanted["x_BLT"], atol=1e-4)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_after_one_epoch_the_cache_has_every_epoch(data: ShardedDataset, tmp_path: Path, on_device: bool):
+    plain = feed_of(data, on_device=on_device)
+    kept = feed_of(copied(data, tmp_path / "shards"), on_device=on_device, cache=tmp_path / "cache")
+    assert_same(list(kept.batches(0, read=read_here)), list(plain.batches(0, read=read_here)))
+    for shard in (tmp_path / "shards").glob("*.parquet"):
+        shard.unlink()
+    for epoch in (0, 1):
+        for worker in range(3):
+            wanted = list(plain.batches(epoch, worker, 3, 2, read_here))
+            assert_same(list(kept.batches(epoch, worker, 3, 2, read_here)), wanted)
+            assert_same(list(kept.batches(epoch, worker, 3, 2)), wanted)  # Ray is not asked for what is here
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("cached", [False, True])
+def test_ray_data_brings_the_same(data: ShardedDataset, tmp_path: Path, ray_cluster, cached: bool):
+    """Also where a part of it is in the cache."""
+    start_ray()
+    wanted = list(feed_of(data).batches(3, 1, 2, 1, read_here))
+    feed = feed_of(data, cache=tmp_path if cached else None)
+    assert_same(list(feed.batches(3, 1, 2, 1)), wanted)
+    if cached:
+        paths = sorted(tmp_path.glob("*/*.npy"))
+        assert len(paths) > 2
+        for path in paths[::2]:
+            path.unlink()
+        assert_same(list(feed.batches(3, 1, 2, 1)), wanted)
+        assert sorted(tmp_path.glob("*/*.npy")) == paths
+
+
+def test_a_cache_is_made_again_where_it_is_cut_or_means_something_else(
+    data: ShardedDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def files() -> set[Path]:
+        return set(tmp_path.glob("*/*.npy"))
+
+    feed = feed_of(data, cache=tmp_path)
+    wanted = list(feed.batches(0, read=read_here))
+    first = files()
+    cut = min(first)
+    content = cut.read_bytes()
+    cut.write_bytes(content[:1000])
+    assert_same(list(feed.batches(0, read=read_here)), wanted)
+    assert cut.read_bytes() == content
+    assert f"{cut} cannot be read and is made again" in caplog.text
+    list(feed_of(data, cache=tmp_path, on_device=True).batches(0, read=read_here))
+    second = files()
+    assert len(second) == 2 * len(first)
+    list(Feed.of(data, "train", LEADS, CONFIG, batch_size=16, cache=tmp_path).batches(0, read=read_here))
+    assert len(files()) == 3 * len(first)
+
+
+def test_what_is_damaged_is_not_cached(data: ShardedDataset, tmp_path: Path):
+    feed = feed_of(copied(data, tmp_path / "shards"), cache=tmp_path / "cache")
+    damage(tmp_path / "shards")
+    rows = np.concatenate([batch["row_B"] for batch in feed.batches(0, read=read_here)])
+    assert (rows == DAMAGED).sum() == 64
+    copied(data, tmp_path / "shards")
+    feeding._footer.cache_clear()
+    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
+
+
+def test_a_run_goes_on_where_the_cache_has_no_room(data: ShardedDataset, tmp_path: Path, caplog):
+    with pytest.raises(LsemvaeError, match=r"needs 1000000.0 GB, 0.0 are in it and .* give another --cache, or none"):
+        feed_of(data, cache=tmp_path / "cache").cache.require_room(10**15)
+    (tmp_path / "file").write_text("")
+    feed = feed_of(data, cache=tmp_path / "file")
+    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
+    assert caplog.text.count("takes no more (Not a directory): going on without") == 1
+    with pytest.raises(LsemvaeError, match="cannot be written to"):
+        feed.cache.require_room(0)

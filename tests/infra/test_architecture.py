@@ -1,0 +1,163 @@
+"""Who may import whom (design.md), and what must never be in the code."""
+
+import ast
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support.session import ROOT
+
+LIBRARY = ROOT / "lsemvae"
+FILES = sorted(LIBRARY.rglob("*.py"))
+HEAVY = ("ray", "mlflow", "wfdb", "pydicom", "pyarrow", "pandas", "sklearn", "matplotlib", "boto3", "fastapi", "tyro")
+EVERYWHERE = {"numpy", "lsemvae"} | set(sys.stdlib_module_names)
+
+# What a file may import beside the standard library, numpy and this package; the longest matching path decides.
+MAY_IMPORT = {
+    "": set(),
+    "record.py": set(),
+    "simulate.py": {"scipy"},
+    "storage.py": {"pyarrow"},
+    "bundle.py": {"torch", "safetensors"},
+    "tracking.py": {"mlflow"},
+    "formats": {"wfdb", "defusedxml", "pydicom", "ecgdatakit"},
+    "cohorts": {"pandas", "pyarrow"},
+    "cohorts/simulated.py": {"scipy"},
+    "preprocess": {"scipy"},
+    "preprocess/on_device.py": {"torch"},
+    "data/shards.py": {"pyarrow", "ray"},
+    "data/feed.py": {"pyarrow", "ray"},
+    "models": {"torch"},
+    "training/fit.py": {"torch"},
+    "training/finetune.py": {"torch"},
+    "training/validation.py": {"torch"},
+    "training/checkpoints.py": {"torch", "safetensors", "ray"},
+    "training/failures.py": {"ray"},
+    "training/launch.py": {"ray"},
+    "training/pretrain.py": {"torch", "ray"},
+    "training/trials.py": {"pandas", "ray"},
+    "evaluation": {"sklearn"},
+    "evaluation/embedding.py": {"torch", "ray", "pandas", "tqdm"},
+    "evaluation/protocol.py": {"torch", "ray", "pandas", "tqdm", "sklearn"},
+    "scoring": {"pyarrow", "pandas"},
+    "plots/curves.py": {"matplotlib", "sklearn"},
+    "reports": {"pyarrow"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_a_file_imports_what_it_may(path: Path):
+    relative = str(path.relative_to(LIBRARY))
+    rule = max((key for key in MAY_IMPORT if relative.startswith(key)), key=len)
+    assert imports(path) <= EVERYWHERE | MAY_IMPORT[rule]
+
+
+def bare_environment(folder: Path, *distributions: str) -> Path:
+    """A virtual environment with these distributions, what they need, and this package's source -> its Python.
+
+    The files are those of the environment that runs the tests, linked: nothing is fetched.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    wanted, seen = list(distributions), set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = metadata.distribution(name)
+        needed = [Requirement(text) for text in distribution.requires or []]
+        wanted += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+        for top in {path.parts[0] for path in distribution.files or [] if path.parts[0] != ".."}:
+            link, target = site / top, Path(distribution.locate_file(top))
+            if not link.exists() and top != "__pycache__":
+                link.symlink_to(target)
+    (site / "lsemvae").symlink_to(LIBRARY)
+    return folder / "bin" / "python"
+
+
+def test_a_model_trains_and_scores_in_a_bare_environment(tmp_path: Path):
+    """With torch, numpy, scipy and safetensors: no Ray, no MLflow, no library of any format."""
+    python = bare_environment(tmp_path / "bare", "torch", "numpy", "scipy", "safetensors")
+    listed = f"import importlib.util as u; print([n for n in {HEAVY!r} if u.find_spec(n)])"
+    done = subprocess.run([python, "-I", "-c", listed], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    program = """
+import numpy as np, torch, tempfile
+from pathlib import Path
+from lsemvae.bundle import Bundle, Scorer, save
+from lsemvae.config import OptimConfig
+from lsemvae.training.fit import fit, make_optimizer
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.models import build
+from lsemvae.models.classifier import Classifier, Head
+from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.preprocess import PreprocessConfig, preprocess
+from lsemvae.record import Record
+from lsemvae.simulate import EcgParameters, simulate_ecg
+rng = np.random.default_rng(0)
+records = [
+    Record.from_leads(dict(zip(LEADS, simulate_ecg(EcgParameters(severity=b / 4), rng)[0])), 500) for b in range(8)
+]
+x = preprocess(records, LEADS, PreprocessConfig())
+batch = {"x_BLT": torch.from_numpy(x.x_BLT), "lead_mask_BL": torch.from_numpy(x.lead_mask_BL)}
+model = build(LSEMVAEConfig(latent=4, channels=(2, 2, 2)), LEADS)
+losses = []
+optim = OptimConfig(epochs=5, batch_size=8, learning_rate=1e-3)
+fit(model, make_optimizer(model, optim), optim, lambda epoch: [batch], lambda epoch: losses.append(epoch.terms["loss"]))
+assert losses[-1] < losses[0]
+classifier = Classifier.from_encoder(model, LIMB_LEADS, Head(24))
+with tempfile.TemporaryDirectory() as folder:
+    described = Bundle.of(classifier, PreprocessConfig(), task="ph", threshold=0.5)
+    save(described, classifier, Path(folder) / "b")
+    assert all(0 < answer.score < 1 for answer in Scorer(Path(folder) / "b").score(records))
+"""
+    done = subprocess.run([python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_model_is_measured_with_torch_and_numpy_alone(tmp_path: Path):
+    python = bare_environment(tmp_path / "bare", "torch", "numpy")
+    command = [python, ROOT / "workflows" / "bench.py", "model", "--size", "smoke", "--batch", "4", "--threads", "1"]
+    done = subprocess.run([*command, "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "train step b4" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["lsemvae", "workflows", "serve"])
+def test_nothing_is_unpickled_and_the_library_does_not_print(folder: str):
+    for path in (ROOT / folder).rglob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        attributes = {
+            f"{node.value.id}.{node.attr}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        assert not imports(path) & {"pickle", "cloudpickle", "joblib", "dill", "shelve"}, path
+        assert not attributes & {"torch.load", "torch.save", "np.load", "pd.read_pickle"}, path
+        if folder == "lsemvae":
+            assert "print" not in names, path
+
+
+def test_importing_the_library_does_no_work():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import lsemvae, lsemvae.leads, lsemvae.record"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "ray", "mlflow", "scipy", "pandas", "pyarrow"}

@@ -1,0 +1,47 @@
+"""What the tests of the endpoint share: small models, a service that holds them, and a recording."""
+
+from pathlib import Path
+
+import pytest
+from support.bundles import CONFIGS, records
+from support.bundles import save as save_classifier
+from support.serving import TOKEN
+
+from lsemvae import bundle as bundles
+from lsemvae.bundle import Bundle
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.models import build
+from lsemvae.preprocess import PreprocessConfig
+from lsemvae.record import Record
+from serve.api import Service, make_api
+from serve.observed import Metrics
+from serve.reconstruct import Reconstructor
+from serve.registry import Registry
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained: ph-6L and ph-12L, and the encoders `encoder` and `scaled-alone`."""
+    folder = tmp_path_factory.mktemp("models")
+    save_classifier(folder / "ph-6L", leads=LIMB_LEADS)
+    save_classifier(folder / "ph-12L", leads=LEADS)
+    for name, scale in (("encoder", "record"), ("scaled-alone", "lead")):
+        model = build(CONFIGS[0], LEADS)
+        bundles.save(Bundle.of(model, PreprocessConfig(scale=scale)), model, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(models: Path) -> Service:
+    registry = Registry([str(models / "ph-6L"), str(models / "ph-12L")], models / "kept", 0)
+    return Service(registry, Metrics(), Reconstructor(models / "encoder"), tokens=frozenset({TOKEN}))
+
+
+@pytest.fixture(scope="module")
+def api(service: Service) -> object:
+    return make_api(service)
+
+
+@pytest.fixture(scope="module")
+def record() -> Record:
+    return records(2, seed=5)[1]

@@ -1,0 +1,458 @@
+"""One score for one recording, in plain torch, in a batch, and from the running service; and what befalls that."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import servers
+import torch
+import yaml
+from safetensors.torch import load_file
+from scipy import signal as sps
+from support.session import ROOT, Cluster, Trained, end_serve, wait_for, workflow
+
+from lsemvae.bundle import describe
+from lsemvae.formats import read
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.preprocess import PreprocessConfig
+from lsemvae.record import Record
+from lsemvae.tracking import resolve
+
+LEAD_SETS = {"6": LIMB_LEADS, "12": LEADS}
+
+
+TOKEN = "the-tests-own-token"
+WAITING, ONGOING, REPLICAS = 24, 16, 2
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    client: httpx.Client
+    config: Path
+    cluster: Cluster
+
+    def score(self, *records: dict, **rest: object) -> httpx.Response:
+        return self.client.post(f"{self.url}/v1/score", json={"records": list(records), **rest})
+
+    def state(self) -> dict:
+        """The application as Ray's dashboard sees it."""
+        answer = httpx.get(f"{self.cluster.dashboard}/api/serve/applications/", headers=self._bearer, timeout=60)
+        return answer.raise_for_status().json()["applications"]["ecg"]
+
+    def replicas(self) -> dict[str, int]:
+        """Replicas that answer: id -> process."""
+        replicas = self.state()["deployments"]["ecg"]["replicas"]
+        return {replica["replica_id"]: replica["pid"] for replica in replicas if replica["state"] == "RUNNING"}
+
+    def actor(self, kind: str) -> int:
+        """The process of the one actor of this class that lives."""
+        answer = httpx.get(f"{self.cluster.dashboard}/api/v0/actors?detail=1", headers=self._bearer, timeout=60)
+        actors = answer.raise_for_status().json()["data"]["result"]["result"]
+        (pid,) = [actor["pid"] for actor in actors if actor["class_name"] == kind and actor["state"] == "ALIVE"]
+        return pid
+
+    def deploy(self) -> None:
+        """`serve deploy` of the configuration as it is now."""
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(self.config)]
+        environment = os.environ | {"RAY_DASHBOARD_ADDRESS": self.cluster.dashboard}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+
+    def metrics(self) -> str:
+        """What Prometheus would read, from every address that Ray tells it."""
+        found = httpx.get(f"{self.cluster.dashboard}/api/prometheus/sd", headers=self._bearer, timeout=60).json()
+        return "\n".join(
+            httpx.get(f"http://{at}/metrics", timeout=60).text for entry in found for at in entry["targets"]
+        )
+
+    @property
+    def _bearer(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.cluster.environment['RAY_AUTH_TOKEN']}"}
+
+
+@pytest.fixture(scope="module")
+def service(finetuned, pretrained, ray_cluster: Cluster, tmp_path_factory) -> Iterator[Service]:
+    """`serve run` of serve/config.yaml with its own port and token, two replicas, and less patience."""
+    config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    config["http_options"]["port"] = port = servers.free_port()
+    folder = tmp_path_factory.mktemp("serve")
+    (application,) = config["applications"]
+    application["args"] |= {"encoder": str(pretrained.folder / "bundle"), "bundles": str(folder / "kept")}
+    application["args"] |= {"body_timeout_s": 2, "threads": 1}  # two replicas on this machine
+    # `serve deploy` sends no code, and in the image PYTHONPATH says where it is.
+    environment = {"LSEMVAE_TOKENS": f"{TOKEN} of-somebody-else-too", "PYTHONPATH": str(ROOT)}
+    application["runtime_env"] = {"env_vars": environment}
+    (deployment,) = application["deployments"]
+    del deployment["autoscaling_config"], deployment["max_replicas_per_node"]
+    deployment |= {"num_replicas": REPLICAS, "max_ongoing_requests": ONGOING, "max_queued_requests": WAITING}
+    deployment["ray_actor_options"] = {"num_cpus": 0.5}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    log = folder / "serve.log"
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(folder / "config.yaml")]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(f"{url}/readyz", process, log)
+        with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+            service = Service(url, client, folder / "config.yaml", ray_cluster)
+            until(lambda: len(service.replicas()) == REPLICAS, "both replicas run")
+            yield service
+    finally:
+        end_serve(process)
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.2)
+    pytest.fail(f"it did not come to pass that {what}")
+
+
+@contextmanager
+def load(service: Service, recordings: dict[str, Record], clients: int = 4) -> Iterator[dict[str, float]]:
+    """Requests from another process while the block runs; what came back is there after it."""
+    cases = []
+    for record in list(recordings.values())[:4]:
+        for leads in LEAD_SETS.values():
+            stream = io.BytesIO()
+            np.save(stream, record.signal_for(leads))
+            query = {"leads": ",".join(leads), "rate_hz": 500}
+            (result,) = score_npy(service, stream.getvalue(), query).json()["results"]
+            cases.append(
+                {"query": query, "body": base64.b64encode(stream.getvalue()).decode(), "score": result["score"]}
+            )
+    assert len({case["score"] for case in cases}) == len(cases)  # a mixed-up answer shows
+    command = [sys.executable, str(ROOT / "tests" / "support" / "load.py"), service.url, str(clients)]
+    found: dict[str, float] = {}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdin.write(json.dumps({"token": TOKEN, "cases": cases}) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield found
+            time.sleep(1)
+        finally:
+            process.stdin.close()
+            last = process.stdout.readline()
+    found |= json.loads(last)
+
+
+def score_npy(service: Service, body: bytes, query: dict) -> httpx.Response:
+    headers = {"Content-Type": "application/x-npy"}
+    return service.client.post(f"{service.url}/v1/score/npy", params=query, content=body, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def recordings(cohort: Path) -> dict[str, Record]:
+    """Some recordings as the files have them, by record id."""
+    paths = sorted(cohort.rglob("*.hea"))[:12]
+    return {path.stem: read(path) for path in paths}
+
+
+def as_json(record: Record, leads: tuple[str, ...], seed: int | None = None, unit: str = "mV") -> dict:
+    """A request's record: leads in a random order and case if a seed is given, NaN as null."""
+    rng = np.random.default_rng(seed)
+    order = list(rng.permutation(leads)) if seed is not None else list(leads)
+    factor = 1000 if unit == "uV" else 1
+    return {
+        "id": record.record_id,
+        "rate_hz": record.rate_hz,
+        "unit": unit,
+        "leads": {
+            (lead.upper() if seed is not None and rng.random() < 0.5 else str(lead)): [
+                None if np.isnan(value) else float(value) * factor for value in record.signal_for([lead])[0]
+            ]
+            for lead in order
+        },
+    }
+
+
+def plain_scores(records: list[Record], folder: Path) -> np.ndarray:
+    """The score computed again here: scipy's filters, einsum and matmul over the bundle's tensors, nothing of ours."""
+    config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    leads, settings = config["leads"], config["preprocess"]
+    assert settings["scale"] == "record"
+    scores = []
+    for record in records:
+        rows_mv = []
+        for lead in leads:
+            row_mv = record.signal_mv_LT[record.leads.index(lead)].astype(float)
+            gap = np.isnan(row_mv)
+            row_mv[gap] = np.interp(np.flatnonzero(gap), np.flatnonzero(~gap), row_mv[~gap]) if not gap.all() else 0
+            sos = sps.butter(settings["highpass_order"], settings["highpass_hz"], "highpass", fs=500, output="sos")
+            rows_mv.append(sps.filtfilt(np.ones(10), [10], sps.sosfiltfilt(sos, row_mv)))
+        filtered_LT = np.stack(rows_mv)
+        std_L = filtered_LT.std(axis=1, ddof=1)
+        usable_L = (std_L >= settings["min_std_mv"]) & (
+            np.isnan(record.signal_for(leads)).mean(axis=1) <= settings["max_nan_share"]
+        )
+        x_LT = (filtered_LT - filtered_LT.mean(axis=1, keepdims=True)) / np.sqrt((std_L[usable_L] ** 2).mean())
+        x_LT[~usable_L] = 0
+        h = torch.from_numpy(x_LT).float()[None]
+        for part in ("conv1", "conv2", "conv3"):
+            weight, bias = state[f"encoders.{part}.weight"], state[f"encoders.{part}.bias"]
+            h = torch.cat(
+                [
+                    torch.nn.functional.conv1d(
+                        h.reshape(len(leads), -1, h.shape[-1])[k : k + 1], weight[k], bias[k], stride=2, padding=1
+                    )
+                    for k in range(len(leads))
+                ]
+            ).relu()
+        flat_LF = h.flatten(1)
+        mu_LD = torch.einsum("lf,lfd->ld", flat_LF, state["encoders.fc_mu.weight"]) + state["encoders.fc_mu.bias"]
+        mean_LD = state["head.mean_F"].reshape(mu_LD.shape)
+        standard_LD = (mu_LD - mean_LD) / state["head.scale_F"].reshape(mu_LD.shape)
+        standard_F = (standard_LD * torch.from_numpy(usable_L)[:, None]).flatten()
+        hidden = (state["head.fc1.weight"] @ standard_F + state["head.fc1.bias"]).relu()
+        scores.append(torch.sigmoid(state["head.fc2.weight"] @ hidden + state["head.fc2.bias"]).item())
+    return np.array(scores)
+
+
+@pytest.fixture(scope="module")
+def batch_scores(finetuned, shards, tmp_path_factory) -> dict[str, dict[str, dict]]:
+    """workflows/score.py for both models: rows by record id."""
+    scored = {}
+    for leads in LEAD_SETS:
+        output = tmp_path_factory.mktemp(f"scores{leads}") / "out"
+        workflow("score", "--model", f"models:/ph-{leads}L@champion", "--data", shards, "--output", output)
+        (table,) = output.glob("scores-*.parquet")
+        scored[leads] = {row["record_id"]: row for row in pq.read_table(table).to_pylist()}
+    return scored
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("leads", ["6", "12"])
+def test_batch_online_and_plain_torch_agree(leads, service, recordings, batch_scores, finetuned):
+    records = list(recordings.values())
+    plain_B = plain_scores(records, finetuned[leads].folder / "bundle")
+    online = service.score(*(as_json(r, LEAD_SETS[leads], seed=b) for b, r in enumerate(records))).json()["results"]
+    batch_B = [batch_scores[leads][record.record_id]["score"] for record in records]
+    assert [answer["id"] for answer in online] == list(recordings)
+    online_B = [answer["score"] for answer in online]
+    np.testing.assert_allclose(batch_B, plain_B, atol=1e-5)
+    np.testing.assert_allclose(online_B, plain_B, atol=1e-5)
+    stream = io.BytesIO()
+    np.save(stream, np.stack([record.signal_for(LEAD_SETS[leads]) for record in records]))
+    binary = score_npy(service, stream.getvalue(), {"leads": leads, "rate_hz": 500}).json()["results"]
+    np.testing.assert_allclose([answer["score"] for answer in binary], plain_B, atol=1e-5)
+    assert np.ptp(plain_B) > 0.05  # they agree on something
+    name, version = resolve(f"models:/ph-{leads}L@champion")
+    for answer, record in zip(online, records, strict=True):
+        row = batch_scores[leads][record.record_id]
+        assert (answer["model"]["name"], answer["model"]["version"]) == (name, version)
+        assert answer["model"]["digest"] == row["digest"]
+        assert answer["decision"] == row["decision"] == (row["score"] >= answer["model"]["threshold"])
+        assert answer["leads_used"] == row["leads_used"].split(",")
+        stored = row["flags"].split(",") if row["flags"] else []  # of all twelve leads
+        assert answer["flags"] == [flag for flag in stored if flag.split(":")[-1] not in LEADS[len(LEAD_SETS[leads]) :]]
+
+
+@pytest.mark.ray
+def test_the_service_describes_itself_and_asks_for_a_token(service: Service):
+    models = service.client.get(f"{service.url}/v1/models").json()
+    assert [(m["name"], m["leads"]) for m in models] == [("ph-12L", list(LEADS)), ("ph-6L", list(LIMB_LEADS))]
+    assert all(m["preprocess_digest"] == PreprocessConfig().digest for m in models)
+    assert all(m["provenance"]["encoder"]["digest"] for m in models)
+    ready = httpx.get(f"{service.url}/readyz").json()
+    assert ready["ready"] and ready["problems"] == {}
+    assert ready["models"] == [f"{m['name']}/{m['version']}" for m in models]
+    assert "/v1/score" in httpx.get(f"{service.url}/openapi.json").json()["paths"]
+    assert "Content-Security-Policy" in httpx.get(f"{service.url}/").headers
+    for token in ("", "Bearer wrong", f"Bearer {TOKEN}x"):
+        assert httpx.get(f"{service.url}/v1/models", headers={"Authorization": token}).status_code == 401
+
+
+@pytest.mark.ray
+def test_twelve_leads_from_six(service: Service, recordings, pretrained: Trained):
+    record = next(iter(recordings.values()))
+    answer = service.client.post(f"{service.url}/v1/reconstruct", json={"records": [as_json(record, LIMB_LEADS)]})
+    (result,) = answer.json()["results"]
+    assert [lead for lead in LEADS if result["leads"][lead]["origin"] == "reconstructed"] == list(LEADS[6:])
+    assert {len(row["values"]) for row in result["leads"].values()} == {5000}
+    assert answer.json()["model"] == describe(pretrained.folder / "bundle").digest
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("headers", "parts", "status"),
+    [
+        ({"Content-Length": "100"}, [b'{"records":'], 408),  # and no more comes
+        ({"Transfer-Encoding": "chunked"}, [b"100000\r\n" + b" " * 2**20 + b"\r\n"] * 40, 413),
+        ({"Content-Length": str(2**40)}, [], 413),
+        ({"Content-Length": "2", "Content-Encoding": "gzip"}, [b"{}"], 415),
+        ({"Content-Length": "2", "Content-Type": "text/plain"}, [b"{}"], 415),
+    ],
+    ids=["slow", "endless", "huge", "compressed", "text"],
+)
+def test_what_a_hostile_client_sends_is_refused_over_the_wire(service: Service, headers, parts, status):
+    headers = {"Host": "x", "Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"} | headers
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        lines = ["POST /v1/score HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        try:
+            for part in parts:
+                connection.sendall(part)
+        except ConnectionError:
+            pass  # it was refused before all was sent
+        assert connection.recv(4096).split(b"\r\n")[0].split()[1] == str(status).encode()
+    assert service.client.get(f"{service.url}/healthz").json() == {"status": "ok"}
+
+
+# --- what happens to it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_more_load_than_capacity_is_503_with_retry_after(service: Service, recordings):
+    """A burst: what fits is answered, and rightly; the rest is told to come again, and the queue does not grow."""
+    stream = io.BytesIO()
+    np.save(stream, np.stack([record.signal_for(LIMB_LEADS) for record in list(recordings.values())[:8]]))
+    query, body = {"leads": "6", "rate_hz": 500}, stream.getvalue()
+
+    def scores(answer: httpx.Response) -> list[float]:
+        return [result["score"] for result in answer.json()["results"]]
+
+    expected = scores(score_npy(service, body, query))
+
+    async def burst(count: int) -> list[httpx.Response]:
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-npy"}
+        limits, url = httpx.Limits(max_connections=None), f"{service.url}/v1/score/npy"
+        async with httpx.AsyncClient(timeout=120, headers=headers, limits=limits) as client:
+            return await asyncio.gather(*(client.post(url, params=query, content=body) for _ in range(count)))
+
+    answers = asyncio.run(burst(4 * (WAITING + REPLICAS * ONGOING)))
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert all(answer.headers["Retry-After"] == "1" for answer in answers if answer.status_code == 503)
+    right = [answer for answer in answers if answer.status_code == 200]
+    assert len(right) >= WAITING
+    for answer in right:
+        np.testing.assert_allclose(scores(answer), expected, atol=1e-5)
+    np.testing.assert_allclose(scores(score_npy(service, body, query)), expected, atol=1e-5)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("what", ["replica", "proxy", "controller"])
+def test_a_killed_part_costs_few_errors_and_no_wrong_answer(service: Service, recordings, what: str):
+    clients = 4
+    with load(service, recordings, clients) as found:
+        if what == "replica":
+            before = service.replicas()
+            victim, pid = next(iter(before.items()))
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: len(service.replicas().keys() - {victim}) == REPLICAS, "another replica runs")
+        else:
+            kind = {"proxy": "ProxyActor", "controller": "ServeController"}[what]
+            pid = service.actor(kind)
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: well(lambda: service.actor(kind) != pid), f"another {what} runs")
+            until(lambda: well(lambda: service.client.get(f"{service.url}/readyz").status_code == 200), "it answers")
+            until(lambda: well(lambda: len(service.replicas()) == REPLICAS), "its replicas run")
+    assert "wrong" not in found
+    assert found["right"] > 10 * clients
+    errors = {name: n for name, n in found.items() if name not in ("right", "longest_gap_s")}
+    if what == "proxy":  # there is one on this machine: while it starts anew, nobody answers
+        assert errors.keys() <= {"ConnectError", "ReadError", "RemoteProtocolError", "500", "503", "404"}
+    else:
+        assert sum(errors.values()) <= (2 * clients if what == "replica" else 0), errors
+
+
+def well(check: Callable[[], bool]) -> bool:
+    """Whether it holds; what is being started anew may not answer, or not all of it."""
+    try:
+        return check()
+    except (httpx.HTTPError, ValueError, KeyError):
+        return False
+
+
+@pytest.mark.ray
+def test_a_rolling_update_under_load_fails_no_request(service: Service, recordings):
+    before = service.replicas()
+    config = yaml.safe_load(service.config.read_text())
+    config["applications"][0]["args"]["body_timeout_s"] = 3
+    service.config.write_text(yaml.safe_dump(config))
+    with load(service, recordings) as found:
+        service.deploy()
+        until(lambda: well(lambda: not service.replicas().keys() & before.keys()), "no replica is an old one")
+        until(lambda: service.state()["status"] == "RUNNING", "the update ends")
+    assert len(service.replicas()) == REPLICAS
+    assert found.keys() == {"right", "longest_gap_s"}
+    assert found["right"] > 40
+
+
+# --- what it says of itself -----------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordings):
+    """Every name and every label of its queries, against what Prometheus would read of this very cluster."""
+    record = next(iter(recordings.values()))
+    for leads in LEAD_SETS.values():
+        service.score(as_json(record, leads))
+    service.score(as_json(record, ("I", "II")))
+    service.score({"rate_hz": 500, "leads": {"V1": [1, 2]}})
+    dashboard = json.loads((ROOT / "infra" / "grafana" / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = set(re.findall(r"\bray_\w+", " ".join(queries)))
+    until(
+        lambda: all(re.search(rf"^{name}\{{", service.metrics(), re.MULTILINE) for name in names), f"{names} are there"
+    )
+    exposed: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for name, labels in re.findall(r"^(ray_\w+)\{(.*)\} \S+$", service.metrics(), re.MULTILINE):
+        exposed[name].append(dict(re.findall(r'(\w+)="(.*?)"', labels)))
+    for query in queries:
+        grouped = {label.strip() for group in re.findall(r"by \((.*?)\)", query) for label in group.split(",")}
+        for name, selector in re.findall(r"\b(ray_\w+)(?:\{(.*?)\})?\[?", query):
+            wanted = dict(re.findall(r'(\w+)=~?"(.*?)"', selector)) | dict.fromkeys(grouped, "")
+            assert any(
+                all(label in labels and value in ("", "$model", labels[label]) for label, value in wanted.items())
+                for labels in exposed[name]
+            ), (query, exposed[name][:3])
+    served = {(labels["model"], labels["version"]) for labels in exposed["ray_lsemvae_scores_total"]}
+    # The cluster of a whole test run also remembers what services before this one counted.
+    assert served >= {(m["name"], str(m["version"])) for m in service.client.get(f"{service.url}/v1/models").json()}
+    assert "leads" in {labels["reason"] for labels in exposed["ray_lsemvae_refusals_total"]}
+
+
+@pytest.mark.ray
+def test_logs_are_json_lines_that_name_nobody(service: Service, recordings):
+    record = next(iter(recordings.values()))
+    mark = "Patient-0815"
+    assert service.score(as_json(record, LIMB_LEADS) | {"id": mark}).json()["results"][0]["id"] == mark
+    service.client.post(f"{service.url}/v1/score/file", files={"files": (f"{mark}.hea", b"nothing")})
+    service.client.get(f"{service.url}/v1/{mark}", params={"who": mark})
+    names = {replica["log_file_path"].lstrip("/") for replica in service.state()["deployments"]["ecg"]["replicas"]}
+    logs = [log for name in names for log in Path(tempfile.gettempdir()).glob(f"ray/session_2*/logs/{name}")]
+    assert len(logs) == REPLICAS
+
+    def answered() -> list[dict]:
+        lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        return [line for line in lines if line["message"] == "answered"]
+
+    until(lambda: {"/v1/score", "/v1/score/file"} <= {line["endpoint"] for line in answered()}, "requests are logged")
+    assert all({"endpoint", "status", "ms"} <= line.keys() for line in answered())
+    for log in logs[0].parent.iterdir():  # of proxy and controller too
+        assert mark not in log.read_text(errors="replace"), log
+        assert TOKEN not in log.read_text(errors="replace"), log

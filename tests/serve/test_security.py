@@ -1,0 +1,380 @@
+"""Who may ask the endpoint, how much and how long, and that nothing of a recording is left in logs, metrics, errors."""
+
+import asyncio
+import gzip
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from support.serving import TOKEN, as_json, ask, npy, only, score, score_files
+
+from lsemvae.errors import LsemvaeError
+from lsemvae.record import Record
+from serve.api import Service, make_api
+from serve.app import Config, make_service
+from serve.observed import Metrics
+from serve.security import OPEN_PATHS, Guard, tokens_from_environment
+
+OTHER = "another-token-of-somebody-else"
+LIMIT = 600_000
+HELD = 1_000_000
+
+
+class Observed(Metrics):
+    """Keeps the tags of all that is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[dict[str, str]] = []
+        for metric in vars(self).values():
+            if hasattr(metric, "inc"):
+                metric.inc = lambda value=1.0, tags=None: self.tags.append(tags)
+            elif hasattr(metric, "observe"):
+                metric.observe = lambda value, tags=None: self.tags.append(tags)
+
+
+@pytest.fixture(scope="module")
+def guarded(service: Service) -> Service:
+    tokens = frozenset({TOKEN, OTHER})
+    return replace(service, tokens=tokens, metrics=Observed(), max_body=LIMIT, max_held=HELD, body_timeout_s=0.5)
+
+
+@pytest.fixture(scope="module")
+def api(guarded: Service) -> object:
+    return make_api(guarded)
+
+
+@pytest.fixture(autouse=True)
+def well_afterwards(api) -> Iterator[None]:
+    """Whatever was asked, the service answers, and holds no memory of it."""
+    yield
+    assert ask(api, "GET", "/healthz", token=None).json() == {"status": "ok"}
+    guard = api.middleware_stack
+    while not isinstance(guard, Guard):
+        guard = guard.app
+    assert guard._held == 0
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None, "", "Bearer", "Bearer ", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x",
+        f"Bearer {TOKEN} {TOKEN}", f"Bearer {TOKEN.upper()}", "Bearer \xff",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/score", "/v1/cohorts/x", "/nowhere", "/v1", "/docs"])
+def test_a_wrong_or_missing_token_is_401(api, header: str | None, path: str):
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    answer = ask(api, "GET", path, token=None, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert TOKEN not in answer.text
+
+
+@pytest.mark.parametrize("token", [TOKEN, OTHER])
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_any_of_the_tokens_is_right(api, token: str, scheme: str):
+    headers = {"Authorization": f"{scheme} {token}"}
+    assert ask(api, "GET", "/v1/models", token=None, headers=headers).status_code == 200
+
+
+def test_every_token_is_compared_and_in_constant_time(api, monkeypatch: pytest.MonkeyPatch):
+    compared = []
+    original = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or original(a, b))
+    for token in (TOKEN, OTHER, "x"):
+        compared.clear()
+        ask(api, "GET", "/v1/models", token=token)
+        assert compared == [(32, 32)] * 2  # digests: not even the length of a token shows
+
+
+@pytest.mark.parametrize("path", [*OPEN_PATHS, "/page/page.css"])
+def test_health_page_and_schema_need_no_token(api, path: str):
+    assert ask(api, "GET", path, token=None).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["//v1/models", "/%761/models", "/healthz/../v1/models", "/page/../v1/models", "/v1/models/", "/V1/models"]
+)
+def test_no_spelling_of_a_path_goes_round_the_token(api, path: str):
+    async def once() -> int:
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport) as client:
+            request = client.build_request("GET", "http://service/")
+            request.url = request.url.copy_with(raw_path=path.encode())
+            return (await client.send(request)).status_code
+
+    assert asyncio.run(once()) in (401, 404)
+
+
+def test_tokens_come_from_the_environment_and_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    file = tmp_path / "tokens"
+    file.write_text(f"# of the ward\n\n  {OTHER}  \n")
+    for name in ("LSEMVAE_TOKENS", "LSEMVAE_TOKENS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert tokens_from_environment() == frozenset()
+    monkeypatch.setenv("LSEMVAE_TOKENS_FILE", str(file))
+    assert tokens_from_environment() == {OTHER}
+    monkeypatch.setenv("LSEMVAE_TOKENS", f" {TOKEN},{TOKEN} ")
+    assert tokens_from_environment() == {OTHER, TOKEN}
+    monkeypatch.setenv("LSEMVAE_TOKENS", "short")
+    with pytest.raises(LsemvaeError, match="1 of 2 tokens have fewer than 16 characters") as caught:
+        tokens_from_environment()
+    assert "short" not in str(caught.value)
+    monkeypatch.setenv("LSEMVAE_TOKENS_FILE", str(tmp_path / "absent"))
+    with pytest.raises(LsemvaeError, match="FileNotFoundError"):
+        tokens_from_environment()
+
+
+def test_without_tokens_it_starts_only_when_told_so(monkeypatch, models: Path, tmp_path: Path):
+    monkeypatch.delenv("LSEMVAE_TOKENS", raising=False)
+    monkeypatch.delenv("LSEMVAE_TOKENS_FILE", raising=False)
+    config = Config(models=[str(models / "ph-6L")], bundles=tmp_path / "kept")
+    with pytest.raises(LsemvaeError, match="no token is set"):
+        make_service(config)
+    open_to_all = make_api(make_service(config.model_copy(update={"allow_anonymous": True})))
+    assert ask(open_to_all, "GET", "/v1/models", token=None).status_code == 200
+    monkeypatch.setenv("LSEMVAE_TOKENS", TOKEN)
+    assert ask(make_api(make_service(config)), "GET", "/v1/models", token=None).status_code == 401
+
+
+def test_an_encoder_that_cannot_be_loaded_does_not_stop_scoring(monkeypatch, models: Path, record, tmp_path):
+    monkeypatch.setenv("LSEMVAE_TOKENS", TOKEN)
+    config = Config(models=[str(models / "ph-6L")], encoder=str(models / "ph-12L"), bundles=tmp_path / "kept")
+    api = make_api(make_service(config))
+    assert score(api, as_json(record)).status_code == 200
+    answer = ask(api, "POST", "/v1/reconstruct", json={"records": [as_json(record)]})
+    assert answer.status_code == 409 and "no decoder" in answer.json()["detail"]
+
+
+def test_a_misspelt_setting_is_refused():
+    with pytest.raises(ValidationError, match="allow_anonymus"):
+        Config(models=["x"], allow_anonymus=True)
+
+
+# --- limits ---------------------------------------------------------------------------------------------------
+
+
+async def _chunks(*parts: bytes, seen: list[int] | None = None) -> AsyncIterator[bytes]:
+    for part in parts:
+        if seen is not None:
+            seen.append(len(part))
+        yield part
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_a_body_over_the_limit_is_413_before_it_is_read_whole(api):
+    seen: list[int] = []
+    answer = ask(api, "POST", "/v1/score", content=_chunks(*[b" " * 100_000] * 50, seen=seen), headers=JSON)
+    assert answer.status_code == 413
+    assert sum(seen) <= LIMIT + 200_000  # and one part on its way
+    seen.clear()
+    declared = ask(
+        api, "POST", "/v1/score", content=_chunks(b" " * 10, seen=seen), headers=JSON | {"Content-Length": "9" * 12}
+    )
+    assert declared.status_code == 413
+    assert not seen
+    assert ask(api, "POST", "/v1/score", content=b" " * LIMIT, headers=JSON).status_code == 422  # read, and no JSON
+
+
+def test_a_body_without_a_right_token_is_not_read(api):
+    seen: list[int] = []
+    answer = ask(api, "POST", "/v1/score", token="x", content=_chunks(b"{}", seen=seen), headers=JSON)
+    assert answer.status_code == 401 and not seen
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "0x10", "9" * 40, "abc", "٣"])
+def test_a_content_length_that_is_no_number_is_400(api, length: str):
+    headers = JSON | {"Content-Length": length.encode()}
+    assert ask(api, "POST", "/v1/score", content=_chunks(b"{}"), headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "identity, gzip", "GZIP"])
+def test_a_compressed_body_is_415(api, encoding: str):
+    bomb = gzip.compress(b" " * 10_000_000)
+    answer = ask(api, "POST", "/v1/score", content=bomb, headers=JSON | {"Content-Encoding": encoding})
+    assert answer.status_code == 415
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/score", "/v1/score/npy?leads=12&rate_hz=500", "/v1/score/file", "/v1/reconstruct"]
+)
+@pytest.mark.parametrize("kind", [None, "", "text/plain", "application/jsonx", "application/x-www-form-urlencoded"])
+def test_another_content_type_is_415(api, path: str, kind: str | None):
+    headers = {} if kind is None else {"Content-Type": kind}
+    assert ask(api, "POST", path, content=b"{}", headers=headers).status_code == 415
+
+
+class Client:
+    """A connection that sends a body part by part, when it is told to."""
+
+    def __init__(self, api: object, headers: dict[str, str] | None = None) -> None:
+        headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"} | (headers or {})
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/score", "raw_path": b"/v1/score", "query_string": b"",
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "http_version": "1.1",
+            "scheme": "http", "server": ("service", 80), "client": ("127.0.0.1", 1), "root_path": "",
+        }  # fmt: skip
+        self._parts: asyncio.Queue = asyncio.Queue()
+        self.sent: list[dict] = []
+        self.task = asyncio.create_task(api(scope, self._parts.get, self._send))
+
+    async def _send(self, message: dict) -> None:
+        self.sent.append(message)
+
+    async def part(self, body: bytes, more: bool = True) -> None:
+        await self._parts.put({"type": "http.request", "body": body, "more_body": more})
+        await asyncio.sleep(0.01)
+
+    async def hang_up(self) -> None:
+        await self._parts.put({"type": "http.disconnect"})
+        await asyncio.sleep(0.01)
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+
+def test_a_slow_client_is_408_and_one_that_leaves_is_forgotten(api):
+    async def main() -> None:
+        slow = Client(api, {"transfer-encoding": "chunked"})
+        await slow.part(b'{"records":')
+        gone = Client(api, {"content-length": "1000"})
+        await gone.part(b"{")
+        await gone.hang_up()
+        await asyncio.gather(slow.task, gone.task)
+        assert slow.status == 408
+        assert slow.headers[b"connection"] == b"close"
+
+    asyncio.run(main())
+
+
+def test_more_bodies_than_memory_are_503_with_retry_after(api, record: Record):
+    body = json.dumps({"records": [as_json(record, ("I", "II"))]}).encode()
+
+    async def main() -> None:
+        first = Client(api, {"content-length": str(LIMIT)})  # what is declared counts at once
+        await first.part(b" " * (LIMIT - len(body)))
+        refused = Client(api, {"content-length": str(HELD - LIMIT + 1)})
+        await refused.task
+        assert refused.status == 503
+        assert refused.headers[b"retry-after"] == b"1"
+        chunked = Client(api, {"transfer-encoding": "chunked"})
+        await chunked.part(b" " * (HELD - LIMIT))
+        assert chunked.status is None
+        await chunked.part(b" ")
+        await chunked.task
+        assert chunked.status == 503
+        await first.part(body, more=False)
+        await first.task
+        assert first.status == 200
+        again = Client(api, {"content-length": str(len(body))})
+        await again.part(body, more=False)
+        await again.task
+        assert again.status == 200
+
+    asyncio.run(main())
+
+
+# --- headers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/healthz", 200), ("/v1/models", 200), ("/v1/nothing", 404), ("/openapi.json", 200)]
+)
+def test_every_answer_carries_security_headers(api, path: str, status: int):
+    answer = ask(api, "GET", path, headers={"Origin": "https://elsewhere.example"})
+    assert answer.status_code == status
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_refusals_carry_them_too_and_the_page_has_its_own(api):
+    assert ask(api, "GET", "/v1/models", token=None).headers["X-Content-Type-Options"] == "nosniff"
+    page = ask(api, "GET", "/", token=None)
+    assert "script-src 'self'" in page.headers["Content-Security-Policy"]
+    assert page.headers.get_list("Content-Security-Policy") == [page.headers["Content-Security-Policy"]]
+
+
+def test_other_sites_may_ask_only_when_they_are_configured(guarded: Service):
+    api = make_api(replace(guarded, cors_origins=["https://ward.example"]))
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origin, allowed in (("https://ward.example", True), ("https://elsewhere.example", False)):
+        preflight = ask(api, "OPTIONS", "/v1/score", token=None, headers=asking | {"Origin": origin})
+        assert (preflight.headers.get("Access-Control-Allow-Origin") == origin) == allowed
+        answer = ask(api, "GET", "/v1/models", headers={"Origin": origin})
+        assert (answer.headers.get("Access-Control-Allow-Origin") == origin) == allowed
+        assert ask(api, "GET", "/v1/models", token=None, headers={"Origin": origin}).status_code == 401
+
+
+# --- what is left behind --------------------------------------------------------------------------------------
+
+
+def test_no_identifier_signal_or_secret_is_logged_counted_or_quoted(guarded, api, record, caplog):
+    name, value, secret = "Patient-4711", 0.123456789, "a-secret-of-somebody"
+    answers = []
+    with caplog.at_level(logging.DEBUG):
+        good = as_json(record, ("I", "II"), id=name)
+        good["leads"]["I"][5] = value
+        assert only(score(api, good))["id"] == name  # to the one who asked
+        bad = json.dumps({"records": [good | {"rate_hz": f"{value}"} | {name: {"x": value}}]})
+        answers.append(ask(api, "POST", "/v1/score", content=bad.encode(), headers=JSON))
+        answers.append(ask(api, "POST", "/v1/score", content=bad[:-9].encode(), headers=JSON))
+        answers.append(ask(api, "GET", f"/v1/{name}"))
+        answers.append(ask(api, "GET", f"/v1/models?who={name}", token=secret))
+        only(score_files(api, {f"{name}.hea": b"%d not a header" % 7}))
+        score(api, good | {"leads": {"V1": [value]}})
+        array = npy(np.full((3, 9), value, dtype=np.float32))
+        kind = {"Content-Type": "application/x-npy"}
+        answers.append(
+            ask(api, "POST", f"/v1/score/npy?leads=I,II&rate_hz=500&model={name}", content=array, headers=kind)
+        )
+    entries = [entry for entry in caplog.records if entry.name == "ray.serve"]
+    assert [entry.getMessage() for entry in entries] == ["answered"] * 8
+    kept = "\n".join(str(vars(entry)) for entry in entries)
+    for text in (kept, str(guarded.metrics.tags)):
+        assert not [mark for mark in (name, "0.1234", secret, TOKEN) if mark in text]
+    for answer in answers:
+        assert answer.status_code >= 400
+        assert "0.1234" not in answer.text and secret not in answer.text
+    assert {"endpoint", "status"} in [tags.keys() for tags in guarded.metrics.tags]
+    assert {tags["endpoint"] for tags in guarded.metrics.tags if "endpoint" in tags} <= {
+        "/v1/score", "/v1/score/npy", "/v1/score/file", "/v1/reconstruct", "/v1/models", "/healthz", "/readyz", "none",
+        "/", "/page/page.css",
+    }  # fmt: skip
+
+
+def test_an_internal_error_says_nothing_and_is_logged_without_its_message(guarded, record, caplog):
+    served = guarded.registry.served["ph-12L"]
+
+    def fails(records: list[Record]) -> None:
+        raise RuntimeError(f"cannot score {records[0].signal_mv_LT[0, 0]} of Patient-4711")
+
+    broken = SimpleNamespace(
+        scorer=SimpleNamespace(score=fails, bundle=served.scorer.bundle), described=served.described
+    )
+    api = make_api(replace(guarded, registry=SimpleNamespace(served={"ph-12L": broken}, ready=True, problems={})))
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        answer = score(api, as_json(record, ("I", "II")))
+    assert (answer.status_code, answer.json()) == (500, {"detail": "internal error"})
+    assert "RuntimeError at test_security.py" in caplog.text
+    assert "cannot score" not in caplog.text and "Patient" not in caplog.text

@@ -1,0 +1,130 @@
+"""The README's commands and infra's files, parsed as their own programs parse them."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+import yaml
+
+from support.session import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+DOCKERFILE = (ROOT / "infra" / "Dockerfile").read_text()
+
+
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "infra" / "constraints.txt").read_text(), re.MULTILINE))
+
+
+SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|AUTH_KEY")
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def docker_environment(cluster: dict) -> dict[str, str]:
+    words = shlex.split(" ".join(cluster["docker"]["run_options"]))
+    pairs = [words[i + 1] for i, word in enumerate(words) if word in ("--env", "-e")]
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def shell_commands() -> list[str]:
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    inline = re.findall(
+        r"`((?:python|make|ray|serve) [^` ]+[ ][^`]+|make [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    )
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines() + inline]
+    return [line for line in dict.fromkeys(lines) if line and "…" not in line]
+
+
+def click_context(command, words: list[str]):
+    """Parses as `command words…` would, without running anything."""
+    context = None
+    while True:
+        context = command.make_context(command.name, list(words), parent=context)
+        if not hasattr(command, "commands"):
+            return context
+        words = [*context._protected_args, *context.args]
+        _, command, words = command.resolve_command(context, words)
+
+
+def parse_workflow(script: str, words: list[str]) -> object:
+    """What `python SCRIPT WORDS…` parses its words to: the file runs as it would, up to its first work."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop_after(*args: object, **kwargs: object) -> None:
+        raise Parsed(original(*args, **kwargs))
+
+    original = tyro.cli
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tyro, "cli", stop_after)
+        patch.setattr(sys, "argv", [script, *words])
+        with pytest.raises((Parsed, SystemExit)) as caught:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    if caught.type is SystemExit:
+        assert caught.value.code == 0 and "--help" in words, f"{script} does not take {words}"
+        return None
+    return caught.value.args[0]
+
+
+def endpoint_paths() -> set[str]:
+    """What the endpoint answers to."""
+    from serve.api import Service, make_api
+
+    api = make_api(Service(registry=None, metrics=None))
+    return {*api.openapi()["paths"], api.openapi_url}
+
+
+def parse_command(words: list[str]) -> object:
+    """Checks a command against the program's own parser; returns what a workflow would be given."""
+    words = words[:-1] if words[-1] == "&" else words
+    match words:
+        case ["python", script, *rest]:
+            return parse_workflow(script, rest)
+        case ["make", *rest]:
+            done = subprocess.run(["make", "--dry-run", *rest], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            makefile = (ROOT / "Makefile").read_text()
+            assert all(f"$({word.split('=')[0]})" in makefile for word in rest if "=" in word)
+            for line in done.stdout.splitlines():
+                if "workflows/" in line:
+                    program, *call = shlex.split(line)
+                    assert Path(program).name == "python"
+                    parse_command(["python", *call])
+        case ["ray", *rest]:
+            from ray.scripts.scripts import cli
+
+            parameters = click_context(cli, rest).params
+            for name in ("cluster_config_file", "runtime_env", "working_dir"):
+                assert (ROOT / (parameters.get(name) or "")).exists()
+            if parameters.get("entrypoint"):
+                return parse_command(list(parameters["entrypoint"]))
+        case ["serve", *rest]:
+            from ray.serve.scripts import cli
+
+            assert (ROOT / click_context(cli, rest).params["config_or_import_path"]).is_file()
+        case ["docker", "build", "--file", file, "--tag", _, "."]:
+            assert (ROOT / file).is_file()
+        case ["docker", "push", _] | ["export" | "." | "mkdir" | "openssl", *_]:
+            pass
+        case ["curl", url, *_]:
+            options = load("serve/config.yaml")["http_options"]
+            prefix = f"http://{options['host']}:{options['port']}"
+            assert url.startswith(prefix)
+            assert url.removeprefix(prefix) in endpoint_paths()
+        case _:
+            pytest.fail(f"nothing here checks {words}")
+    return None

@@ -1,0 +1,58 @@
+"""Requests to the endpoint's application, in this process, and what they send."""
+
+import asyncio
+import io
+
+import httpx
+import numpy as np
+
+from lsemvae.leads import LEADS
+from lsemvae.record import Record
+
+TOKEN = "the-tests-own-token"
+
+
+DERIVABLE = {"III", "aVR", "aVL", "aVF"}
+
+
+def ask(api: object, method: str, path: str, *, token: str | None = TOKEN, **rest: object) -> httpx.Response:
+    """One request to the application, as its server would hand it on."""
+
+    async def once() -> httpx.Response:
+        headers = rest.pop("headers", {}) | ({"Authorization": f"Bearer {token}"} if token else {})
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            return await client.request(method, path, headers=headers, **rest)
+
+    return asyncio.run(once())
+
+
+def as_json(record: Record, leads: tuple[str, ...] = LEADS, **rest: object) -> dict:
+    rows = zip(leads, record.signal_for(leads), strict=True)
+    named = {lead: [None if value != value else float(value) for value in row] for lead, row in rows}
+    return {"id": record.record_id, "rate_hz": record.rate_hz, "leads": named} | rest
+
+
+def score(api: object, *given: dict, **rest: object) -> httpx.Response:
+    return ask(api, "POST", "/v1/score", json={"records": list(given), **rest})
+
+
+def only(answer: httpx.Response) -> dict:
+    (result,) = answer.json()["results"]
+    return result
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def score_npy(api: object, array: np.ndarray | bytes, **query: object) -> httpx.Response:
+    body = array if isinstance(array, bytes) else npy(array)
+    query = {"leads": "12", "rate_hz": 500} | query
+    return ask(api, "POST", "/v1/score/npy", params=query, content=body, headers={"Content-Type": "application/x-npy"})
+
+
+def score_files(api: object, files: dict[str, bytes], **query: object) -> httpx.Response:
+    return ask(api, "POST", "/v1/score/file", params=query, files=[("files", (name, files[name])) for name in files])

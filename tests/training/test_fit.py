@@ -1,0 +1,322 @@
+"""The loop: what a batch, a half of it, a worker's share of it and a restart amount to is the same."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lsemvae.config import OptimConfig
+from lsemvae.errors import BundleError, LsemvaeError
+from lsemvae.leads import LEADS
+from lsemvae.models import build
+from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
+from lsemvae.models.parts.head import Head
+from lsemvae.models.parts.objectives import NonFiniteBatch
+from lsemvae.recipes import PRETRAIN
+from lsemvae.training.checkpoints import OPTIMIZER, STATE, load_optimizer, read_state, save_optimizer
+from lsemvae.training.fit import Epoch, Step, fit, kl_scale, learning_rate, make_optimizer
+from lsemvae.training.validation import validate
+
+TINY = LSEMVAEConfig(samples=64, latent=3, channels=(2, 2, 2))
+OPTIM = OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2)
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other are most of the time of a model as small as this."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_of(seed: int = 0) -> LSEMVAE:
+    torch.manual_seed(seed)
+    return build(TINY, LEADS)
+
+
+def batches_of(epoch: int, start: int = 0) -> list[dict[str, Tensor]]:
+    """24 records in batches of 10, 10 and 4; in each, the second counts nothing and the third less."""
+    generator = torch.Generator().manual_seed(epoch)
+    x_BLT = torch.randn(24, 12, 64, generator=generator)
+    mask_BL = torch.rand(24, 12, generator=generator) > 0.2
+    weight_B = torch.ones(24)
+    weight_B[1::10], weight_B[2::10] = 0, 0.5
+    columns = zip(*(tensor.split(10) for tensor in (x_BLT, mask_BL, weight_B)), strict=True)
+    return [{"x_BLT": x, "lead_mask_BL": m, "weight_B": w} for x, m, w in columns][start:]
+
+
+def noise_of(epoch: int, step: int) -> dict[str, Tensor]:
+    """Noise would differ between halves of a batch: none of it, the posterior's mean alone."""
+    return {"noise_BD": torch.zeros(1, TINY.latent)}
+
+
+def train(model: torch.nn.Module, config: OptimConfig = OPTIM, **changes) -> list[Epoch]:
+    epochs: list[Epoch] = []
+    settings = {"batches": batches_of, "forward_kwargs": noise_of, "steps_per_epoch": STEPS} | changes
+    optimizer = settings.pop("optimizer", None) or make_optimizer(model, config)
+    fit(model, optimizer, config, settings.pop("batches"), settings.pop("on_epoch", epochs.append), **settings)
+    return epochs
+
+
+def assert_same(one: torch.nn.Module, other: torch.nn.Module, **tolerance: float) -> None:
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, **tolerance)
+
+
+def test_parts_of_a_batch_are_one_step():
+    whole, parts = model_of(), model_of()
+    expected = train(whole)
+    for accumulate in (2, 3):
+        parts = model_of()
+        found = train(parts, OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=accumulate))
+        for one, other in zip(expected, found, strict=True):
+            assert one.terms == pytest.approx(other.terms, rel=1e-4)
+        assert_same(whole, parts, rtol=1e-3, atol=1e-5)
+
+
+def test_a_record_of_weight_zero_takes_no_part_and_half_a_weight_counts_half():
+    whole, left_out = model_of(), model_of()
+
+    def without_them(epoch: int) -> list[dict[str, Tensor]]:
+        kept = [(batch, batch["weight_B"] > 0) for batch in batches_of(epoch)]
+        return [{name: values[there] for name, values in batch.items()} for batch, there in kept]
+
+    assert train(whole)[0].terms == pytest.approx(train(left_out, batches=without_them)[0].terms, rel=1e-5)
+    assert_same(whole, left_out, rtol=1e-4, atol=1e-6)
+
+    class Constant(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, batch: dict[str, Tensor], *, check: bool) -> dict[str, Tensor]:
+            loss = (batch["value"] * batch["share_B"]).sum() + 0 * self.weight
+            return {"loss": loss, "good_B": batch["value"].isfinite()}
+
+    given = [
+        {"value": torch.tensor([1.0, 2.0, 5.0]), "weight_B": torch.tensor([1.0, 1.0, 2.0])},
+        {"value": torch.tensor([10.0, 99.0]), "weight_B": torch.tensor([1.0, 0.0])},
+    ]
+    (epoch,) = train(Constant(), OptimConfig(1, 3), batches=lambda _: given, forward_kwargs=lambda epoch, step: {})
+    assert epoch.terms["loss"] == pytest.approx((1 + 2 + 2 * 5 + 10) / 5)
+    assert epoch.records == 5
+
+
+def _worker(rank: int, workers: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
+    model = model_of()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+
+    def mine(epoch: int) -> list[dict[str, Tensor]]:
+        # Uneven on purpose: the last batch has four records, of which the second worker gets none that counts.
+        parts = []
+        for batch in batches_of(epoch):
+            size = len(batch["x_BLT"])
+            rows = torch.arange(size)[: size - 2] if rank == 0 else torch.arange(size)[size - 2 :]
+            part = {name: values[rows] for name, values in batch.items()}
+            parts.append(part if rank == 0 or size == 10 else part | {"weight_B": torch.zeros(2)})
+        return parts
+
+    steps: list[Step] = []
+    config = OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=2)
+    epochs = train(ddp, config, batches=mine, on_step=steps.append)
+    values, _ = validate(model, mine(0), PRETRAIN["smoke"])
+    del ddp  # else it outlives the process group, and now and then aborts this process at its end
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        from safetensors.torch import save_file
+
+        save_file(model.state_dict(), f"{folder}/model.safetensors")
+        numbers = torch.tensor([epochs[-1].terms["loss"], epochs[-1].records, values["loss"], values["records"]])
+        losses = torch.tensor([step.terms["loss"] for step in steps])
+        save_file({"numbers": numbers.double(), "losses": losses.double()}, f"{folder}/numbers.safetensors")
+
+
+def test_workers_with_uneven_parts_equal_one_process(tmp_path: Path):
+    from safetensors.torch import load_file
+
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_worker, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+    def together(epoch: int) -> list[dict[str, Tensor]]:
+        batches = batches_of(epoch)
+        batches[-1]["weight_B"][2:] = 0
+        return batches
+
+    alone = model_of()
+    steps: list[Step] = []
+    epochs = train(alone, batches=together, on_step=steps.append)
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=1e-3, atol=1e-5)
+    found = load_file(tmp_path / "numbers.safetensors")
+    # A step's loss is that of its records, not of those that the first worker has.
+    assert found["losses"].tolist() == pytest.approx([step.terms["loss"] for step in steps], rel=1e-4)
+    loss, records, val_loss, val_records = found["numbers"].tolist()
+    assert loss == pytest.approx(epochs[-1].terms["loss"], rel=1e-4)
+    assert records == epochs[-1].records
+    values, _ = validate(alone, together(0), PRETRAIN["smoke"])
+    # The noise of the two processes is not that of one: the loss is near, the count is the same.
+    assert val_loss == pytest.approx(values["loss"], rel=0.05)
+    assert val_records == values["records"] == sum(int((b["weight_B"] > 0).sum()) for b in together(0))
+
+
+@pytest.mark.parametrize("at", [(1, 0), (1, 2), (2, 1)])
+def test_a_run_goes_on_from_any_step_as_if_nothing_had_happened(at: tuple[int, int], tmp_path: Path):
+    config = OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, schedule="cosine", warmup_steps=2)
+    whole = model_of()
+    losses: dict[tuple[int, int], float] = {}
+
+    def keep(step: Step) -> None:
+        losses[step.epoch, step.index] = step.terms["loss"]
+
+    epochs = train(whole, config, on_step=keep)
+    expected, losses = losses, {}
+
+    stopped = model_of()
+    optimizer = make_optimizer(stopped, config)
+
+    class Killed(Exception):
+        pass
+
+    def save(epoch: int, step: int, sums: dict[str, float]) -> None:
+        if (epoch, step + 1) == at:
+            save_optimizer(optimizer, tmp_path, epoch=epoch, step=step + 1, sums=sums)
+            raise Killed
+
+    def save_epoch(epoch: Epoch) -> None:
+        if (epoch.index + 1, 0) == at:
+            save_optimizer(optimizer, tmp_path, epoch=epoch.index + 1, step=0, sums={})
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(
+            stopped, config, optimizer=optimizer, on_epoch=save_epoch, on_step=keep, checkpoint_every=1,
+            on_checkpoint=save,
+        )  # fmt: skip
+    state = read_state(tmp_path)
+    assert (state["epoch"], state["step"]) == at
+    continued = model_of(seed=5)
+    continued.load_state_dict(stopped.state_dict())
+    optimizer = make_optimizer(continued, config)
+    load_optimizer(optimizer, tmp_path)
+    rest = train(
+        continued, config, optimizer=optimizer, start=at, sums=state["sums"], on_step=keep,
+        batches=lambda epoch: batches_of(epoch, at[1] if epoch == at[0] else 0),
+    )  # fmt: skip
+    assert losses == pytest.approx(expected, rel=1e-6)
+    for one, other in zip(rest, epochs[at[0] :], strict=True):  # the whole epoch, not what was left of it
+        assert one.terms == pytest.approx(other.terms, rel=1e-6) and one.records == other.records
+    assert_same(whole, continued, rtol=1e-6, atol=1e-7)
+
+
+def test_every_step_is_told_once_in_order():
+    steps: list[Step] = []
+    epochs = train(model_of(), on_step=steps.append)
+    assert [(step.epoch, step.index) for step in steps] == [(e, s) for e in range(3) for s in range(STEPS)]
+    assert [step.records for step in steps[:3]] == [8, 8, 2]  # what 10, 10 and 4 records weigh, in whole numbers
+    of_first = sum(step.terms["loss"] * step.records for step in steps[:3]) / sum(step.records for step in steps[:3])
+    assert epochs[0].terms["loss"] == pytest.approx(of_first)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "no lead"])
+def test_a_bad_record_stops_the_run_and_leaves_the_weights_of_the_last_good_step(what: str):
+    def damaged(epoch: int) -> list[dict[str, Tensor]]:
+        batches = batches_of(epoch)
+        if what == "no lead":
+            batches[1]["lead_mask_BL"][4] = False
+            batches[1]["x_BLT"][4] = float("nan")
+            batches[1]["lead_mask_BL"][4, 0] = True
+        else:
+            batches[1]["lead_mask_BL"][4, 3] = True
+            batches[1]["x_BLT"][4, 3, 7] = float(what)
+        return batches
+
+    model, good = model_of(), model_of()
+    with pytest.raises(NonFiniteBatch, match=r"epoch 0, step 1.*at position 4") as caught:
+        train(model, batches=damaged)
+    assert caught.value.positions == (4,)
+    train(good, OptimConfig(epochs=1, batch_size=10, learning_rate=1e-2), batches=lambda epoch: batches_of(0)[:1])
+    assert_same(good, model, rtol=0, atol=0)
+
+
+def test_the_head_is_trained_by_the_same_loop():
+    generator = torch.Generator().manual_seed(0)
+    h_BF = torch.randn(60, 6, generator=generator)
+    y_B = (h_BF[:, 0] > 0).long()
+    torch.manual_seed(0)
+    head, config = Head(6, dropout=0.0), OptimConfig(epochs=30, batch_size=60, learning_rate=1e-2)
+    epochs = train(
+        head, config, batches=lambda epoch: [{"h_BF": h_BF, "y_B": y_B}], forward_kwargs=lambda epoch, step: {}
+    )
+    assert epochs[-1].terms["loss"] < 0.3 * epochs[0].terms["loss"]
+
+
+def test_the_learning_rate_rises_and_falls():
+    constant = OptimConfig(epochs=1, batch_size=1, learning_rate=0.4, warmup_steps=4)
+    assert [learning_rate(constant, step, 10) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    cosine = OptimConfig(epochs=1, batch_size=1, learning_rate=0.4, schedule="cosine")
+    assert [learning_rate(cosine, step, 8) for step in (0, 4, 8)] == pytest.approx([0.4, 0.2, 0.0], abs=1e-9)
+    seen: list[float] = []
+    model = model_of()
+    config = OptimConfig(epochs=1, batch_size=10, learning_rate=0.4, schedule="cosine")
+    optimizer = make_optimizer(model, config)
+    train(model, config, optimizer=optimizer, on_step=lambda step: seen.append(optimizer.param_groups[0]["lr"]))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(config, STEPS - 1, STEPS))
+    with pytest.raises(LsemvaeError, match="steps_per_epoch"):
+        train(model_of(), config, steps_per_epoch=None)
+
+
+def test_an_epoch_can_end_the_run_and_needs_records():
+    ends: list[int] = []
+
+    def stop_after_second(epoch: Epoch) -> bool:
+        ends.append(epoch.index)
+        return epoch.index == 1
+
+    train(model_of(), on_epoch=stop_after_second)
+    assert ends == [0, 1]
+    with pytest.raises(LsemvaeError, match="no training recordings"):
+        train(model_of(), batches=lambda epoch: [])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no state", "half a state"])
+def test_a_part_of_a_checkpoint_is_no_checkpoint(damage: str, tmp_path: Path):
+    model = model_of()
+    optimizer = make_optimizer(model, OPTIM)
+    train(model, optimizer=optimizer)
+    save_optimizer(optimizer, tmp_path, epoch=2)
+    assert read_state(tmp_path)["epoch"] == 2
+    content = (tmp_path / OPTIMIZER).read_bytes()
+    match damage:
+        case "truncated":
+            (tmp_path / OPTIMIZER).write_bytes(content[:-20])
+        case "flipped":
+            (tmp_path / OPTIMIZER).write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+        case "no state":
+            (tmp_path / STATE).unlink()
+        case "half a state":
+            (tmp_path / STATE).write_text((tmp_path / STATE).read_text()[:9])
+    with pytest.raises(BundleError, match=str(tmp_path)):
+        read_state(tmp_path)
+
+
+def test_beta_rises_by_step_and_stays():
+    recipe = PRETRAIN["smoke"]  # two epochs of warm-up
+    scales = [kl_scale(recipe, epoch, step, steps=4) for epoch in range(4) for step in range(4)]
+    assert scales[:8] == [n / 8 for n in range(8)]
+    assert scales[8:] == [1.0] * 8
+    np.testing.assert_array_less(np.diff(scales[:9]), 0.13)

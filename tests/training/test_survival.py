@@ -1,0 +1,640 @@
+"""Pre-training outlives what happens to it, on a cluster of two machines: the same records once, the same losses."""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import resource
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import boto3
+import demo
+import numpy as np
+import pytest
+import servers
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.faults import Between, Fault
+from support.session import ROOT, end_group
+from support.watched import Watched
+
+from lsemvae import bundle as bundles
+from lsemvae.config import with_settings
+from lsemvae.data.feed import DAMAGED, Feed, read_here
+from lsemvae.data.feed import _footer as storage_footer
+from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset, pack, shard_bytes
+from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.leads import LEADS
+from lsemvae.models.parts.objectives import NonFiniteBatch
+from lsemvae.preprocess import PreprocessConfig
+from lsemvae.recipes import PRETRAIN
+from lsemvae.record import Record
+from lsemvae.storage import Storage
+from lsemvae.tracking import Run
+from lsemvae.training.checkpoints import newest_whole, read_state, writing_to
+from lsemvae.training.failures import raise_lasting
+from lsemvae.training.pretrain import PretrainJob, pretrain_worker
+
+ROWS, VAL_ROWS, EPOCHS, STEPS = 160, 32, 4, 10
+SAMPLES, PAIR = 512, ("I", "II")
+FULL_BYTES = 2**16  # less than the weights, more than a log
+HANGS_S = 300
+"""What takes so long will not come: no measure of speed, but the end of waiting for ever."""
+CURVES = ("step.loss", "step.kl", "train.loss", "train.records", "val.loss")
+PREPROCESS = PreprocessConfig(samples=SAMPLES, min_seconds=1.0)
+SETTINGS = {
+    "leads": PAIR, "model.samples": SAMPLES, "model.latent": 32, "model.channels": (2, 4, 4),
+    "preprocess.samples": SAMPLES,
+    "preprocess.min_seconds": 1.0, "optim.epochs": EPOCHS, "optim.batch_size": 16, "streams": 4, "shuffle_buffer": 64,
+    "checkpoint_steps": 4, "plot_every": 100,
+}  # fmt: skip
+
+
+@dataclass
+class Attempt:
+    """A folder in which a run's feeds write; what the test knows of its progress comes from there."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.until(10**9)
+
+    def until(self, step: int) -> None:
+        """Let the run go on to this step, counted over all epochs."""
+        partial = self.folder / "partial"
+        partial.write_text(str(step))
+        partial.replace(self.folder / "limit")
+
+    def lines(self) -> list[dict]:
+        """In the order of time; a line that is being written is left out."""
+        lines = [
+            json.loads(line) | {"process": path.name.split("-")[0]}
+            for path in self.folder.glob("*.jsonl")
+            for line in path.read_text().splitlines()
+            if line.endswith("}")
+        ]
+        return sorted(lines, key=lambda line: line["at"])
+
+    def processes(self) -> set[str]:
+        """The workers that there have been."""
+        return {path.name.split("-")[0] for path in self.folder.glob("*.jsonl")}
+
+    def steps(self, after: Iterable[str] = ()) -> list[int]:
+        """The steps that were given, but for those of these workers."""
+        return [line["step"] for line in self.lines() if line["process"] not in after]
+
+    def workers(self, after: Iterable[str] = ()) -> set[int]:
+        """How many of them shared a step, but for those that these did."""
+        return {line["workers"] for line in self.lines() if line["process"] not in after}
+
+    def assert_every_record_once(self, epochs: int = EPOCHS, damaged: int = 0) -> None:
+        """However often a step was given: always the same records, and over an epoch each of them once."""
+        given: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(dict)
+        for line in self.lines():
+            before = given[line["step"], line["workers"]].setdefault(line["worker"], line["rows"])
+            assert before == line["rows"], line["step"]
+        for epoch in range(epochs):
+            rows: list[int] = []
+            for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+                whole = [
+                    sorted(row for part in parts.values() for row in part)
+                    for (number, workers), parts in given.items()
+                    if number == step and len(parts) == workers
+                ]
+                assert whole, f"no workers had all of step {step}"
+                assert all(one == whole[0] for one in whole), step
+                rows += whole[0]
+            assert rows.count(DAMAGED) == damaged
+            known = sorted(row for row in rows if row >= 0)
+            assert len(set(known)) == len(known) == ROWS - damaged
+
+
+def wait_until(condition: Callable[[], object], seen: Callable[[], str], alive: Callable[[], bool] = lambda: True):
+    """Until the condition holds; where it cannot come to hold the test fails, and says what is `seen` instead."""
+    deadline = time.monotonic() + HANGS_S
+    while not condition():
+        if not alive():
+            pytest.fail(f"it ended before what was waited for:\n{seen()}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"what was waited for did not come in {HANGS_S} s:\n{seen()}")
+        time.sleep(0.05)
+
+
+def job_of(data: Path, changes: Mapping[str, object] | None = None) -> PretrainJob:
+    import pretrain
+
+    recipe, dataset = with_settings(PRETRAIN["smoke"], SETTINGS | (changes or {})), ShardedDataset.open(str(data))
+    return pretrain.make_job(dataset, recipe, pretrain.make_feeds(dataset, recipe), None)
+
+
+def below(*pids: int) -> dict[int, str]:
+    """The processes that these have started, and those that they have: id -> command line."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    commands = {}
+    for pid in found:
+        with contextlib.suppress(OSError):
+            commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return commands
+
+
+class Machines:
+    """A Ray cluster of a head with one CPU and another machine with two, each of which can be lost."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port, dashboard = servers.free_port(), demo.free_port()
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ADDRESS": f"127.0.0.1:{self.port}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_DISABLE_IMPORT_WARNING": "1",
+            # That a machine is lost is seen in seconds, not in a minute, and that it cannot be had either.
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "4",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
+        }
+        head = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", "--num-cpus=1"]
+        # Two heads on one machine would want the same port for Ray's client, and end without it.
+        self.head = self._start(*head, f"--ray-client-server-port={servers.free_port()}")
+        self.other: subprocess.Popen | None = None
+        self.commands: list[Running] = []
+
+    def _start(self, *options: str) -> subprocess.Popen:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += [*options, f"--object-store-memory={2**29}"]
+        start = {name: value for name, value in (os.environ | self.environment).items() if name != "RAY_ADDRESS"}
+        log = self.folder / f"node-{time.time_ns()}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command, env=start, cwd=self.folder, stdout=stream, stderr=stream, start_new_session=True
+            )
+        wait_until(
+            lambda: "Ray runtime started" in log.read_text(),
+            lambda: log.read_text()[-3000:],
+            lambda: process.poll() is None,
+        )
+        return process
+
+    def add_other(self) -> None:
+        self.other = self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=2")
+
+    def lose_other(self) -> None:
+        """Every process of the machine is killed, the raylet first."""
+        for pid in below(self.other.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.other.wait()
+        self.other = None
+
+    def processes(self, title: str) -> list[int]:
+        """The ids of Ray's processes on these machines whose title starts so."""
+        nodes = [node.pid for node in (self.head, self.other) if node]
+        return [pid for pid, command in below(*nodes).items() if command.startswith(title)]
+
+    def end(self) -> None:
+        for command in self.commands:
+            command.kill()
+        every = self.processes("")  # one that is stopped would not notice that the others are gone
+        for node in (self.other, self.head):
+            if node:
+                end_group(node)
+        for pid in every:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    both = Machines(tmp_path_factory.mktemp("machines"))
+    yield both
+    both.end()
+
+
+@pytest.fixture
+def machines(cluster: Machines) -> Iterator[Machines]:
+    """Both of them, whatever the test before has left."""
+    if not cluster.other:
+        cluster.add_other()
+    yield cluster
+    for command in cluster.commands:
+        command.kill()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise in three shards, one of them for validation."""
+    folder, rng = tmp_path_factory.mktemp("survival"), np.random.default_rng(0)
+    shards = []
+    for path, split, count in (("train-0", "train", 96), ("train-1", "train", ROWS - 96), ("val-0", "val", VAL_ROWS)):
+        rows = []
+        for number in range(count):
+            signal_mv = {lead: rng.integers(-400, 400, SAMPLES) / 200 for lead in LEADS}
+            rows.append(pack(Record.from_leads(signal_mv, 500, record_id=f"{path}-{number}")))
+        content = shard_bytes(rows, [], {"plan": "x"})
+        (folder / f"{path}.parquet").write_bytes(content)
+        shards.append(Shard(f"{path}.parquet", split, count, len(content), "0"))
+    total = ROWS + VAL_ROWS
+    (folder / MANIFEST).write_text(Manifest("here", "folder", "x", total, total, 0, {}, shards).to_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The curves of a run to which nothing happens, in one process without Ray."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    run = Run.start("pretrain", "undisturbed", {})
+    attempt = train_here(job_of(data), place, run)
+    run.end()
+    attempt.assert_every_record_once()
+    assert bundles.load(place / "bundle")[0].leads == PAIR
+    return curves(run)
+
+
+def train_here(job: PretrainJob, place: Path, run: Run) -> Attempt:
+    """The run in this process, in one that has no cluster."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    attempt = Attempt(place / "watched")
+    job = replace(
+        job,
+        train=Watched(**vars(job.train)),
+        val=Watched(**vars(job.val)),
+        place=Storage.open(place),
+        tracking_run=run.run_id,
+    )
+    Watched.folder, Watched.read_with = str(attempt.folder), staticmethod(read_here)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        TorchTrainer(
+            pretrain_worker, train_loop_config={"job": job}, scaling_config=ray.train.ScalingConfig(num_workers=0)
+        ).fit()
+    finally:
+        Watched.read_with = None
+        torch.set_num_threads(threads)
+    return attempt
+
+
+def curve(run: Run, name: str) -> dict[int, float]:
+    """A metric by step or epoch, of each the one that was logged last."""
+    history = run._client.get_metric_history(run.run_id, name)
+    return {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
+
+
+def curves(run: Run) -> dict[str, dict[int, float]]:
+    return {name: curve(run, name) for name in CURVES}
+
+
+def tracked(place: Path) -> Run:
+    return Run(json.loads((place / "run.json").read_text())["run"])
+
+
+def assert_nothing_happened(place: Path, undisturbed: dict[str, dict]) -> None:
+    found = curves(tracked(place))
+    for name, values in undisturbed.items():
+        assert sorted(values) == list(range(EPOCHS * STEPS if name.startswith("step.") else EPOCHS)), name
+        # The order in which workers' gradients are added differs.
+        assert found[name] == pytest.approx(values, rel=1e-4), name
+    assert bundles.load(place / "bundle")[0].leads == PAIR
+
+
+class Command:
+    """`pretrain.py` with a watched feed, given again and again."""
+
+    def __init__(self, machines: Machines, folder: Path, *words: object) -> None:
+        self.attempt, self._machines, self._words = Attempt(folder), machines, words
+
+    def start(self) -> "Running":
+        given = [str(word) for name, values in SETTINGS.items() for word in (f"--{name}", *np.atleast_1d(values))]
+        here = {"WATCHED": str(self.attempt.folder), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'workflows'}"}
+        running = Running(
+            [sys.executable, str(ROOT / "tests" / "support" / "watched.py"), "smoke", *given, *map(str, self._words)],
+            os.environ | self._machines.environment | here,
+            self.attempt,
+        )
+        self._machines.commands.append(running)
+        return running
+
+
+class Running:
+    """One of these commands, and what it prints."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], attempt: Attempt) -> None:
+        self._attempt, self._log = attempt, attempt.folder / f"{time.time_ns()}.txt"
+        with self._log.open("w") as stream:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+
+    @property
+    def printed(self) -> str:
+        return self._log.read_text()
+
+    def seen(self) -> str:
+        latest = [{name: line[name] for name in ("process", "step", "workers")} for line in self._attempt.lines()[-8:]]
+        return f"last steps: {latest}\nprinted: …{self.printed[-6000:]}"
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        wait_until(condition, self.seen, lambda: self._process.poll() is None)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def finish(self, status: int = 0) -> str:
+        """Waits for its end -> what it printed; where it is to end with an error, that one line."""
+        wait_until(lambda: self._process.poll() is not None, self.seen)
+        found, printed = self._process.wait(), self.printed
+        assert found == status, self.seen()
+        if status:
+            lines = re.sub("\r|\x1b\\[[0-9;]*[A-Za-z]", "\n", printed).splitlines()  # a bar moves the cursor
+            (printed,) = [line for line in lines if line.startswith("error: ")]
+        return printed
+
+
+@contextlib.contextmanager
+def silent(uri: str) -> Iterator[None]:
+    """The server neither answers nor refuses."""
+    port = uri.rpartition(":")[2]
+    server = min(pid for pid, command in below(os.getpid()).items() if "mlflow server" in command and port in command)
+    group = os.getpgid(server)
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(group, signal.SIGCONT)
+
+
+def checkpoints(place: Path) -> list[Path]:
+    return sorted(path for path in place.glob("checkpoint_*") if path.is_dir())
+
+
+def saved(checkpoint: Path) -> int:
+    """The step with which it goes on, counted over all epochs; 0 before it is whole."""
+    try:
+        state = read_state(checkpoint)
+        assert bundles.load(checkpoint / "bundle")[0].digest == state["bundle"]
+    except (OSError, LsemvaeError):
+        return 0
+    return state["epoch"] * STEPS + state["step"]
+
+
+def newest(place: Path) -> int:
+    return max(map(saved, checkpoints(place)), default=0)
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.ray
+def test_a_machine_is_lost_and_returns(machines: Machines, data: Path, undisturbed: dict[str, dict], tmp_path: Path):
+    """Two workers, then one on the machine that is left, which has a single CPU, then two again.
+
+    It comes first: Ray keeps what a killed driver has asked for, and for some minutes gives an elastic run the rest.
+    """
+    place = tmp_path / "elastic"
+    words = ["--data", data, "--storage", tmp_path, "--name", "elastic", "--num-workers", "1-2"]
+    command = Command(machines, tmp_path / "watched", *words)
+    attempt = command.attempt
+
+    attempt.until(7)
+    process = command.start()
+    # It may begin with one, and grow.
+    process.wait(lambda: newest(place) == 4 and 2 in attempt.workers() and 3 in curve(tracked(place), "step.loss"))
+    two = attempt.processes()
+    machines.lose_other()
+    process.wait(lambda: attempt.steps(after=two))
+    attempt.until(17)
+    process.wait(lambda: 16 in attempt.steps(after=two) and 13 in curve(tracked(place), "step.loss"))
+    assert attempt.workers(after=two) == {1} and min(attempt.steps(after=two)) == 4
+    before = attempt.processes()
+    machines.add_other()
+    process.wait(lambda: attempt.steps(after=before))
+    attempt.until(10**9)
+    process.finish()
+    assert attempt.workers(after=before) == {2} and min(attempt.steps(after=before)) == 14
+    attempt.assert_every_record_once()
+    assert_nothing_happened(place, undisturbed)
+
+
+@pytest.mark.ray
+def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undisturbed: dict[str, dict], tmp_path: Path):
+    """The workers between writing and reporting, a full disk, the driver, a damaged checkpoint, a silent MLflow."""
+    place = tmp_path / "killed"
+    words = ["--data", data, "--storage", tmp_path, "--name", "killed"]
+    command = Command(machines, tmp_path / "watched", *words)
+    attempt = command.attempt
+    attempt.until(13)
+    process = command.start()
+    process.wait(lambda: newest(place) == 10 and len(machines.processes("ray::RayTrainWorker")) == 2)
+    (controller,) = machines.processes("ray::TrainController")
+    os.kill(controller, signal.SIGSTOP)  # nobody hears of the next checkpoint
+    before = attempt.processes()
+    attempt.until(15)
+    process.wait(lambda: newest(place) == 14 and 13 in curve(tracked(place), "step.loss"))
+    unheard_of = checkpoints(place)[-1].name
+    assert unheard_of not in (place / "checkpoint_manager_snapshot.json").read_text()
+    os.kill(machines.processes("ray::RayTrainWorker")[0], signal.SIGKILL)  # the other waits for it in mid-epoch
+    os.kill(controller, signal.SIGCONT)
+    process.wait(lambda: attempt.steps(after=before))
+    attempt.until(17)
+    process.wait(lambda: 16 in attempt.steps(after=before))
+    assert min(attempt.steps(after=before)) == 14
+    assert f"going on at epoch 1, step 4, from {unheard_of}" in process.printed
+
+    for worker in machines.processes("ray::RayTrainWorker"):
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))  # a disk without room
+    attempt.until(25)
+    assert re.search("no checkpoint can be written .*File too large.*: make room there", process.finish(status=2))
+
+    before = attempt.processes()
+    attempt.until(27)
+    process = command.start()
+    process.wait(lambda: newest(place) == 24 and 23 in curve(tracked(place), "step.loss"))
+    assert min(attempt.steps(after=before)) == 14
+    process.kill()
+    wait_until(lambda: not machines.processes("ray::RayTrainWorker"), process.seen)
+
+    latest, older = checkpoints(place)[-1], checkpoints(place)[-2]
+    truncate(latest / "bundle" / "model.safetensors")
+    assert saved(older) == 20
+    before = attempt.processes()
+    attempt.until(33)
+    process = command.start()
+    process.wait(lambda: 32 in attempt.steps(after=before))
+    assert min(attempt.steps(after=before)) == 20
+    with silent(mlflow_server):
+        attempt.until(10**9)
+        process.wait(lambda: newest(place) >= 38)
+    assert f"checkpoint {latest.name} is damaged and passed over" in process.finish()
+    attempt.assert_every_record_once()
+    assert_nothing_happened(place, undisturbed)
+
+    def goes_on_from(**changes: object) -> str | None:
+        job = job_of(data, changes)
+        return newest_whole(Storage.open(place), job.recipe, job.train.order, torch.device("cpu"))[0]
+
+    kept = [path.name for path in checkpoints(place)][::-1]
+    assert goes_on_from() == kept[0]
+    for file in ("state.json", "optimizer.safetensors", "bundle/config.json", "bundle/model.safetensors"):
+        content = (place / kept[0] / file).read_bytes()
+        middle = len(content) // 2
+        (place / kept[0] / file).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        assert goes_on_from() == kept[1], file
+        (place / kept[0] / file).write_bytes(content)
+    with pytest.raises(LsemvaeError, match="began with batch_size=16, not 32: go on with the same, or give another"):
+        goes_on_from(**{"optim.batch_size": 32})
+    with pytest.raises(LsemvaeError, match="the run began with another model"):
+        goes_on_from(**{"model.latent": 5})
+    for name in kept:
+        truncate(place / name / "state.json")
+    with pytest.raises(LsemvaeError, match=r"every checkpoint of .* is damaged: give another --name to start anew"):
+        goes_on_from()
+
+
+@pytest.mark.ray
+def test_an_object_store_that_fails_then_refuses_and_a_loss_that_is_not_finite(
+    machines: Machines, data: Path, s3: str, tmp_path: Path
+):
+    """What may pass is waited for; what does not pass ends the run at once, with one line."""
+    client = boto3.client("s3")
+    for path in data.iterdir():
+        content = bytearray(path.read_bytes())
+        if path.name == "train-0.parquet":
+            content[1000] ^= 1  # in its first row group
+        client.put_object(Bucket="ecg", Key=f"survival/data/{path.name}", Body=bytes(content))
+    between = Between(s3)
+    kinds = ("503", "reset", "reset in mid-body", "cut", "less")
+    between.faults = [Fault(kind, 1, "GET", "train-") for kind in kinds]
+    between.faults += [Fault(kind, 2, "PUT", "checkpoint_") for kind in ("503", "reset")]
+    words = ["--data", between.uri("ecg/survival/data"), "--storage", between.uri("ecg/survival/runs")]
+    words += ["--name", "s3", "--max-damaged-share", 0.5]
+    command = Command(machines, tmp_path / "watched", *words)
+    attempt = command.attempt
+    attempt.until(15)
+    process = command.start()
+    process.wait(lambda: 14 in attempt.steps())
+    assert not any(fault.times for fault in between.faults)
+    between.faults = [Fault("403", method="GET", part="train-")]
+    attempt.until(10**9)
+    assert re.search(r"train-\d.parquet: access denied: check the credentials", process.finish(status=2))
+    assert len(attempt.processes()) == 2  # nothing was tried again, and the next epoch may have been read before
+    attempt.assert_every_record_once(epochs=2, damaged=64)
+    run = json.loads(client.get_object(Bucket="ecg", Key="survival/runs/s3/run.json")["Body"].read())["run"]
+    damaged = curve(Run(run), "train.damaged")
+    assert len(damaged) >= 2 and set(damaged.values()) == {64}
+
+    between.heal()
+    before = attempt.processes()
+    process = Command(machines, attempt.folder, *words, "--optim.learning-rate", 1e30).start()
+    error = process.finish(status=2)
+    between.close()
+    assert re.search(r"training failed: epoch [23], step \d: the loss or its gradient is not finite", error)
+    assert len(attempt.processes() - before) == 2
+    assert "Traceback" not in process.printed
+
+
+def test_more_damage_than_is_allowed_ends_the_run(data: Path, mlflow_server: str, tmp_path: Path):
+    for path in data.iterdir():
+        content = bytearray(path.read_bytes())
+        if path.name == "train-0.parquet":
+            content[1000] ^= 1  # in its first row group
+        (tmp_path / path.name).write_bytes(content)
+    run = Run.start("pretrain", "damaged", {})
+    with pytest.raises(LsemvaeError, match=r"64 of 160 recordings cannot be read .* more than max_damaged_share=0\.3"):
+        train_here(job_of(tmp_path, {"max_damaged_share": 0.3}), tmp_path / "run", run)
+    run.end("FAILED")
+    assert not (tmp_path / "run" / "bundle").exists()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=st.data())
+def test_damage_anywhere_in_a_shard_costs_its_row_groups_and_no_more(data: Path, tmp_path: Path, damage: st.DataObject):
+    """A byte that is another, a piece that is gone, a file that ends early: the records are right, or set aside."""
+    whole = (data / "train-0.parquet").read_bytes()
+    place = damage.draw(st.one_of(st.integers(0, len(whole) - 1), st.integers(len(whole) - 4000, len(whole) - 1)))
+    gone = damage.draw(st.sampled_from([0, 1, 500, len(whole)]))
+    other = b"" if gone else bytes([whole[place] ^ damage.draw(st.integers(1, 255))])
+    content = whole[:place] + other + whole[place + (gone or 1) :]
+    for path in data.iterdir():
+        (tmp_path / path.name).write_bytes(content if path.name == "train-0.parquet" else path.read_bytes())
+    storage_footer.cache_clear()
+    order = {"batch_size": 16, "streams": 4, "buffer": 64, "shuffle": False}
+    feeds = [
+        Feed.of(ShardedDataset.open(str(folder)), "train", LEADS, PREPROCESS, **order) for folder in (data, tmp_path)
+    ]
+    for right, found in zip(*(feed.batches(0, read=read_here) for feed in feeds), strict=True):
+        known = found["row_B"] >= 0
+        np.testing.assert_array_equal(found["row_B"][known], right["row_B"][known])
+        np.testing.assert_array_equal(found["x_BLT"][known], right["x_BLT"][known])
+        assert (found["row_B"][~known] == DAMAGED).all() and not found["weight_B"][~known].any()
+        assert known[right["row_B"] >= 96].all()
+
+
+def test_a_shard_that_is_gone_is_named(data: Path, tmp_path: Path):
+    for path in data.iterdir():
+        if path.name != "train-1.parquet":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    feed = Feed.of(ShardedDataset.open(str(tmp_path)), "train", LEADS, PREPROCESS, batch_size=16)
+    with pytest.raises(LsemvaeError, match=r"train-1\.parquet is gone, though the manifest names it"):
+        list(feed.batches(0, read=read_here))
+
+
+def test_numbers_wait_while_mlflow_is_away(mlflow_server: str, monkeypatch: pytest.MonkeyPatch, caplog):
+    run = Run.start("pretrain", "away", {})
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with silent(mlflow_server):
+        run.metrics({"loss": 3.0}, 0)
+        run._sender.join()
+        assert "MLflow cannot be written to, going on without" in caplog.text
+        run.metrics({"loss": 2.0}, 1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    run.metrics({"loss": 1.0}, 2)
+    run.end()
+    assert curve(run, "loss") == {0: 3.0, 1: 2.0, 2: 1.0}
+    assert "are lost" not in caplog.text
+
+
+def test_a_full_disk_is_no_failure_that_passes(tmp_path: Path):
+    says = r"no checkpoint can be written .*No space left.*: make room"
+    with pytest.raises(LsemvaeError, match=says) as caught, writing_to(Storage.open(tmp_path)):
+        Path("/dev/full").write_bytes(b"x")
+    assert not isinstance(caught.value, StorageError)
+    with pytest.raises(StorageError), writing_to(Storage.open(tmp_path)):
+        raise OSError("AWS Error SLOW_DOWN")
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (NonFiniteBatch("a", (3,)), True),
+        (StorageError("denied", passing=False), True),
+        (StorageError("overloaded"), False),
+        (RuntimeError("the other worker is gone"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error: Exception, lasting: bool):
+    error = copy.deepcopy(error)  # made anew of its arguments and attributes, as one that comes from a worker
+    with pytest.raises(type(error)) if lasting else contextlib.nullcontext():
+        raise_lasting([RuntimeError("lost"), error])

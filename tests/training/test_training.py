@@ -1,0 +1,262 @@
+"""Pre-training and fine-tuning as commands, on a real cluster with a real MLflow server."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from sklearn.metrics import roc_auc_score
+from support.session import ROOT, Cluster, Trained, workflow
+
+from lsemvae import bundle as bundles
+from lsemvae.data.shards import ShardedDataset
+from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.recipes import FINETUNE, PRETRAIN
+from lsemvae.tracking import Run, fetch, promote, resolve
+
+
+def logged(run_name: str, experiment: str) -> tuple[MlflowClient, object]:
+    client = MlflowClient()
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    (run,) = [r for r in client.search_runs([experiment_id]) if r.info.run_name == run_name][:1]
+    return client, run
+
+
+@pytest.mark.ray
+def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrained: Trained):
+    bundle, model = bundles.load(pretrained.folder / "bundle")
+    assert bundle.task is None and bundle.leads == LEADS
+    assert bundle.provenance["data"]["digest"] == ShardedDataset.open(str(shards)).manifest.digest
+    assert model.config == PRETRAIN["smoke"].model
+
+    client, run = logged("encoder", "pretrain")
+    assert run.info.status == "FINISHED"
+    epochs = PRETRAIN["smoke"].optim.epochs
+    wanted = ["train.loss", "train.reconstruction", "train.kl", "train.alignment", "val.loss", "val.active_units"]
+    wanted += ["val.collapsed", "records_per_s", *(f"val.r/{lead}" for lead in LEADS)]
+    for name in wanted:
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [metric.step for metric in history] == list(range(epochs)), name
+    losses = [metric.value for metric in client.get_metric_history(run.info.run_id, "val.loss")]
+    assert losses[-1] < losses[0]
+    scales = [metric.value for metric in client.get_metric_history(run.info.run_id, "kl_scale")]
+    assert scales == sorted(scales) and scales[-1] == 1
+    manifest = ShardedDataset.open(str(shards)).manifest
+    for split in ("train", "val"):  # the cohort has recordings without enough leads: they are refused, all others seen
+        assert 0.9 * manifest.rows_in(split) <= run.data.metrics[f"{split}.records"] <= manifest.rows_in(split)
+    assert run.data.params["model.latent"] == "16"
+    steps = -(-manifest.rows_in("train") // 32)
+    for name in ("loss", "kl", "grad_norm", "learning_rate", "kl_scale", "records_per_s"):
+        history = client.get_metric_history(run.info.run_id, f"step.{name}")
+        assert [metric.step for metric in history] == list(range(epochs * steps)), name
+    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "reconstructions")]
+    assert pictures
+    assert {item.path for item in client.list_artifacts(run.info.run_id, "bundle")} == {
+        "bundle/config.json", "bundle/model.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.ray
+def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(s3: str, shards: Path, pretrained: Trained):
+    """At a reconstruction weight of zero nothing but the prior is left. Preprocessed on the device."""
+    client = boto3.client("s3")
+    for path in shards.iterdir():
+        client.upload_file(str(path), "ecg", f"pretrain/shards/{path.name}")
+    done = workflow(
+        "pretrain", "smoke", "--data", "s3://ecg/pretrain/shards", "--storage", "s3://ecg/pretrain/runs",
+        "--name", "s3", "--model-name", "s3", "--optim.epochs", 1, "--model.reconstruction-weight", 0,
+        "--preprocess-on", "device",
+    )  # fmt: skip
+    on_device, on_cpu = (logged(name, "pretrain")[1].data.metrics for name in ("s3", "encoder"))
+    assert {split: on_device[f"{split}.records"] for split in ("train", "val")} == {
+        split: on_cpu[f"{split}.records"] for split in ("train", "val")
+    }
+    assert "warning: the posterior has collapsed" in done.stdout
+    assert bundles.load(fetch("s3://ecg/pretrain/runs/s3/bundle").folder)[0].leads == LEADS
+    keys = {item["Key"] for item in client.list_objects_v2(Bucket="ecg", Prefix="pretrain/runs/s3/")["Contents"]}
+    assert any("checkpoint_" in key and key.endswith("optimizer.safetensors") for key in keys)
+
+
+@pytest.mark.ray
+def test_the_same_command_again_says_it_is_finished(shards: Path, pretrained: Trained):
+    done = workflow("pretrain", "smoke", "--data", shards, "--storage", pretrained.folder.parent, "--name", "encoder")
+    assert "encoder is finished: nothing to do" in done.stdout
+    assert str(pretrained.folder / "bundle") in done.stdout
+
+
+@pytest.mark.ray
+def test_a_killed_run_goes_on_from_its_checkpoint(ray_cluster: Cluster, shards: Path, tmp_path: Path):
+    """SIGKILL of the driver after the first checkpoint; the same command then trains only the epochs that are left.
+
+    Both read from the cache what the first epoch has prepared.
+    """
+    command = [sys.executable, str(ROOT / "workflows" / "pretrain.py"), "smoke", "--data", str(shards)]
+    command += ["--storage", str(tmp_path), "--name", "killed", "--model-name", "killed", "--optim.epochs", "5"]
+    command += ["--cache", str(tmp_path / "cache")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("killed/checkpoint_*/state.json")):
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    client, run = logged("killed", "pretrain")
+    before = len(client.get_metric_history(run.info.run_id, "train.loss"))
+    assert 1 <= before < 5
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    client, again = logged("killed", "pretrain")
+    assert again.info.run_id == run.info.run_id  # the same MLflow run goes on
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train.loss")]
+    assert sorted(set(steps)) == list(range(5))
+    assert len(steps) <= 6  # at most the epoch that was under way is done twice
+    groups = [len(np.load(path, mmap_mode="r")) for path in (tmp_path / "cache").glob("*/*.npy")]
+    assert sum(groups) == ShardedDataset.open(str(shards)).manifest.rows_in("all")
+    assert bundles.load(tmp_path / "killed" / "bundle")[0].leads == LEADS
+
+
+@pytest.mark.ray
+def test_the_same_file_runs_as_a_ray_job(ray_cluster: Cluster, shards: Path, tmp_path: Path, mlflow_server: str):
+    """`ray job submit --working-dir . -- python workflows/pretrain.py …` on a head made by `ray start --head`."""
+    runtime_env = {"env_vars": {"MLFLOW_TRACKING_URI": mlflow_server}, "excludes": ["docs", "tests"]}
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
+    command += ["--runtime-env-json", json.dumps(runtime_env), "--", "python", "workflows/pretrain.py", "smoke"]
+    command += ["--data", str(shards), "--storage", str(tmp_path), "--name", "job", "--model-name", "job"]
+    command += ["--optim.epochs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "succeeded" in done.stdout
+    assert bundles.load(tmp_path / "job" / "bundle")[0].leads == LEADS
+    assert logged("job", "pretrain")[1].info.status == "FINISHED"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("leads", ["6", "12"])
+def test_fine_tuning_is_out_of_fold_and_registered(shards: Path, finetuned: dict[str, Trained], leads: str):
+    folder, printed = finetuned[leads].folder, finetuned[leads].printed
+    scores = pd.read_csv(folder / "scores.csv", dtype={"record_id": str, "subject_id": str})
+    data = ShardedDataset.open(str(shards))
+    stored = data.read(["record_id", "label.ph"]).to_pylist()
+    assert sorted(scores["record_id"]) == sorted(row["record_id"] for row in stored)  # each once
+    assert dict(zip(scores["record_id"], scores["label"], strict=True)) == {
+        row["record_id"]: row["label.ph"] for row in stored
+    }
+    assert scores.groupby("subject_id")["fold"].nunique().max() == 1
+    assert sorted(scores["fold"].unique()) == list(range(FINETUNE["smoke"].folds))
+
+    results = pd.read_csv(folder / "results.csv", index_col="scored by")
+    assert list(results.index) == ["LS-EMVAE", "untrained encoder", "naive"]
+    for row in ("LS-EMVAE", "untrained encoder"):
+        auroc = roc_auc_score(scores["label"], scores[row])
+        assert results.loc[row, "AUROC"].startswith(f"{auroc:.3f} [")
+        assert results.loc[row, "AUROC"] in printed
+    assert results.loc["naive", "AUROC"] == "0.500 [0.500, 0.500]"
+    assert results.loc["LS-EMVAE", "AUROC"] != results.loc["untrained encoder", "AUROC"]
+
+    bundle, model = bundles.load(folder / "bundle")
+    assert bundle.task == "ph" and bundle.leads == (LIMB_LEADS if leads == "6" else LEADS)
+    assert 0 < bundle.threshold < 1
+    assert not any("logvar" in name or "decoder" in name for name in model.state_dict())
+    name, version = resolve(f"models:/ph-{leads}L@candidate")
+    fetched = fetch(f"models:/{name}/{version}")
+    assert bundles.describe(fetched.folder).digest == bundle.digest
+    assert resolve(f"models:/ph-{leads}L@champion") == (name, version)
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.ray
+def test_the_encoder_is_frozen_and_the_head_is_not(pretrained: Trained, finetuned: dict[str, Trained]):
+    _, encoder = bundles.load(pretrained.folder / "bundle")
+    _, classifier = bundles.load(finetuned["6"].folder / "bundle")
+    for name, tensor in classifier.encoders.state_dict().items():
+        torch.testing.assert_close(tensor, encoder.encoders.select(LIMB_LEADS).state_dict()[name], rtol=0, atol=0)
+    assert classifier.head.fc2.weight.abs().sum() > 0
+    assert not torch.equal(classifier.head.mean_F, torch.zeros_like(classifier.head.mean_F))
+
+
+@pytest.mark.ray
+def test_promotion_goes_forward_and_back(finetuned: dict[str, Trained]):
+    run = Run.start("finetune", "again", {})
+    run.bundle(finetuned["6"].folder / "bundle")
+    first = run.register("moves", {}, alias="candidate")
+    second = run.register("moves", {}, alias="candidate")
+    run.end()
+    assert promote("moves", str(first)) == (first, None)
+    assert "is version 2 (before: version 1)" in workflow("promote", "--name", "moves").stdout
+    assert resolve("models:/moves@champion") == ("moves", second)
+    workflow("promote", "--name", "moves", "--source", first)
+    assert resolve("models:/moves@champion") == ("moves", first)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["pretrain", "nope", "--data", "{shards}", "--storage", "{tmp}/s"], "choose one of paper, released, small"),
+        (["pretrain", "smoke", "--data", "{tmp}", "--storage", "{tmp}/s"], "holds no manifest.json"),
+        (["pretrain", "smoke", "--data", "{shards}", "--storage", "gs://x/y"], "only folders, file:// and s3://"),
+        (
+            ["pretrain", "smoke", "--data", "{shards}", "--storage", "{tmp}/s", "--num-workers", "500"],
+            "500 workers and 8 streams",
+        ),
+        (
+            ["pretrain", "smoke", "--data", "{shards}", "--storage", "{tmp}", "--num-workers", "8", "--wait-s", "1"],
+            "8 workers cannot be had: the cluster has 4 CPU, 9 are needed",
+        ),
+        (["finetune", "smoke", "--task", "sex", "--encoder", "{encoder}"], "no label 'sex': it has "),
+        (["finetune", "smoke", "--task", "mpap_mmhg", "--encoder", "{encoder}"], "at other values"),
+        (["finetune", "smoke", "--task", "ph", "--encoder", "{encoder}", "--leads", "I,V9"], "unknown lead 'V9'"),
+        (["finetune", "smoke", "--task", "ph", "--encoder", "models:/no@champion"], "no model 'no' with alias"),
+        (["finetune", "smoke", "--task", "ph", "--encoder", "{tmp}"], "is no bundle"),
+        (["finetune", "smoke", "--task", "ph", "--encoder", "{classifier}"], "takes a pre-trained"),
+        (["finetune", "smoke", "--task", "ph", "--encoder", "{encoder}", "--folds", "40"], "40 folds need 40 of each"),
+        (["score", "--model", "models:/ph-6L@nobody", "--data", "{shards}", "--output", "{tmp}/s"], "alias 'nobody'"),
+        (["score", "--model", "{encoder}", "--data", "{shards}", "--output", "{tmp}/s"], "fine-tune it first"),
+        (["promote", "--name", "nothing"], "no model 'nothing' with alias 'candidate'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_status_2(command, says, shards, pretrained, finetuned, tmp_path):
+    words = {
+        "shards": shards, "tmp": tmp_path, "encoder": pretrained.folder / "bundle",
+        "classifier": finetuned["6"].folder / "bundle",
+    }  # fmt: skip
+    if command[0] == "finetune":
+        command = [*command, "--data", "{shards}"]
+    done = workflow(*[word.format(**words) for word in command], check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and says in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--optim.epochs", "0"], "epochs=0"),
+        (["--optim.epoch", "3"], "--optim.epochs INT"),
+        (["--preprocess.scale", "z"], "invalid choice 'z'"),
+        (["--model.samples", "5001"], "samples is 5001"),
+    ],
+)
+def test_what_the_command_line_cannot_mean_is_explained(words: list[str], says: str, tmp_path: Path):
+    done = workflow("pretrain", "smoke", "--data", tmp_path, "--storage", tmp_path, *words, check=False)
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.ray
+def test_an_mlflow_server_that_is_away_is_named_before_anything_starts(shards: Path, tmp_path: Path):
+    done = workflow(
+        "pretrain", "smoke", "--data", shards, "--storage", tmp_path, check=False,
+        MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: starting an MLflow run failed at http://127.0.0.1:9" in done.stderr
+    assert not list(tmp_path.iterdir())

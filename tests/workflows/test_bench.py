@@ -1,0 +1,59 @@
+"""The benchmarks that need servers end, with the rows that docs/performance.md shows. How fast, no test says."""
+
+import json
+import math
+
+import pytest
+from support.session import workflow
+
+
+@pytest.mark.ray
+def test_serve_is_measured_against_each_baseline(tmp_path):
+    path = tmp_path / "rows.json"
+    done = workflow(
+        "bench", "serve", "--size", "smoke", "--leads", "6", "--clients", 1, 4, "--shares", 0.05, "--rounds", 1,
+        "--seconds", 0.5, "--json", path,
+    )  # fmt: skip
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    for clients in (1, 4):
+        for form in ("", " json"):
+            assert f"bare c{clients}{form}" in rows
+            for baseline in ("fastapi", "mlflow"):
+                for quantile in ("", " p50", " p95", " p99"):
+                    assert f"{baseline} c{clients}{form}{quantile}" in rows
+    assert len({case for case in rows if case.startswith("fastapi r")}) == 4  # the open loop
+    for case, row in rows.items():
+        pair = (row["ours"], row["baseline"])
+        assert all(math.isfinite(value) and value > 0 for value in pair), case
+        assert row["ratio"] == pytest.approx(pair[1] / pair[0] if row["unit"] == "ms" else pair[0] / pair[1])
+        assert case in done.stdout
+
+
+@pytest.mark.ray
+def test_score_is_measured_against_the_bare_loop(tmp_path):
+    path = tmp_path / "rows.json"
+    workflow("bench", "score", "--records", 48, "--actors", 1, "--json", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == [
+        case
+        for kind in ("shards", "xml")
+        for case in (
+            f"score {kind}, warm", f"score {kind}, 4 x, warm", f"score {kind}, with start-up",
+            f"score {kind}, 4 x, with start-up", f"peak memory {kind}, 4 x and 1 x",
+        )
+    ]  # fmt: skip
+    assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.ray
+def test_the_cache_is_measured_at_the_pace_of_a_device(shards, tmp_path):
+    path = tmp_path / "rows.json"
+    rates = (200.0, 1e9)
+    done = workflow(
+        "bench", "pace", "--data", shards, "--recipe", "smoke", "--records-per-s", *rates, "--rounds", 1, "--json", path
+    )
+    slow, fast = json.loads(path.read_text())["rows"]
+    assert (slow["baseline"], fast["baseline"]) == rates
+    assert 0 < slow["ours"] <= 200
+    assert slow["ratio"] > fast["ratio"] > 0  # nothing feeds the second
+    assert "an epoch begins after" in done.stdout
