@@ -14,8 +14,9 @@ import numpy as np
 from lsemvae.bundle import Bundle, Score
 from lsemvae.errors import LsemvaeError, Refused, UnreadableRecording
 from lsemvae.leads import LEADS
-from lsemvae.quality import FLAGS, quality_flags
+from lsemvae.quality import quality_flags
 from lsemvae.record import Record
+from lsemvae.scoring.reliability import reliability
 from serve.observed import Metrics
 from serve.registry import Served
 from serve.schema import RecordOut, RefusedOut, Reliability, ScoreOut
@@ -135,7 +136,8 @@ class Scoring:
         out.score, out.decision, out.probability = answer.score, answer.decision, answer.probability
         out.leads_used = list(answer.leads_used)
         out.leads_derived = [lead for lead in answer.leads_used if lead in given.derived]
-        out.reliability = reliability(given, answer.leads_used, flags, chosen.scorer.bundle.leads)
+        doubts = reliability(given.leads, given.derived, answer.leads_used, flags, chosen.scorer.bundle.leads)
+        out.reliability = Reliability(level=doubts.level, reasons=list(doubts.reasons))
         return out
 
     async def _first_to_accept(self, candidates: list[Served], record: Record) -> tuple[Served, Score, tuple[str, ...]]:
@@ -203,32 +205,6 @@ def choose(record: Record, served: Mapping[str, Served], name: str | None) -> li
 def usable_leads(record: Record) -> set[str]:
     low_L, high_L = np.fmin.reduce(record.signal_mv_LT, axis=1), np.fmax.reduce(record.signal_mv_LT, axis=1)
     return {lead for lead, low, high in zip(record.leads, low_L, high_L, strict=True) if low < high}
-
-
-def reliability(
-    record: Record, leads_used: Iterable[str], flags: Iterable[str], model_leads: tuple[str, ...]
-) -> Reliability:
-    """What is less than the best about the recording, for a model of these leads; see `schema.Reliability`."""
-    used = set(leads_used)
-    missing = [lead for lead in model_leads if lead not in record.leads]
-    unusable = [lead for lead in model_leads if lead in record.leads and lead not in used]
-    derived = [lead for lead in model_leads if lead in used and lead in record.derived]
-    reasons = []
-    if missing:
-        reasons.append(f"Missing of the model's {len(model_leads)} leads: {', '.join(missing)}.")
-    if unusable:
-        reasons.append(f"Flat or without enough samples, so not used: {', '.join(unusable)}.")
-    if derived:
-        reasons.append(f"Computed from I and II, not measured: {', '.join(derived)}.")
-    flagged: defaultdict[str, list[str]] = defaultdict(list)
-    for flag in flags:
-        kind, _, detail = flag.partition(":")
-        if flag in FLAGS or detail not in LEADS:
-            flagged[FLAGS.get(flag) or FLAGS.get(kind, flag)]  # of the whole recording
-        elif detail in model_leads and detail not in unusable:
-            flagged[FLAGS.get(kind, kind)].append(detail)
-    reasons += [f"{', '.join(leads)}: {text}" if leads else text for text, leads in flagged.items()]
-    return Reliability(level="limited" if reasons else "good", reasons=reasons)
 
 
 def drawn(record: Record) -> RecordOut:
