@@ -11,11 +11,14 @@ growing random pauses: half a minute. What does not pass by waiting (403, 404) f
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
@@ -97,10 +100,26 @@ class Storage:
         """Whole or not at all: a reader never sees a part of it. Raises StorageError."""
         with explained(self._shown(relative)):
             if self.is_local:
-                _write_local(Path(self.path(relative)), content)
+                with whole_file(Path(self.path(relative))) as stream:
+                    stream.write(content)
             else:  # an S3 object appears when its upload is complete
                 with self.filesystem.open_output_stream(self.path(relative)) as stream:
                     stream.write(content)
+
+    @contextmanager
+    def writing(self, relative: str) -> Iterator[IO[bytes]]:
+        """A stream for a large file that appears in one step, when the block ends without an error.
+
+        It is spooled to a temporary file first: an error inside the block must not complete an upload.
+        """
+        with tempfile.TemporaryFile() as spool:
+            yield spool
+            spool.seek(0)
+            with explained(self._shown(relative)):
+                path = self.path(relative)
+                target = whole_file(Path(path)) if self.is_local else self.filesystem.open_output_stream(path)
+                with target as stream:
+                    shutil.copyfileobj(spool, stream, 2**20)
 
     def remove(self, relative: str) -> None:
         """A file, and the folder it was in where nothing else is left there. Raises StorageError."""
@@ -166,17 +185,24 @@ _MENDS = [
 _LASTING = {mend for signs, mend in _MENDS if {"ACCESS_DENIED", "NO_SUCH_BUCKET", "Permission denied"} & set(signs)}
 
 
-def _write_local(target: Path, content: bytes) -> None:
+@contextmanager
+def whole_file(target: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A stream into a local file that appears in one step, when the block ends without an error.
+
+    Without `durable` the file may be empty after a power cut.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())  # else a machine that loses power may keep the name without the content
+            yield stream
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())  # without it, a power cut may keep the name and lose the content
         partial.replace(target)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
 
 

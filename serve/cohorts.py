@@ -28,6 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from lsemvae.data.shards import MANIFEST
 from lsemvae.errors import LsemvaeError
+from lsemvae.scoring.progress import PROGRESS
 from lsemvae.storage import Storage
 from serve.registry import Served
 from serve.schema import RESEARCH_ONLY, ModelOut, Problem
@@ -283,7 +284,7 @@ def described(client: JobSubmissionClient, job_id: str, details: JobDetails) -> 
 def _progress(about: Mapping[str, str]) -> dict[str, Any]:
     """Empty when there is none yet, or that of another job is in the way."""
     try:
-        progress = json.loads(Storage.open(about["output"]).read_bytes("progress.json"))
+        progress = json.loads(Storage.open(about["output"]).read_bytes(PROGRESS))
     except (OSError, LsemvaeError, ValueError):
         return {}
     return progress if (progress["digest"], progress["input"]) == (about["digest"], about["input"]) else {}

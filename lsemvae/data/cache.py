@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.storage import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -58,19 +58,14 @@ class Cache:
         path = self.path(shard, group)
         if self.folder in _given_up:
             return
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         kinds = np.dtype([(name, values.dtype, values.shape[1:]) for name, values in rows.items()])
         packed = np.empty(len(next(iter(rows.values()))), kinds)
         for name, values in rows.items():
             packed[name] = values
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
+            with whole_file(path, durable=False) as stream:
                 np.lib.format.write_array(stream, packed, allow_pickle=False)
-            partial.replace(path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             _given_up.add(self.folder)
             log.warning(f"the cache {self.folder} takes no more ({os.strerror(error.errno or 0)}): going on without")
 

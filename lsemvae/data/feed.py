@@ -24,14 +24,13 @@ import pyarrow.parquet as pq
 from lsemvae.data.ahead import ahead
 from lsemvae.data.cache import Cache
 from lsemvae.data.order import Block, Order, Piece
-from lsemvae.data.shards import ROWS_PER_GROUP, SCHEMA, ShardedDataset, signals_mv
+from lsemvae.data.shards import ROWS_PER_GROUP, SCHEMA, SIGNAL_COLUMNS, ShardedDataset, signals_mv
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals, window_signals
 from lsemvae.storage import Storage, explained
 
 log = logging.getLogger(__name__)
 
-SIGNAL_COLUMNS = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
 _SIGNAL_SCHEMA = pa.schema([SCHEMA.field(name) for name in SIGNAL_COLUMNS])
 PREFETCHED_BLOCKS = 2
 LOOKS = 3

@@ -52,6 +52,10 @@ SCHEMA = pa.schema(
 )
 
 
+SIGNAL_COLUMNS = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
+"""The columns that `signals_mv` needs, and the rate."""
+
+
 # --- one recording <-> one row -------------------------------------------------------------------------------
 
 
@@ -322,7 +326,6 @@ class ShardedDataset:
         `labelled` is a column of `columns`: rows where it is null are left out before any work is done on them.
         """
         leads, columns = tuple(leads), list(columns)
-        needed = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
 
         def prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             if labelled:
@@ -337,7 +340,7 @@ class ShardedDataset:
                 **{name: batch[name] for name in columns},
             }
 
-        chosen = self.dataset(split).select_columns([*needed, *(c for c in columns if c not in needed)])
+        chosen = self.dataset(split).select_columns([*SIGNAL_COLUMNS, *(c for c in columns if c not in SIGNAL_COLUMNS)])
         return chosen.map_batches(prepare, batch_size=batch_size, zero_copy_batch=True)
 
 

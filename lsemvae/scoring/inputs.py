@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lsemvae.cohorts import COHORTS, detect, read_labels
-from lsemvae.data.shards import MANIFEST, ROWS_PER_GROUP, Shard, ShardedDataset, signals_mv
+from lsemvae.data.shards import MANIFEST, ROWS_PER_GROUP, SIGNAL_COLUMNS, Shard, ShardedDataset, signals_mv
 from lsemvae.errors import LsemvaeError, StorageError, UnreadableRecording
 from lsemvae.formats import read_relative
 from lsemvae.quality import quality_flags
 from lsemvae.storage import Storage
 
 PART_RECORDS = 256
-_COLUMNS = ["record_id", "subject_id", "flags", "signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
+_COLUMNS = ["record_id", "subject_id", "flags", *SIGNAL_COLUMNS]
 
 
 @dataclass(frozen=True)

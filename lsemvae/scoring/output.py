@@ -2,16 +2,9 @@
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,8 +69,8 @@ def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any
     parquet, csv = f"scores-{job.plan}.parquet", f"scores-{job.plan}.csv"
     with (
         ThreadPoolExecutor(8) as pool,
-        whole_file(job.output, parquet) as parquet_stream,
-        whole_file(job.output, csv) as csv_stream,
+        job.output.writing(parquet) as parquet_stream,
+        job.output.writing(csv) as csv_stream,
         pq.ParquetWriter(parquet_stream, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
         pacsv.CSVWriter(csv_stream, SCHEMA) as csv_writer,
     ):
@@ -115,23 +108,3 @@ def distribution(scores: np.ndarray) -> dict[str, Any]:
         "histogram": np.histogram(scores, bins=10, range=(0, 1))[0].tolist(),
         "quantiles": {q: float(np.percentile(scores, q)) for q in quantiles} if len(scores) else {},
     }
-
-
-@contextmanager
-def whole_file(output: Storage, name: str) -> Iterator[IO[bytes]]:
-    """A stream that becomes the file when the block ends without an error, in one step."""
-    with tempfile.TemporaryFile() as spool:
-        yield spool
-        spool.seek(0)
-        with explained(output.path(name)):
-            if not output.is_local:  # an S3 object appears when its upload is complete
-                with output.filesystem.open_output_stream(output.path(name)) as stream:
-                    shutil.copyfileobj(spool, stream, 2**20)
-                return
-            target = Path(output.path(name))
-            partial = target.with_name(f".{name}.{secrets.token_hex(4)}.partial")
-            with partial.open("wb") as stream:
-                shutil.copyfileobj(spool, stream, 2**20)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(target)

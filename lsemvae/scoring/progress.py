@@ -13,7 +13,7 @@ from typing import Any
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 
-FILE = "progress.json"
+PROGRESS = "progress.json"
 BEAT_S = 5.0
 SILENT_S = 30.0
 """A command that has written nothing for so long is taken to be dead."""
@@ -93,7 +93,7 @@ class Progress:
             try:
                 self._write()
             except (LsemvaeError, OSError) as error:  # it may pass, and the work goes on
-                log.warning(f"{FILE} cannot be written: {error}")
+                log.warning(f"{PROGRESS} cannot be written: {error}")
 
     def _write(self) -> None:
         self._beat += 1
@@ -113,11 +113,11 @@ class Progress:
             "records_per_s": round(self.rate, 3),
             "time_left_s": None if left is None else round(left, 1),
         }
-        self._output.write_bytes(FILE, json.dumps(content, indent=2).encode())
+        self._output.write_bytes(PROGRESS, json.dumps(content, indent=2).encode())
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._output.read_bytes(FILE))
+            return json.loads(self._output.read_bytes(PROGRESS))
         except (FileNotFoundError, ValueError):  # LsemvaeError too: a place that fails says nothing of others
             return None
 

@@ -37,7 +37,7 @@ from lsemvae.leads import LEADS
 from lsemvae.quality import quality_flags
 from lsemvae.scoring import inputs, progress
 from lsemvae.scoring.inputs import open_recordings, open_shards
-from lsemvae.scoring.output import JOB, SUMMARY, claim, finished, whole_file
+from lsemvae.scoring.output import JOB, SUMMARY, claim, finished
 from lsemvae.scoring.parts import Job, PartScorer, finished_part, part_path
 from lsemvae.scoring.progress import Progress
 from lsemvae.simulate import EcgParameters, simulate_ecg
@@ -243,11 +243,11 @@ def test_of_two_models_that_take_an_output_at_the_same_moment_one_has_it(tmp_pat
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path):
     output = Storage.open(tmp_path)
-    with contextlib.suppress(KeyError), whole_file(output, "scores.csv") as stream:
+    with contextlib.suppress(KeyError), output.writing("scores.csv") as stream:
         stream.write(b"half")
         raise KeyError
     assert not list(tmp_path.iterdir())
-    with whole_file(output, "scores.csv") as stream:
+    with output.writing("scores.csv") as stream:
         stream.write(b"all")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"all"]
 
@@ -267,7 +267,7 @@ def test_a_command_waits_for_one_that_lives_and_not_for_one_that_is_dead(tmp_pat
     assert "another command scores into" in caplog.text
 
     def left_behind(owner: str) -> None:
-        output.write_bytes(progress.FILE, json.dumps({"owner": owner, "beat": 3, "state": "running"}).encode())
+        output.write_bytes(progress.PROGRESS, json.dumps({"owner": owner, "beat": 3, "state": "running"}).encode())
 
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -279,7 +279,7 @@ def test_a_command_waits_for_one_that_lives_and_not_for_one_that_is_dead(tmp_pat
     left_behind("elsewhere:1:00")
     with Progress(output, ABOUT, 10):
         assert time.monotonic() - began > 1.0
-    assert json.loads((tmp_path / progress.FILE).read_text())["state"] == "done"
+    assert json.loads((tmp_path / progress.PROGRESS).read_text())["state"] == "done"
 
 
 def test_a_command_ends_when_another_has_taken_its_place(tmp_path: Path, monkeypatch):
@@ -289,11 +289,11 @@ def test_a_command_ends_when_another_has_taken_its_place(tmp_path: Path, monkeyp
     with Progress(output, ABOUT, 4) as mine:
         mine.add(part)
         other = {"owner": "elsewhere:1:00", "beat": 1, "state": "running"}
-        output.write_bytes(progress.FILE, json.dumps(other).encode())
+        output.write_bytes(progress.PROGRESS, json.dumps(other).encode())
         time.sleep(0.5)
         with pytest.raises(LsemvaeError, match="it goes on, this one ends"):
             mine.add(part)
-    assert json.loads((tmp_path / progress.FILE).read_text()) == other  # it is not written over
+    assert json.loads((tmp_path / progress.PROGRESS).read_text()) == other  # it is not written over
 
 
 # --- what the endpoint lets in -------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_the_choice_of_a_model():
 def results(output: Path) -> dict[str, bytes]:
     """Everything but progress.json, which has times in it, and what a killed command may leave hidden."""
     paths = [path for path in output.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {str(path.relative_to(output)): path.read_bytes() for path in paths if path.name != progress.FILE}
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths if path.name != progress.PROGRESS}
 
 
 def start(*arguments: object) -> subprocess.Popen:

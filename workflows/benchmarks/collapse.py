@@ -31,15 +31,14 @@ def bench_collapse(args: argparse.Namespace) -> list[Row]:
     """
     from matplotlib.figure import Figure
 
-    from lsemvae.data.shards import ShardedDataset, signals_mv
+    from lsemvae.data.shards import SIGNAL_COLUMNS, ShardedDataset, signals_mv
     from lsemvae.recipes import PRETRAIN
 
     recipe = PRETRAIN["small"]
     parts: dict[str, list[dict[str, Tensor]]] = {"train": [], "val": []}
     for uri in args.data:
         for split, batches in parts.items():
-            columns = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
-            table = ShardedDataset.open(uri).read(columns, split).to_pydict()
+            table = ShardedDataset.open(uri).read(SIGNAL_COLUMNS, split).to_pydict()
             prepared = preprocess_signals(signals_mv(table, LEADS), table["rate_hz"], LEADS, recipe.preprocess)
             tensors = {
                 "x_BLT": torch.from_numpy(prepared.x_BLT),

@@ -19,12 +19,13 @@ import torch
 from benchmarks.measure import Row, less_is_better, more_is_better
 from benchmarks.model import SIZES
 from lsemvae.bundle import CHUNK, Bundle, Scorer, save
-from lsemvae.data.shards import ShardedDataset, signals_mv
+from lsemvae.data.shards import SIGNAL_COLUMNS, ShardedDataset, signals_mv
 from lsemvae.errors import LsemvaeError
 from lsemvae.formats import read
 from lsemvae.leads import LEADS
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.preprocess import PreprocessConfig
+from lsemvae.scoring.progress import PROGRESS
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 WORKFLOWS = Path(__file__).parents[1]
@@ -91,10 +92,9 @@ def bare_xml(folder: Path, scorer: Scorer, limit: int | None = None) -> Iterator
 
 
 def bare_shards(folder: Path, scorer: Scorer) -> Iterator[float]:
-    names = ["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]
     for shard in ShardedDataset.open(str(folder)).manifest.of_split("all"):
-        for batch in pq.ParquetFile(folder / shard.path).iter_batches(CHUNK, columns=names):
-            columns = {name: batch.column(name).to_pylist() for name in names}
+        for batch in pq.ParquetFile(folder / shard.path).iter_batches(CHUNK, columns=SIGNAL_COLUMNS):
+            columns = {name: batch.column(name).to_pylist() for name in SIGNAL_COLUMNS}
             answers = scorer.score_signals(signals_mv(columns, scorer.bundle.leads), columns["rate_hz"])
             yield from (answer.score for answer in answers)
 
@@ -107,7 +107,7 @@ def cohort(folder: Path, kind: str, times: int, args: argparse.Namespace) -> dic
     gpu = ["--use-gpu"] if args.device == "cuda" else []
     peak_mb = run("score", "--model", folder / "bundle", *source, "--actors", args.actors, *gpu)
     wall_s = time.perf_counter() - began
-    said = json.loads((output / "progress.json").read_text())
+    said = json.loads((output / PROGRESS).read_text())
     assert said["made"] == said["scored"] == args.records * times
     return {"records_per_s": said["records_per_s"], "wall_s": wall_s, "peak_mb": peak_mb}
 
