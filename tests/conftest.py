@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import demo
 import pytest
 import servers
-from demo import workflow
 from support import swift_server
-from support.session import AUTHENTICATION, SHARED_DATA, Cluster, Trained, end_group, wait_for
+from support.session import AUTHENTICATION, SHARED_DATA, Cluster, Trained, end_group, wait_for, workflow
 
 os.environ.update(AUTHENTICATION)
 
@@ -72,7 +70,7 @@ def object_store(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="session")
 def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """`ray start --head` with token authentication, as a user's cluster would have it."""
-    port, dashboard_port = servers.free_port(), demo.free_port()
+    port, dashboard_port = servers.free_port(), servers.free_port()
     environment = AUTHENTICATION | {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",

@@ -159,7 +159,7 @@ class Machines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port, dashboard = servers.free_port(), demo.free_port()
+        self.port, dashboard = servers.free_port(), servers.free_port()
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
