@@ -1,4 +1,4 @@
-"""Pictures people look at: recordings on ECG paper, reconstructions, curves, distributions."""
+"""Figures: distributions, reconstructions, ROC and precision-recall curves, grid searches, calibration."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 
 def histogram(values: np.ndarray, edges: np.ndarray, label: str, color: str = "#2f5d8a") -> str:
-    """Counts of values -> SVG; those beyond the outer edges are in the outer bars, NaN are left out."""
+    """Draw the counts of values -> SVG. Values beyond the outer edges count in the outer bars; NaN are left out."""
     counts, _ = np.histogram(np.clip(values[np.isfinite(values)], edges[0], edges[-1]), edges)
-    # The same values are to give the same bytes, words are to stay words, and no address is to be in it.
+    # So that the same values give the same bytes, text stays text, and no address is in the file.
     without = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure = Figure(figsize=(5.4, 2.8), layout="constrained")
         axis = figure.subplots()
         axis.stairs(counts, edges, fill=True, color=color)
         axis.set(xlabel=label, ylabel="count", xlim=(edges[0], edges[-1]))
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="y", integer=True)
         axis.spines[["top", "right"]].set_visible(False)
         content = io.StringIO()
         figure.savefig(content, format="svg", metadata=without)
@@ -35,7 +35,7 @@ def reconstructions(
     path: Path,
     seconds: float = 4.0,
 ) -> None:
-    """Recordings (columns) by lead (rows): what went in, in grey, and what came out, in red."""
+    """Plot each recording (column) and lead (row): the input in grey, its reconstruction in red."""
     shown = min(int(seconds * rate_hz), x_BLT.shape[-1])
     time_s_T = np.arange(shown) / rate_hz
     columns = len(x_BLT)
@@ -54,13 +54,13 @@ def reconstructions(
             axis.set_yticks([])
             axis.spines[["top", "right", "left"]].set_visible(False)
         axes[-1, column].set_xlabel("seconds")
-    # Above the plots: within one it would lie on the recording.
+    # The legend is above the plots: within one it would cover the recording.
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", fontsize=7, frameon=False, ncols=2)
     figure.savefig(path, dpi=90)
 
 
 def discrimination(y_B: np.ndarray, scores: Mapping[str, np.ndarray], path: Path, title: str) -> None:
-    """ROC and precision-recall curves of out-of-fold scores, one line for each named scorer."""
+    """Plot the ROC and precision-recall curves of out-of-fold scores, one line for each named scorer."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     roc, precision_recall = figure.subplots(1, 2)
     for name, score_B in scores.items():
@@ -92,9 +92,10 @@ def grid_search(
     path: Path,
     best: int | None = None,
 ) -> None:
-    """One panel a searched setting: each trial's value over the setting's, joined where all else is equal.
+    """Plot each trial's value over each searched setting, one panel a setting.
 
-    `settings` holds one value for each trial; `best` is the place of the trial that has a ring.
+    Lines join the trials that differ in that setting alone. `settings` holds one value for each trial; `best` is the
+    index of the trial that is marked by a ring.
     """
     names = list(settings)
     figure = Figure(figsize=(3.4 * len(names) + 0.6, 3.8), layout="constrained")
@@ -124,9 +125,10 @@ def grid_search(
 
 
 def reliability(diagrams: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path, title: str) -> None:
-    """Share of positives over the mean probability, one line for each named (probability, positive, weight) [bin].
+    """Plot the share of positives over the mean probability, one line for each name.
 
-    The area of a point is its bin's weight.
+    `diagrams` maps a name to (probability, positive, weight), each an array over bins. The area of a point is
+    proportional to its bin's weight.
     """
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     axis = figure.subplots()

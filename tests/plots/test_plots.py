@@ -1,5 +1,6 @@
 """ECG paper: the millimetres are right, nothing is hidden, and any recording can be drawn."""
 
+import hashlib
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.plots.curves import histogram
 from lsemvae.plots.ecg_paper import ecg_paper
 from lsemvae.record import Record
+from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -63,7 +65,7 @@ def test_a_millivolt_is_10_mm_and_a_second_25_mm() -> None:
 
 
 def test_three_rows_of_four_leads_one_after_the_other() -> None:
-    """Each lead has its own mark at its own time, and is where its name is."""
+    """Each lead has a mark at a time of its own, and lies where its name is."""
     signals = {}
     for number, lead in enumerate(LEADS):
         signals[lead] = np.zeros(5000)
@@ -82,7 +84,7 @@ def test_three_rows_of_four_leads_one_after_the_other() -> None:
     assert rows_mm[0] == rows_mm[3] == rows_mm[6] == rows_mm[9] < rows_mm[1] < rows_mm[2] < rows_mm[12]
 
 
-def test_six_leads_and_what_is_derived_or_missing() -> None:
+def test_six_leads_and_derived_or_missing_ones() -> None:
     six = Paper(ecg_paper(record_of(("I", "II"))))
     assert {"I", "II", "III derived", "aVR derived", "aVL derived", "aVF derived"} <= six.texts.keys()
     assert not any("V1" in text for text in six.texts)
@@ -117,7 +119,7 @@ def test_a_tall_recording_gets_a_smaller_gain_and_says_so(height_mv: float, gain
     assert not any("cut off" in text for text in paper.texts)
 
 
-def test_what_does_not_fit_is_cut_off_and_named() -> None:
+def test_a_lead_that_does_not_fit_is_cut_off_and_named() -> None:
     signal_T = np.zeros(5000)
     signal_T[4000] = 163.835
     paper = Paper(ecg_paper(record_of(LEADS, V5=signal_T)))
@@ -170,6 +172,52 @@ def test_any_recording_stays_on_its_paper(leads, rate_hz, samples, size_mv, bad_
     assert '<a> & "b"' in paper.texts and '<a> & "b"' in paper.label
 
 
+# SHA-256 of the pictures, which a change of the code must keep.
+PICTURES = {
+    "twelve": "34b3643ef2407ca7",
+    "titled": "4a383291692f2889",
+    "six": "bc659dd67f6c719e",
+    "derived": "235ad5bf5e32af98",
+    "missing": "b082972d27f28c72",
+    "short": "2e0946135b042171",
+    "long": "4083bb8194cf80d2",
+    "slower": "2c9cd10a83f16e06",
+    "tall": "5d7694df2bf24e76",
+    "clipped": "5e4264249384b096",
+    "all clipped": "45a19456be86ad21",
+    "gaps": "9d9bc7b498dec1f2",
+}
+
+
+def pictures() -> dict[str, str]:
+    """One simulated heart drawn in many ways; in steps of 5 uV, so that a processor's rounding errors do not matter."""
+    signal_mv_LT, _ = simulate_ecg(EcgParameters(severity=0.9), np.random.default_rng(3))
+    heart = dict(zip(LEADS, np.rint(200 * signal_mv_LT) / 200, strict=True))
+    gaps = np.where(np.arange(5000) % 700 < 90, np.nan, heart["V1"])
+
+    def drawn(signals: dict[str, np.ndarray], rate_hz: float = RATE_HZ, title: str = "") -> str:
+        return ecg_paper(Record.from_leads(signals, rate_hz), title)
+
+    return {
+        "twelve": drawn(heart),
+        "titled": drawn(heart, title='A <heart> & its "title"'),
+        "six": drawn({lead: heart[lead] for lead in LIMB_LEADS}),
+        "derived": drawn({lead: heart[lead] for lead in ("I", "II")}),
+        "missing": drawn({lead: heart[lead] for lead in ("I", "V2", "V5")}),
+        "short": drawn({lead: signal[:1500] for lead, signal in heart.items()}, title="short"),
+        "long": drawn({lead: np.tile(signal, 3) for lead, signal in heart.items()}),
+        "slower": drawn({lead: signal[::2] for lead, signal in heart.items()}, 250),
+        "tall": drawn(heart | {"V3": 3 * heart["V3"]}),
+        "clipped": drawn(heart | {"V3": 60 * heart["V3"]}),
+        "all clipped": drawn({lead: 100 * signal for lead, signal in heart.items()}, title="x"),
+        "gaps": drawn(heart | {"V1": gaps, "V4": np.full(5000, np.nan)}),
+    }
+
+
+def test_the_pictures_stay_as_they_are() -> None:
+    assert {name: hashlib.sha256(svg.encode()).hexdigest()[:16] for name, svg in pictures().items()} == PICTURES
+
+
 def test_the_same_recording_gives_the_same_picture(tmp_path: Path) -> None:
     simulate.draw(tmp_path)
     first = {path.name: path.read_text() for path in tmp_path.iterdir()}
@@ -179,7 +227,7 @@ def test_the_same_recording_gives_the_same_picture(tmp_path: Path) -> None:
     assert "severity 1.6" in Paper(first["overloaded.svg"]).label
 
 
-def test_a_histogram_counts_everything_that_is_a_number() -> None:
+def test_a_histogram_counts_every_finite_value() -> None:
     values = np.array([1.5, 1.5, 2.5, 99.0, -99.0, np.nan, np.inf])
     svg = histogram(values, np.arange(4.0), "mV & more")
     assert svg == histogram(values, np.arange(4.0), "mV & more")
