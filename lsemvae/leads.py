@@ -1,12 +1,20 @@
 """The twelve leads, by name. Nothing in this project knows a lead by its position."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lsemvae.errors import LsemvaeError
 
 LIMB_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF")
 CHEST_LEADS = ("V1", "V2", "V3", "V4", "V5", "V6")
 LEADS = LIMB_LEADS + CHEST_LEADS
+
+LIMB_FROM_I_II: Mapping[str, tuple[float, float]] = {
+    "III": (-1.0, 1.0),
+    "aVR": (-0.5, -0.5),
+    "aVL": (1.0, -0.5),
+    "aVF": (-0.5, 1.0),
+}
+"""Einthoven's and Goldberger's relations: each lead -> its weights of I and II, so III = -1 * I + 1 * II."""
 
 _BY_FOLDED_NAME = {lead.casefold(): lead for lead in LEADS}
 

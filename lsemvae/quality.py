@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from lsemvae.leads import LIMB_FROM_I_II
 from lsemvae.record import Record
 
 FLAGS = {
@@ -235,10 +236,7 @@ def _limb_lead_flags(record: Record) -> list[str]:
     steps_uv = [0.0] if record.uv_per_lsb_L is None else [record.uv_per_lsb_L[row] for row in measured.values()]
     tolerance_mv = max(EINTHOVEN_MV, EINTHOVEN_STEPS * max(steps_uv) / 1000)
     expected_T = {
-        "III": ii_T - i_T,
-        "aVR": (i_T + ii_T) * np.float32(-0.5),
-        "aVL": i_T - ii_T * np.float32(0.5),
-        "aVF": ii_T - i_T * np.float32(0.5),
+        lead: np.float32(of_i) * i_T + np.float32(of_ii) * ii_T for lead, (of_i, of_ii) in LIMB_FROM_I_II.items()
     }
 
     def agree(lead: str, other: str) -> bool:

@@ -6,15 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lsemvae.errors import LsemvaeError
-from lsemvae.leads import LEADS, canonical, in_order
-
-# Exact arithmetic on I and II (Einthoven's and Goldberger's definitions).
-_DERIVATIONS = {
-    "III": (-1.0, 1.0),
-    "aVR": (-0.5, -0.5),
-    "aVL": (1.0, -0.5),
-    "aVF": (-0.5, 1.0),
-}
+from lsemvae.leads import LEADS, LIMB_FROM_I_II, canonical, in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +76,13 @@ class Record:
 
     def with_derived_limb_leads(self) -> "Record":
         """III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2, each only where it is absent."""
-        absent = [lead for lead in _DERIVATIONS if lead not in self.leads]
+        absent = [lead for lead in LIMB_FROM_I_II if lead not in self.leads]
         if not absent or "I" not in self.leads or "II" not in self.leads:
             return self
         rows = dict(zip(self.leads, self.signal_mv_LT, strict=True))
         steps = dict(zip(self.leads, self.uv_per_lsb_L, strict=True)) if self.uv_per_lsb_L is not None else {}
         for lead in absent:
-            of_i, of_ii = _DERIVATIONS[lead]
+            of_i, of_ii = LIMB_FROM_I_II[lead]
             rows[lead] = np.float32(of_i) * rows["I"] + np.float32(of_ii) * rows["II"]
             if steps:  # exact where I and II have one step, else to a quarter of the finer one
                 steps[lead] = min(steps["I"], steps["II"]) / 2

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit
 
+from lsemvae.leads import LIMB_FROM_I_II, LIMB_LEADS
+
 RATE_HZ, SAMPLES = 500, 5000
 
 # Frank's axes: x to the left, y to the feet, z to the back. Rows I, II, V1 … V6.
@@ -39,7 +41,7 @@ _DOWER = np.array(
         [0.831, 0.076, 0.230],
     ]
 )
-_LIMB_FROM_I_II = np.array([[1, 0], [0, 1], [-1, 1], [-0.5, -0.5], [1, -0.5], [-0.5, 1]])
+_LIMB_LEADS_FROM_I_II = np.array([(1, 0), (0, 1), *(LIMB_FROM_I_II[lead] for lead in LIMB_LEADS[2:])])
 # Electrodes RA, LA, LL, V1 … V6: what one of them picks up reaches the leads as the recorder adds it up.
 _LEADS_FROM_ELECTRODES = np.zeros((8, 9))
 _LEADS_FROM_ELECTRODES[:2, :3] = [[-1, 1, 0], [-1, 0, 1]]
@@ -107,7 +109,7 @@ def simulate_ecg(parameters: EcgParameters, rng: np.random.Generator) -> tuple[n
     r_s, rr_s = _beats(parameters, rng)
     eight_LT = _DOWER @ _dipole(parameters, waves, r_s, rr_s, rng)
     eight_LT += _LEADS_FROM_ELECTRODES @ _electrode_noise(parameters, rng)
-    signal_mv_LT = np.vstack([_LIMB_FROM_I_II @ eight_LT[:2], eight_LT[2:]])
+    signal_mv_LT = np.vstack([_LIMB_LEADS_FROM_I_II @ eight_LT[:2], eight_LT[2:]])
     return signal_mv_LT, _measurements(parameters, waves, float(rr_s.mean()))
 
 

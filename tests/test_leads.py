@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsemvae.errors import LsemvaeError
-from lsemvae.leads import CHEST_LEADS, LEADS, LIMB_LEADS, canonical, in_order, lead_set_name, parse_leads
+from lsemvae.leads import (
+    CHEST_LEADS,
+    LEADS,
+    LIMB_FROM_I_II,
+    LIMB_LEADS,
+    canonical,
+    in_order,
+    lead_set_name,
+    parse_leads,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +74,17 @@ def test_parse_leads_refuses(text: str) -> None:
 def test_lead_set_names() -> None:
     assert LIMB_LEADS + CHEST_LEADS == LEADS
     assert [lead_set_name(leads) for leads in (LEADS, LIMB_LEADS, ("I", "V1"))] == ["12L", "6L", "I-V1"]
+
+
+def test_relations_are_those_of_einthoven_and_goldberger() -> None:
+    """Potentials of the electrodes RA, LA and LL -> the limb leads by their definitions."""
+    ra, la, ll = 0.3, -0.2, 1.1
+    i, ii = la - ra, ll - ra
+    defined = {
+        "III": ll - la,
+        "aVR": ra - (la + ll) / 2,
+        "aVL": la - (ra + ll) / 2,
+        "aVF": ll - (ra + la) / 2,
+    }
+    computed = {lead: of_i * i + of_ii * ii for lead, (of_i, of_ii) in LIMB_FROM_I_II.items()}
+    assert computed == pytest.approx(defined)

@@ -10,13 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lsemvae.leads import LIMB_FROM_I_II
 from lsemvae.models.parts.objectives import kl_to_prior
 
 # Burda et al. 2016: a unit is active if the variance of its posterior mean over the data exceeds this.
 ACTIVE_VARIANCE = 0.01
-
-# Einthoven's and Goldberger's relations: the lead, and its weights of I and II.
-_RELATIONS = {"III": (-1.0, 1.0), "aVR": (-0.5, -0.5), "aVL": (1.0, -0.5), "aVF": (-0.5, 1.0)}
 
 
 @dataclass
@@ -145,7 +143,7 @@ def einthoven_rmse(x_BLT: Tensor, leads: Sequence[str]) -> Mapping[str, float]:
     i_BT, ii_BT = x_BLT[:, leads.index("I")].double(), x_BLT[:, leads.index("II")].double()
     residual = {
         lead: x_BLT[:, leads.index(lead)].double() - (of_i * i_BT + of_ii * ii_BT)
-        for lead, (of_i, of_ii) in _RELATIONS.items()
+        for lead, (of_i, of_ii) in LIMB_FROM_I_II.items()
         if lead in leads
     }
     return {lead: float(values_BT.square().mean().sqrt()) for lead, values_BT in residual.items()}
