@@ -1,8 +1,6 @@
 """Request bodies -> recordings: JSON, NPY and uploaded files. Nothing is unpickled, and nothing else is read."""
 
-import io
 import re
-import tokenize
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -15,6 +13,7 @@ from starlette.requests import Request
 
 from lsemvae.errors import LsemvaeError, Refused, UnreadableRecording
 from lsemvae.formats import READERS, read_record
+from lsemvae.formats.plain import npy_layout
 from lsemvae.record import Record
 from serve.schema import MAX_RECORDS, MAX_SAMPLES, ReconstructRequest, RecordIn
 
@@ -86,18 +85,15 @@ def _made(signal_mv: Mapping[str, np.ndarray], rate_hz: float) -> Record | Lsemv
 
 def _array(body: bytes) -> np.ndarray:
     """[B, L, T] that looks into `body`: nothing is allocated that is not there."""
-    stream = io.BytesIO(body)
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, is_fortran, dtype = read_header[version](stream)
-    # numpy reads the header as Python source.
-    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
+        layout = npy_layout(body)
+    except UnreadableRecording:
         raise LsemvaeError("the body is no NPY file: write it with np.save") from None
-    if dtype not in (np.dtype("<f4"), np.dtype("<i2")) or is_fortran or len(shape) not in (2, 3):
+    shape, dtype = layout.shape, layout.dtype
+    if dtype not in (np.dtype("<f4"), np.dtype("<i2")) or layout.is_fortran or len(shape) not in (2, 3):
         raise LsemvaeError(
-            f"the array is {str(dtype)[:20]} with {len(shape)} axes{', in Fortran order' if is_fortran else ''}: save "
-            "little-endian float32 or int16, leads x samples or recordings x leads x samples, in C order"
+            f"the array is {str(dtype)[:20]} with {len(shape)} axes{', in Fortran order' if layout.is_fortran else ''}: "
+            "save little-endian float32 or int16, leads x samples or recordings x leads x samples, in C order"
         )
     shape = (1,) * (3 - len(shape)) + tuple(shape)
     if not (1 <= shape[0] <= MAX_RECORDS and 1 <= shape[1] <= 12 and 1 <= shape[2] <= MAX_SAMPLES):
@@ -105,10 +101,10 @@ def _array(body: bytes) -> np.ndarray:
             f"the array has shape {str(shape)[:60]}: 1 to {MAX_RECORDS} recordings, 12 leads and {MAX_SAMPLES} samples "
             "can be read"
         )
-    there, needed = len(body) - stream.tell(), int(np.prod(shape)) * dtype.itemsize
+    there, needed = len(body) - layout.start, int(np.prod(shape)) * dtype.itemsize
     if there != needed:
         raise LsemvaeError(f"{there} bytes of samples, {needed} are declared: send the file whole")
-    return np.frombuffer(body, dtype=dtype, offset=stream.tell()).reshape(shape)
+    return np.frombuffer(body, dtype=dtype, offset=layout.start).reshape(shape)
 
 
 class _InMemory(MultiPartParser):

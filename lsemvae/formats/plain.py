@@ -228,17 +228,38 @@ def _table(text: str, separator: str, n_leads: int) -> np.ndarray:
     return values_TL
 
 
-def _array(content: bytes) -> np.ndarray:
-    """What np.save wrote, at least two-dimensional, without a copy; `np.load` could be made to allocate or unpickle."""
+@dataclass(frozen=True)
+class NpyLayout:
+    """What the header of an NPY file declares, and where its numbers begin (`start`, in bytes)."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
+    start: int
+
+
+def npy_layout(content: bytes) -> NpyLayout:
+    """The layout that an NPY file (version 1 or 2) declares; nothing is allocated and nothing is unpickled.
+
+    `np.load` could be made to do both by a hostile header, so the caller checks shape and dtype against its own limits
+    and then looks into `content` with `np.frombuffer`. Raises UnreadableRecording("header").
+    """
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, is_fortran, dtype = read_header[version](stream)
-    # numpy reads the header as Python source.
+    # numpy parses the header as Python source, so it raises what the parser raises.
     except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError) as error:
         reason = " ".join(str(error).split())[:80]
         raise UnreadableRecording("header", f"its NPY header cannot be read ({reason}): save it with np.save") from None
+    return NpyLayout(shape, is_fortran, dtype, stream.tell())
+
+
+def _array(content: bytes) -> np.ndarray:
+    """What np.save wrote, at least two-dimensional, without a copy."""
+    layout = npy_layout(content)
+    shape, dtype = layout.shape, layout.dtype
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise UnreadableRecording(
             "format", f"its numbers are {str(dtype)[:40]}: save integers or floats, 64 bits at most"
@@ -248,8 +269,8 @@ def _array(content: bytes) -> np.ndarray:
         raise UnreadableRecording(
             code, f"its array has shape {str(shape)[:80]}: leads x samples can be read, {MAX_TOTAL_SAMPLES} in all"
         )
-    there, needed = len(content) - stream.tell(), math.prod(shape) * dtype.itemsize
+    there, needed = len(content) - layout.start, math.prod(shape) * dtype.itemsize
     if there != needed:
         raise UnreadableRecording("truncated", f"{there} bytes of numbers, {needed} are declared: copy it again, whole")
-    values = np.frombuffer(content, dtype=dtype, offset=stream.tell())
-    return np.atleast_2d(values.reshape(shape, order="F" if is_fortran else "C"))
+    values = np.frombuffer(content, dtype=dtype, offset=layout.start)
+    return np.atleast_2d(values.reshape(shape, order="F" if layout.is_fortran else "C"))
