@@ -22,12 +22,19 @@ from lsemvae.evaluation import calibration
 from lsemvae.evaluation.embedding import embed, embedding_of, untrained
 from lsemvae.evaluation.folds import make_folds, require_subjects
 from lsemvae.evaluation.metrics import best_threshold
-from lsemvae.evaluation.protocol import ENCODER, UNTRAINED, as_table, cross_validate, out_of_fold, summarise
+from lsemvae.evaluation.protocol import (
+    ENCODER,
+    UNTRAINED,
+    as_table,
+    cross_validate,
+    out_of_fold,
+    reliability,
+    summarise,
+)
 from lsemvae.leads import lead_set_name, parse_leads
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.lsemvae import LSEMVAE
 from lsemvae.plots import curves as plots
-from lsemvae.plots.curves import reliability
 from lsemvae.recipes import FINETUNE
 from lsemvae.tracking import CANDIDATE, Run, fetch
 from lsemvae.training.finetune import train_head

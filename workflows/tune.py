@@ -364,10 +364,6 @@ def finish(
         raise LsemvaeError(f"all trials failed: {failed[0].reason}")
 
 
-if __name__ == "__main__":
-    run_recipe_command(main, Args, PRETRAIN, storage=tyro.MISSING, grid=tyro.MISSING)
-
-
 def say_results(table: pd.DataFrame, place: Storage, select: Select, url: str) -> None:
     better = "highest" if SIGN[select] > 0 else "lowest"
     print(f"\nOf each trial the epoch with the lowest validation loss; best: {better} {select}, collapsed ones last\n")
@@ -383,3 +379,7 @@ def say_results(table: pd.DataFrame, place: Storage, select: Select, url: str) -
         print("warning: no trial finished without collapse, so there is no best recipe:")
         print("         raise reconstruction_weight, lower beta, or train longer")
     print(f"MLflow:      {url}")
+
+
+if __name__ == "__main__":
+    run_recipe_command(main, Args, PRETRAIN, storage=tyro.MISSING, grid=tyro.MISSING)
