@@ -190,7 +190,9 @@ def load(folder: Path, device: str = "cpu") -> tuple[Bundle, nn.Module]:
         raise BundleError(f"{weights} is not the file this bundle was saved with (its SHA-256 differs): fetch it again")
     try:
         tensors = load_file(weights, device=device)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and weights.exists():
+            raise  # torch raises it where the file has just gone, and for other reasons
         raise BundleError(f"{weights} cannot be read: {error}") from None
     with torch.device("meta"):
         model = build(config_from(bundle.architecture, bundle.config), bundle.leads)

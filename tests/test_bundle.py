@@ -1,6 +1,7 @@
 """A bundle says everything that decides a score, and refuses to be anything but what was saved."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,20 @@ def test_a_damaged_bundle_is_refused_in_one_line(damage, says: str, tmp_path: Pa
     with pytest.raises(BundleError, match=says) as caught:
         bundles.load(tmp_path / "b")
     assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_that_goes_while_it_is_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another process deletes it between two looks: safetensors opens the file, then torch opens it again."""
+    save(tmp_path / "b")
+    from_file = torch.UntypedStorage.from_file
+
+    def deleted_before(*args: object, **rest: object) -> torch.UntypedStorage:
+        shutil.rmtree(tmp_path / "b")
+        return from_file(*args, **rest)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", deleted_before)
+    with pytest.raises(BundleError, match="cannot be read"):
+        bundles.load(tmp_path / "b")
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

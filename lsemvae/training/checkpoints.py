@@ -203,7 +203,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
     try:
         tensors = load_file(folder / OPTIMIZER)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch raises the last where the file has just gone
         raise BundleError(f"{folder / OPTIMIZER} cannot be read: {error}") from None
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
