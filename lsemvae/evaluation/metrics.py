@@ -61,19 +61,53 @@ def with_intervals(
 ) -> dict[str, Estimate]:
     """Each metric with its interval over `draws` resamplings of subjects with replacement."""
     point = classification(y_B, score_B, decision_B)
-    _, subject_of_B = np.unique(subject_B, return_inverse=True)
-    subjects = subject_of_B.max() + 1
-    order = np.argsort(subject_of_B, kind="stable")
-    bounds = np.searchsorted(subject_of_B[order], np.arange(subjects + 1))
+    _, subject_B = np.unique(subject_B, return_inverse=True)
+    subjects = int(subject_B.max()) + 1
+    measure = _Weighted(y_B, score_B, decision_B)
     rng = np.random.default_rng(seed)
     drawn: list[dict[str, float]] = []
     while len(drawn) < draws:
-        picks = rng.integers(0, subjects, subjects)
-        rows = np.concatenate([order[bounds[pick] : bounds[pick + 1]] for pick in picks])
-        if len(np.unique(y_B[rows])) == 2:
-            drawn.append(classification(y_B[rows], score_B[rows], decision_B[rows]))
+        times_S = np.bincount(rng.integers(0, subjects, subjects), minlength=subjects)
+        if (values := measure(times_S[subject_B])) is not None:
+            drawn.append(values)
     tail = (1 - level) / 2
     return {
         name: Estimate(value, *np.quantile([d[name] for d in drawn], [tail, 1 - tail]).tolist())
         for name, value in point.items()
     }
+
+
+class _Weighted:
+    """The metrics of recordings of which each counts several times, as in a resampling: in one pass over arrays.
+
+    scikit-learn sorts and checks anew for every resampling and metric, which takes a hundred times as long.
+    """
+
+    def __init__(self, y_B: np.ndarray, score_B: np.ndarray, decision_B: np.ndarray) -> None:
+        self._order_B = np.argsort(-np.asarray(score_B, dtype=float), kind="stable")
+        self._y_B = np.asarray(y_B, dtype=float)[self._order_B]
+        self._decision_B = np.asarray(decision_B, dtype=float)[self._order_B]
+        # Equal scores share one point of the curves: the last recording that has the score.
+        self._ends = np.flatnonzero(np.append(np.diff(np.asarray(score_B, dtype=float)[self._order_B]) != 0, True))
+
+    def __call__(self, weight_B: np.ndarray) -> dict[str, float] | None:
+        """As `classification` of the repeated recordings; None where one class is absent."""
+        weight_B = weight_B[self._order_B].astype(float)
+        positive_B = weight_B * self._y_B
+        total, positives = weight_B.sum(), positive_B.sum()
+        if positives in (0, total):
+            return None
+        true_K = np.append(0.0, positive_B.cumsum()[self._ends])  # at or above each score
+        false_K = np.append(0.0, weight_B.cumsum()[self._ends]) - true_K
+        gained_K = np.diff(true_K)
+        tp = float(positive_B @ self._decision_B)
+        fp = float(weight_B @ self._decision_B) - tp
+        fn, tn = positives - tp, total - positives - fp
+        spread = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+        return {
+            "auroc": float(np.diff(false_K) @ (true_K[1:] + true_K[:-1])) / (2 * positives * (total - positives)),
+            "auprc": float((gained_K * true_K[1:] / np.maximum(true_K + false_K, 1)[1:]).sum() / positives),
+            "mcc": float((tp * tn - fp * fn) / np.sqrt(spread)) if spread else 0.0,
+            "f1": float(2 * tp / (2 * tp + fp + fn)),
+            "accuracy": float((tp + tn) / total),
+        }

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation.metrics import METRICS, best_threshold, classification, with_intervals
+from lsemvae.evaluation.metrics import METRICS, _Weighted, best_threshold, classification, with_intervals
 
 
 def test_values_by_hand():
@@ -46,6 +46,18 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         assert estimate.low <= estimate.value <= estimate.high
         covered += estimate.low <= truth <= estimate.high
     assert 0.8 <= covered / trials <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40))
+def test_a_resampling_is_measured_as_scikit_learn_measures_the_repeated_recordings(rows):
+    y_B, score_B, decision_B, times_B = (np.array(column) for column in zip(*rows, strict=True))
+    repeated = np.repeat(np.arange(len(rows)), times_B)
+    found = _Weighted(y_B, score_B / 10, decision_B)(times_B)
+    if len(np.unique(y_B[repeated])) < 2:
+        assert found is None
+    else:
+        assert found == pytest.approx(classification(y_B[repeated], score_B[repeated] / 10, decision_B[repeated]))
 
 
 def test_subjects_are_drawn_not_recordings():
