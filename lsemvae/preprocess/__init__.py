@@ -9,19 +9,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import signal as sps
 
 from lsemvae.errors import LsemvaeError, Refused
 from lsemvae.leads import LEADS
 from lsemvae.preprocess.filters import highpass, moving_average
+from lsemvae.preprocess.resample import ratio, resample
 from lsemvae.record import Record
 
 PART = 4  # records filtered at once: what they take stays in a core's cache
+MAX_MV = 1e6
+"""1,000 V: a recording with a larger sample in its window is refused, whatever its leads' standard deviations."""
 VERSION = 1  # rises when the numbers change; a bundle refuses a version it was not trained with
 
 
@@ -227,25 +227,22 @@ def _window(signal_mv_LT: np.ndarray, rate_hz: float, config: PreprocessConfig) 
         raise Refused("too_short", f"the recording lasts {seconds:.2f} s: {config.min_seconds:g} s are needed")
     if config.window == "cleanest":
         signal_mv_LT = min(windows(signal_mv_LT, rate_hz, config), key=lambda part: _unrest(part, rate_hz))
-    if rate_hz == config.rate_hz:
-        return signal_mv_LT[:, : config.samples]
-    up, down = _ratio(rate_hz, config.rate_hz)
+    if ratio(rate_hz, config.rate_hz) == (1, 1):
+        return _checked(signal_mv_LT[:, : config.samples])
     # One second more than the window, so that the filter's edge is not in it.
     needed = int(np.ceil((config.samples / config.rate_hz + 1) * rate_hz))
-    part_mv_LT = signal_mv_LT[:, :needed]
+    part_mv_LT = _checked(signal_mv_LT[:, :needed])
     missing_LT = ~np.isfinite(part_mv_LT)
     filled_mv_LT = _interpolate(part_mv_LT[None], missing_LT[None])[0]
-    resampled_mv_LT = sps.resample_poly(filled_mv_LT, up, down, axis=1, padtype="line")
-    if missing_LT.any():  # what was missing stays missing, at the new rate
-        nearest = np.minimum(np.arange(resampled_mv_LT.shape[1]) * down // up, missing_LT.shape[1] - 1)
-        resampled_mv_LT[missing_LT[:, nearest]] = np.nan
-    return resampled_mv_LT[:, : config.samples].astype(np.float32)
+    return resample(filled_mv_LT, missing_LT, rate_hz, config.rate_hz)[:, : config.samples]
 
 
-@lru_cache
-def _ratio(from_hz: float, to_hz: int) -> tuple[int, int]:
-    ratio = Fraction(to_hz) / Fraction(from_hz).limit_denominator(1000)
-    return ratio.numerator, ratio.denominator
+def _checked(signal_mv_LT: np.ndarray) -> np.ndarray:
+    """The signal itself; raises Refused where a sample is beyond `MAX_MV` or infinite."""
+    largest_mv = max(np.fmax.reduce(signal_mv_LT, axis=None), -np.fmin.reduce(signal_mv_LT, axis=None))
+    if largest_mv > MAX_MV:
+        raise Refused("amplitude", f"a sample is {largest_mv:.3g} mV: check the unit, and leave out what is no number")
+    return signal_mv_LT
 
 
 def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
