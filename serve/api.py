@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -20,7 +20,18 @@ from lsemvae.errors import LsemvaeError, Refused
 from lsemvae.leads import LEADS, LIMB_LEADS, canonical
 from lsemvae.record import Record
 from serve import cohorts, page
-from serve.inputs import from_files, from_json, from_npy, to_record, uploaded
+from serve.inputs import (
+    DRAWN_BYTES_PER_SAMPLE,
+    FILE_EXPANSION,
+    TooLarge,
+    from_files,
+    from_json,
+    from_npy,
+    json_memory,
+    require_samples,
+    to_record,
+    uploaded,
+)
 from serve.observed import Metrics
 from serve.openapi import EXAMPLE, FILES_BODY, NPY_BODY, json_body, openapi
 from serve.reconstruct import Reconstructor
@@ -28,37 +39,43 @@ from serve.registry import Registry, Served
 from serve.schema import (
     Health,
     ModelCard,
+    ModelOut,
     Problem,
+    Rate,
     Readiness,
     ReconstructOut,
     ReconstructRequest,
     ReconstructResponse,
+    RecordIn,
     RefusedOut,
+    ScoreOut,
     ScoreRequest,
     ScoreResponse,
     Unit,
 )
 from serve.scoring import NothingServed, Scoring, min_leads
-from serve.security import Guard
+from serve.security import Guard, charge
 
 log = logging.getLogger("ray.serve")
 
 INTENDED_USE = (
-    "Research on ECG models, by people who know how to judge them. Not a medical device: not evaluated for clinical "
-    "use, and its scores must not guide anybody's care."
+    "Research on ECG models, by people who can judge them. Not a medical device: not evaluated for clinical use, and "
+    "its scores must not guide anybody's care."
 )
 LIMITS = [
-    "What the label means, and who was recorded, is what the training data says; elsewhere, score, probability and "
-    "threshold mean something else: validate there first.",
+    "The label is defined by the training data and its patients. On other patients the score, the probability and the "
+    "threshold may mean something else: validate there first.",
     "A probability holds where the disease is as frequent as in the training cohort. Without calibration there is "
     "none, and a score of 0.7 is not a risk of 70 %.",
-    "Reliability is about the recording. How sure the model is, no number here says.",
+    "Reliability describes the recording. None of these numbers measures the model's uncertainty.",
+    "With missing or derived leads the scores have another distribution, so that the threshold finds another share of "
+    "positives. Reliability names these leads; `min_leads` is the least that this model accepts.",
 ]
 
 
 @dataclass(frozen=True)
 class Service:
-    """What answers the requests, and within which limits."""
+    """What answers the requests, and its limits."""
 
     registry: Registry
     metrics: Metrics
@@ -68,15 +85,16 @@ class Service:
     tokens: frozenset[str] = frozenset()
     cors_origins: list[str] = field(default_factory=list)
     max_body: int = 32 * 2**20
-    max_held: int = 256 * 2**20
+    max_held: int = 512 * 2**20
     body_timeout_s: float = 30.0
 
 
 def make_api(service: Service) -> FastAPI:
-    """The application, with its guard and all that it includes."""
+    """The application with all its routes, inside its guard."""
     api = FastAPI(title="LS-EMVAE", version="1", docs_url=None, redoc_url=None)  # those pages load from other sites
-    api.state.registry = service.registry  # for the cohorts
-    for router in (_v1(service), cohorts.router, _health(service.registry), page.router):
+    api.state.service = service
+    api.state.scoring = Scoring(lambda: service.registry.served, service.metrics)
+    for router in (v1, cohorts.router, health, page.router):
         api.include_router(router)
     api.add_exception_handler(RequestValidationError, _malformed)
     api.add_exception_handler(LsemvaeError, _unusable)
@@ -96,133 +114,169 @@ def make_api(service: Service) -> FastAPI:
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    api.openapi = lambda: openapi(api)
+    api.openapi = lambda: openapi(api)  # type: ignore[method-assign]  # as FastAPI's documentation says
     return api
 
 
-def _v1(service: Service) -> APIRouter:
-    """What scores. The guard asks for the token; the dependency only tells OpenAPI so."""
-    refusals = {422: {"model": ScoreResponse | Problem, "description": "Not readable, or every recording refused."}}
-    problems = {status: {"model": Problem} for status in (400, 401, 408, 413, 415, 503)}
-    router = APIRouter(prefix="/v1", dependencies=[Depends(HTTPBearer(auto_error=False))], responses=problems)
-    scoring = Scoring(lambda: service.registry.served, service.metrics)
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
 
-    @router.post(
-        "/score", response_model=ScoreResponse, responses=refusals, openapi_extra=json_body(ScoreRequest, EXAMPLE)
+
+TheService = Annotated[Service, Depends(_service)]
+
+# --- scoring --------------------------------------------------------------------------------------------------
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    422: {"model": ScoreResponse | Problem, "description": "The body is unreadable, or every recording is refused."}
+}
+
+# The guard checks the token; the dependency only adds it to the OpenAPI description.
+v1 = APIRouter(
+    prefix="/v1",
+    dependencies=[Depends(HTTPBearer(auto_error=False))],
+    responses={status: {"model": Problem} for status in (400, 401, 408, 413, 415, 503)},
+)
+
+
+@v1.post("/score", response_model=ScoreResponse, responses=_REFUSALS, openapi_extra=json_body(ScoreRequest, EXAMPLE))
+async def score(request: Request) -> Response:
+    """Score recordings given as JSON: leads by name, in mV or uV; each model takes the leads it knows."""
+    began = time.perf_counter()
+    asked, records = await _from_json(request, ScoreRequest)
+    return await _respond(request, asked.ids, records, asked.model, began)
+
+
+@v1.post("/score/npy", response_model=ScoreResponse, responses=_REFUSALS, openapi_extra=NPY_BODY)
+async def score_npy(
+    request: Request,
+    leads: Annotated[
+        str, Query(max_length=200, description="The rows' names, as in `I,II,V1`, or `12` or `6` for the fixed order.")
+    ],
+    rate_hz: Annotated[Rate, Query()],
+    unit: Annotated[Unit | None, Query(description="Of float32 samples.")] = None,
+    uv_per_lsb: Annotated[FiniteFloat | None, Query(gt=0, le=1e6, description="Of int16 samples.")] = None,
+    model: Annotated[str | None, Query(max_length=200)] = None,
+) -> Response:
+    """Score recordings given as an array that np.save wrote: half the size of JSON, or a quarter as int16.
+
+    float32 in millivolts (or `unit=uV`), NaN where nothing was recorded; or int16 with `uv_per_lsb`, -32768 where
+    nothing was recorded. [leads, samples] or [recordings, leads, samples].
+    """
+    began = time.perf_counter()
+    body = await _body(request, "application/x-npy", "application/octet-stream")
+    charge(request.scope, 4 * len(body))  # int16 becomes float32 twice, as a batch and as its recordings
+    names = {"12": LEADS, "6": LIMB_LEADS}.get(leads) or [canonical(name) for name in leads.split(",")]
+    records = from_npy(body, names, rate_hz, unit=unit, uv_per_lsb=uv_per_lsb)
+    return await _respond(request, [""] * len(records), records, model, began)
+
+
+@v1.post("/score/file", response_model=ScoreResponse, responses=_REFUSALS, openapi_extra=FILES_BODY)
+async def score_file(
+    request: Request,
+    signal: Annotated[bool, Query(description="Answer with the recording too, to draw it.")] = False,
+    model: Annotated[str | None, Query(max_length=200)] = None,
+) -> Response:
+    """Score uploaded recordings. Their content decides the format; `id` is the name of each one's main file.
+
+    CardioSoft XML, DICOM, AliveCor .atc, WFDB (header and signals), CSV or NPY (with their JSON), and where its
+    reader is installed MUSE, Philips, aECG and SCP-ECG.
+    """
+    began = time.perf_counter()
+    _require_type(request, "multipart/form-data")
+    files = await uploaded(request)
+    charge(request.scope, FILE_EXPANSION * sum(map(len, files.values())))
+    read = await asyncio.to_thread(from_files, files)
+    ids, records = [name for name, _ in read], [record for _, record in read]
+    if signal:
+        charge(request.scope, DRAWN_BYTES_PER_SAMPLE * require_samples(records))
+    return await _respond(request, ids, records, model, began, signal)
+
+
+async def _respond(
+    request: Request,
+    ids: Sequence[str],
+    records: Sequence[Record | LsemvaeError],
+    model: str | None,
+    began: float,
+    signal: bool = False,
+) -> Response:
+    """Scores the recordings, all at once -> the answer; status 422 when every recording is refused."""
+    scoring: Scoring = request.app.state.scoring
+    request.app.state.service.metrics.took("parse", time.perf_counter() - began)
+    results: list[ScoreOut] = await asyncio.gather(
+        *(scoring.score(record, id=id, model=model, signal=signal) for id, record in zip(ids, records, strict=True))
     )
-    async def score(request: Request) -> Response:
-        """Score recordings given as JSON: leads by name, in mV or uV, each model taking those it knows."""
-        began = time.perf_counter()
-        body = await _body(request, "application/json")
-        asked = from_json(body, ScoreRequest)
-        records = [_or_error(to_record, given) for given in asked.records]
-        return await respond([given.id for given in asked.records], records, asked.model, began)
+    status = 422 if all(result.refused for result in results) else 200
+    return await _answer(ScoreResponse(results=results), status, is_large=signal)
 
-    @router.post("/score/npy", response_model=ScoreResponse, responses=refusals, openapi_extra=NPY_BODY)
-    async def score_npy(
-        request: Request,
-        leads: Annotated[str, Query(max_length=200, description="Rows' names, `I,II,V1`, or `12` or `6` in order.")],
-        rate_hz: Annotated[FiniteFloat, Query(gt=0)],
-        unit: Annotated[Unit | None, Query(description="Of float32 samples.")] = None,
-        uv_per_lsb: Annotated[FiniteFloat | None, Query(gt=0, le=1e6, description="Of int16 samples.")] = None,
-        model: Annotated[str | None, Query(max_length=200)] = None,
-    ) -> Response:
-        """Score recordings given as an array that np.save wrote: half of the JSON, or a quarter as int16.
 
-        float32 in millivolts (or `unit=uV`), NaN where nothing was recorded; or int16 with `uv_per_lsb`, -32768 where
-        nothing was recorded. [leads, samples] or [recordings, leads, samples].
-        """
-        began = time.perf_counter()
-        body = await _body(request, "application/x-npy", "application/octet-stream")
-        names = {"12": LEADS, "6": LIMB_LEADS}.get(leads) or [canonical(name) for name in leads.split(",")]
-        records = from_npy(body, names, rate_hz, unit=unit, uv_per_lsb=uv_per_lsb)
-        return await respond([""] * len(records), records, model, began)
+# --- reconstruction -------------------------------------------------------------------------------------------
 
-    @router.post("/score/file", response_model=ScoreResponse, responses=refusals, openapi_extra=FILES_BODY)
-    async def score_file(
-        request: Request,
-        signal: Annotated[bool, Query(description="Answer with the recording too, for drawing.")] = False,
-        model: Annotated[str | None, Query(max_length=200)] = None,
-    ) -> Response:
-        """Score uploaded recordings, recognised by what they hold; `id` is the name of each one's main file.
 
-        CardioSoft XML, DICOM, AliveCor .atc, WFDB (header and signals), CSV or NPY (with their JSON), and where its
-        reader is installed MUSE, Philips, aECG and SCP-ECG.
-        """
-        began = time.perf_counter()
-        _require_type(request, "multipart/form-data")
-        read = await asyncio.to_thread(from_files, await uploaded(request))
-        return await respond([name for name, _ in read], [record for _, record in read], model, began, signal)
-
-    async def respond(
-        ids: list[str], records: list[Record | LsemvaeError], model: str | None, began: float, signal: bool = False
-    ) -> Response:
-        service.metrics.took("parse", time.perf_counter() - began)
-        named = zip(ids, records, strict=True)
-        results = await asyncio.gather(
-            *(scoring.score(record, id=id, model=model, signal=signal) for id, record in named)
-        )
-        return _answer(ScoreResponse(results=results), 422 if all(result.refused for result in results) else 200)
-
-    @router.post(
-        "/reconstruct",
-        response_model=ReconstructResponse,
-        responses={
-            404: {"model": Problem, "description": "No encoder is configured."},
-            409: {"model": Problem, "description": "The configured encoder cannot be loaded."},
-            422: {"model": ReconstructResponse | Problem, "description": "Not readable, or every recording refused."},
+@v1.post(
+    "/reconstruct",
+    response_model=ReconstructResponse,
+    responses={
+        404: {"model": Problem, "description": "No encoder is configured."},
+        409: {"model": Problem, "description": "The configured encoder cannot be loaded."},
+        422: {
+            "model": ReconstructResponse | Problem,
+            "description": "The body is unreadable, or every recording is refused.",
         },
-        openapi_extra=json_body(ReconstructRequest, EXAMPLE),
-    )
-    async def reconstruct(request: Request) -> Response:
-        """Leads that were not recorded, as a model guesses them from those that were. Not a measurement."""
-        body = await _body(request, "application/json")
-        if service.reconstructor is None:
-            if service.reconstructor_problem:
-                raise HTTPException(409, service.reconstructor_problem)
-            raise HTTPException(404, "no encoder is configured: name one as `encoder` in serve/config.yaml")
-        asked = from_json(body, ReconstructRequest)
-        records = [_or_error(to_record, given) for given in asked.records]
-        good = [b for b, record in enumerate(records) if isinstance(record, Record)]
-        made = await service.reconstructor.reconstruct([records[b] for b in good], [asked.records[b].id for b in good])
-        results = [
-            ReconstructOut(id=given.id, refused=RefusedOut(code=_code(record), reason=str(record)))
-            for given, record in zip(asked.records, records, strict=True)
-        ]
-        for b, out in zip(good, made, strict=True):
-            results[b] = out
-        response = ReconstructResponse(model=service.reconstructor.bundle.digest, results=results)
-        return _answer(response, 422 if all(result.refused for result in results) else 200)
-
-    @router.get("/models")
-    async def models() -> list[ModelCard]:
-        """The model cards of what answers."""
-        return [_card(served) for served in service.registry.served.values()]
-
-    return router
+    },
+    openapi_extra=json_body(ReconstructRequest, EXAMPLE),
+)
+async def reconstruct(request: Request, service: TheService) -> Response:
+    """Estimate the leads that were not recorded from those that were. An estimate is not a measurement."""
+    _require_type(request, "application/json")
+    if service.reconstructor is None:
+        if service.reconstructor_problem:
+            raise HTTPException(409, service.reconstructor_problem)
+        raise HTTPException(404, "no encoder is configured: name one as `encoder` in serve/config.yaml")
+    asked, records = await _from_json(request, ReconstructRequest)
+    good = {b: record for b, record in enumerate(records) if isinstance(record, Record)}
+    made = await service.reconstructor.reconstruct(list(good.values()), [asked.ids[b] for b in good])
+    results = [
+        ReconstructOut(id=id, refused=RefusedOut(code=_code(record), reason=str(record)))
+        for id, record in zip(asked.ids, records, strict=True)
+    ]
+    for b, out in zip(good, made, strict=True):
+        results[b] = out
+    response = ReconstructResponse(model=service.reconstructor.bundle.digest, results=results)
+    return await _answer(response, 422 if all(result.refused for result in results) else 200, is_large=True)
 
 
-def _health(registry: Registry) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/healthz")
-    async def healthz() -> Health:
-        """Answers while the process is alive."""
-        return Health()
-
-    @router.get("/readyz", responses={503: {"model": Readiness, "description": "No model is loaded."}})
-    async def readyz() -> Readiness:
-        """Whether recordings can be scored, and which promoted versions are not served, and why."""
-        models = [f"{m.name}/{m.version}" if m.version else m.name for m in _described(registry.served)]
-        # An address may hold a password, and everybody may ask here.
-        problems = {name: re.sub(r"//[^/@\s]+@", "//", text) for name, text in registry.problems.items()}
-        state = Readiness(ready=registry.ready, models=models, problems=problems)
-        return state if state.ready else JSONResponse(state.model_dump(), 503)
-
-    return router
+# --- models and health ----------------------------------------------------------------------------------------
 
 
-def _described(served: Mapping[str, Served]) -> list[Any]:
+@v1.get("/models")
+async def models(service: TheService) -> list[ModelCard]:
+    """The model cards of the served models."""
+    return [_card(served) for served in service.registry.served.values()]
+
+
+health = APIRouter()
+
+
+@health.get("/healthz")
+async def healthz() -> Health:
+    """Answers while the process is alive."""
+    return Health()
+
+
+@health.get("/readyz", responses={503: {"model": Readiness, "description": "No model is loaded."}})
+async def readyz(service: TheService) -> Any:
+    """Whether recordings can be scored, which models answer, and why a promoted version does not."""
+    registry = service.registry
+    models = [f"{m.name}/{m.version}" if m.version else m.name for m in _described(registry.served)]
+    # An address may hold a password, and this path needs no token.
+    problems = {name: re.sub(r"//[^/@\s]+@", "//", text) for name, text in registry.problems.items()}
+    state = Readiness(ready=registry.ready, models=models, problems=problems)
+    return state if state.ready else JSONResponse(state.model_dump(), 503)
+
+
+def _described(served: Mapping[str, Served]) -> list[ModelOut]:
     return [model.described for model in served.values()]
 
 
@@ -241,7 +295,7 @@ def _card(served: Served) -> ModelCard:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which are no JSON."""
+    """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -249,7 +303,32 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _or_error(read: Any, given: Any) -> Record | LsemvaeError:
+# --- bodies and answers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What remains of a request once its samples are records."""
+
+    ids: list[str]
+    model: str | None
+
+
+async def _from_json(request: Request, kind: type[ReconstructRequest]) -> tuple[_Asked, list[Record | LsemvaeError]]:
+    """The records of a JSON body, parsed beside the event loop; the parsed numbers are freed at once."""
+    body = await _body(request, "application/json")
+    charge(request.scope, json_memory(body))
+    return await asyncio.to_thread(_parse, body, kind)
+
+
+def _parse(body: bytes, kind: type[ReconstructRequest]) -> tuple[_Asked, list[Record | LsemvaeError]]:
+    asked = from_json(body, kind)
+    records = [_or_error(to_record, given) for given in asked.records]
+    require_samples(records)
+    return _Asked([given.id for given in asked.records], getattr(asked, "model", None)), records
+
+
+def _or_error(read: Callable[[RecordIn], Record], given: RecordIn) -> Record | LsemvaeError:
     try:
         return read(given)
     except LsemvaeError as error:
@@ -260,8 +339,10 @@ def _code(error: object) -> str:
     return error.code if isinstance(error, Refused) else "record"
 
 
-def _answer(response: BaseModel, status: int) -> Response:
-    return Response(response.model_dump_json(), status, media_type="application/json")
+async def _answer(response: BaseModel, status: int, *, is_large: bool) -> Response:
+    """`is_large` answers are written beside the event loop, on which other requests wait."""
+    text = await asyncio.to_thread(response.model_dump_json) if is_large else response.model_dump_json()
+    return Response(text, status, media_type="application/json")
 
 
 def _require_type(request: Request, *types: str) -> None:
@@ -275,8 +356,9 @@ async def _body(request: Request, *types: str) -> bytes:
     return await request.body()
 
 
-async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Where and why, never the input itself: a signal may not come back in an error, and NaN is no JSON."""
+async def _malformed(request: Request, error: Exception) -> JSONResponse:
+    """Where and why, without the input: a signal may not come back in an error, and NaN is no JSON."""
+    assert isinstance(error, RequestValidationError)
     detail = [
         {"loc": [str(part)[:40] for part in entry["loc"]], "msg": entry["msg"], "type": entry["type"]}
         for entry in error.errors()[:20]
@@ -284,10 +366,10 @@ async def _malformed(request: Request, error: RequestValidationError) -> JSONRes
     return JSONResponse({"detail": detail}, status_code=422)
 
 
-async def _unusable(request: Request, error: LsemvaeError) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=422)
+async def _unusable(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=413 if isinstance(error, TooLarge) else 422)
 
 
-async def _nothing_served(request: Request, error: NothingServed) -> JSONResponse:
+async def _nothing_served(request: Request, error: Exception) -> JSONResponse:
     detail = "no model is loaded: GET /readyz says why"
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "10"})

@@ -111,7 +111,7 @@ def start(request: Request, asked: CohortRequest) -> CohortOut:
     source, output = allowed(asked.input, "input"), allowed(asked.output, "output")
     if source == output:
         raise HTTPException(422, "input and output are the same: write the scores somewhere else")
-    model = choose(request.app.state.registry.served, asked.model, asked.leads)
+    model = choose(request.app.state.service.registry.served, asked.model, asked.leads)
     kind = "--data" if source.exists(MANIFEST) else "--source"
     if kind == "--source":
         source.require()

@@ -1,4 +1,4 @@
-"""What the service says of itself in numbers: Prometheus metrics, through Ray. Never an identifier, never a signal."""
+"""The service's Prometheus metrics, exported by Ray. They hold no identifier and no signal."""
 
 from ray.serve.metrics import Counter, Histogram
 
@@ -11,7 +11,7 @@ _COUNTS = [1, 2, 4, 8, 16, 32, 64]
 
 
 class Metrics:
-    """Ray puts `ray_` before these names, Prometheus `_total` or `_bucket`, `_sum` and `_count` behind them."""
+    """Ray prefixes these names with `ray_`; Prometheus appends `_total`, or `_bucket`, `_sum` and `_count`."""
 
     def __init__(self) -> None:
         self._requests = Counter("lsemvae_requests", "Answers, by HTTP status.", ("endpoint", "status"))
@@ -39,5 +39,5 @@ class Metrics:
         named = {"model": out.model.name, "version": str(out.model.version)}
         self._scores.inc(tags=named | {"decision": str(out.decision).lower()})
         self._score.observe(out.score, tags=named)
-        if out.reliability.level == "limited":
+        if out.reliability and out.reliability.level == "limited":
             self._limited.inc(tags=named)

@@ -1,14 +1,19 @@
-"""What the endpoint takes and gives: the OpenAPI schema follows from these classes."""
+"""Requests and answers of the endpoint. The OpenAPI schema is made from these classes."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, FailFast, Field, FiniteFloat
 
 MAX_RECORDS = 64
-MAX_SAMPLES = 120_000  # two minutes at 1000 Hz
+MAX_SAMPLES = 4_000_000
+"""Of one request, over all leads and recordings: 64 recordings of 12 leads, 10 s and 500 Hz, or one of 11 minutes.
+What a single recording may be like, preprocessing decides, for the endpoint and for cohorts alike."""
 RESEARCH_ONLY = "Research use only: not a medical device."
 
-Samples = Annotated[list[FiniteFloat | None], Field(min_length=1, max_length=MAX_SAMPLES)]
+# FailFast: a list of a million texts would make a million errors.
+Samples = Annotated[list[FiniteFloat | None], Field(min_length=1, max_length=MAX_SAMPLES), FailFast()]
+Rate = Annotated[FiniteFloat, Field(ge=1, le=1e9, description="Samples a second.", examples=[500])]
+"""Preprocessing refuses most of these, recording by recording. Beyond them, arithmetic on the rate overflows."""
 Unit = Literal["mV", "uV"]
 Origin = Literal["measured", "derived", "reconstructed"]
 
@@ -21,13 +26,13 @@ class RecordIn(BaseModel):
     leads: dict[str, Samples] = Field(
         min_length=1, max_length=12, examples=[{"I": [0.01, 0.02], "II": [0.03, 0.05], "V1": [-0.02, 0.01]}]
     )
-    rate_hz: Annotated[FiniteFloat, Field(gt=0, description="Samples a second.", examples=[500])]
+    rate_hz: Rate
     unit: Unit = "mV"
     id: Annotated[str, Field(max_length=200, description="Returned as it came; never logged.")] = ""
 
 
 class ReconstructRequest(BaseModel):
-    """Recordings whose absent leads are wanted."""
+    """Recordings whose absent leads are to be reconstructed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,12 +45,12 @@ class ScoreRequest(ReconstructRequest):
     model: str | None = Field(
         default=None,
         max_length=200,
-        description="A served model's name; by default, for each recording, the one that shares most leads with it.",
+        description="A served model's name. By default each recording goes to the model that shares most leads.",
     )
 
 
 class ModelOut(BaseModel):
-    """Which model answered, exactly."""
+    """The model that answered."""
 
     name: str
     version: int | None
@@ -57,12 +62,17 @@ class ModelOut(BaseModel):
 
 
 class ModelCard(ModelOut):
-    """A served model: what it takes, where it comes from, what it was measured to do, and what it is not for."""
+    """A served model: its input, its origin, its results, its intended use and its limits."""
 
-    min_leads: int = Field(description="With fewer usable leads a recording is refused; absent ones are masked.")
+    min_leads: int = Field(
+        description="A recording with fewer usable leads is refused. Above that, missing leads are masked. The model's "
+        "own setting: `min_lead_share` of `preprocess`, times its number of leads."
+    )
     architecture: str
     preprocess: dict[str, Any]
-    calibration: dict[str, Any] | None = Field(description="From score to probability; null: not calibrated.")
+    calibration: dict[str, Any] | None = Field(
+        description="From score to probability; null where the model is not calibrated."
+    )
     provenance: dict[str, Any] = Field(description="Training data with its digest, encoder, settings, results.")
     intended_use: str
     limits: list[str]
@@ -76,11 +86,11 @@ class RefusedOut(BaseModel):
 
 
 class Reliability(BaseModel):
-    """About the recording, not about the model.
+    """What is wrong with the recording, for this model.
 
-    `limited` when a lead of the model is missing, derived or could not be used, when a quality flag concerns the
-    recording or one of the model's leads, or when its length or rate is not 10 s at 500 Hz; each is a sentence in
-    `reasons`. `good` says only that none of these was found: how sure the model is, it does not say.
+    `limited` when a lead of the model is missing, derived or not usable, when a quality flag concerns the recording or
+    one of the model's leads, or when the recording is not 10 s at 500 Hz. Each is a sentence in `reasons`. `good` means
+    that none of these was found. Neither measures the model's uncertainty.
     """
 
     level: Literal["good", "limited"]
@@ -88,7 +98,7 @@ class Reliability(BaseModel):
 
 
 class RecordOut(BaseModel):
-    """The recording as it was read, for drawing."""
+    """The recording as it was read, to draw it."""
 
     rate_hz: float
     leads: dict[str, list[float | None]] = Field(description="Millivolts to 0.001; null where nothing was recorded.")
@@ -100,7 +110,7 @@ class ScoreOut(BaseModel):
     """The answer for one recording: score and decision, or `refused`. Research use only: not a medical device."""
 
     id: str
-    score: float | None = Field(default=None, description="The head's output, 0 to 1: not a probability of disease.")
+    score: float | None = Field(default=None, description="The model's output, 0 to 1: not a probability of disease.")
     probability: float | None = Field(
         default=None,
         description="The score calibrated on the training cohort; null where the model has no calibration.",
@@ -122,23 +132,23 @@ class ScoreResponse(BaseModel):
 
 
 class LeadOut(BaseModel):
-    """One lead of a reconstruction; `derived` was computed from I and II, `reconstructed` came out of the model."""
+    """One lead of a reconstruction: `derived` is computed from I and II, `reconstructed` is the model's output."""
 
     origin: Origin
     values: list[float]
 
 
 class ReconstructOut(BaseModel):
-    """All leads that the encoder writes, or `refused`."""
+    """All leads that the encoder reconstructs, or `refused`."""
 
     id: str
     rate_hz: float | None = None
     unit: Literal["mV", "standard deviations"] | None = Field(
         default=None,
-        description="mV; or standard deviations, where the model was trained with each lead scaled alone.",
+        description="mV, or standard deviations where the model was trained with each lead scaled alone.",
     )
     leads: dict[str, LeadOut] = Field(
-        default={}, description="What the model sees: resampled, filtered, its first window."
+        default={}, description="The model's view of the recording: resampled, filtered, its first window."
     )
     refused: RefusedOut | None = None
 
@@ -147,28 +157,28 @@ class ReconstructResponse(BaseModel):
     """One answer for each recording, in order."""
 
     note: str = (
-        "Reconstructed leads are a model's guess from the other leads. They are not a measurement, and nothing may be "
-        "read from them as if they were. " + RESEARCH_ONLY
+        "Reconstructed leads are a model's estimate from the other leads. They are not a measurement and must not be "
+        "read as one. " + RESEARCH_ONLY
     )
     model: str = Field(description="Digest of the encoder.")
     results: list[ReconstructOut]
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The process is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(BaseModel):
-    """Whether recordings can be scored; where not, or not by the newest version, why."""
+    """Whether recordings can be scored, and why a promoted version does not answer."""
 
     ready: bool
-    models: list[str] = Field(description="NAME, or NAME/VERSION, of what is served.")
+    models: list[str] = Field(description="Each served model as NAME or NAME/VERSION.")
     problems: dict[str, str]
 
 
 class Problem(BaseModel):
-    """What is wrong with a request. Never a part of the recording."""
+    """What is wrong with a request. It never quotes the recording."""
 
     detail: Any

@@ -1,4 +1,4 @@
-"""From a recording to its answer: which model, in which batch, and what is doubtful about the recording."""
+"""From a recording to its answer: choose the model, score it in a batch, say what is doubtful about the recording."""
 
 import asyncio
 import math
@@ -28,18 +28,20 @@ Done = TypeVar("Done")
 
 
 TORCH = ThreadPoolExecutor(1, "torch")
-"""The one thread in which a replica's models run. OpenMP keeps a team of threads for each thread that asks for one, and
-when all of them are more than the cores none waits awake: every step of a model then begins with waking them."""
+"""The one thread in which a replica's models run. OpenMP keeps a team of threads for each thread that calls it. With
+more of them than cores, they sleep between two steps of a model, and waking them takes longer than the step."""
 
 
 class Batcher(Generic[Job, Done]):
-    """Runs `run` in the models' thread on all that arrived while it ran before, `max_size` at most.
+    """Runs `run` in the models' thread on all jobs that arrived during the last run, `max_size` at most.
 
-    `ray.serve.batch` closes a batch before it is its turn, so it needs a wait: added to every lone request, and yet
-    too short to fill a batch behind a slow one. Here a lone request waits for nothing, and load makes full batches:
-    those who were answered together ask again together, so the next batch waits for as many as there were, though
-    for no longer than half of what the last one took. Else the first of them would be a batch of its own, which
-    takes the model seven times as long as its share of a full one.
+    `ray.serve.batch` closes a batch before its turn, so it needs a fixed wait: every lone request pays for it, and
+    behind a slow batch it is too short to fill the next. Here a lone request does not wait. Under load, clients that
+    were answered together ask again together. So the next batch waits until as many jobs are there as before, but at
+    most half as long as the last batch took. Otherwise the first of them would become a batch of its own, which takes
+    the model seven times as long as its share of a full batch.
+
+    When a batch fails, its jobs run again one by one, so that only those that fail alone get the exception.
     """
 
     def __init__(self, run: Callable[[list[Job]], list[Done]], max_size: int = MAX_BATCH) -> None:
@@ -60,7 +62,7 @@ class Batcher(Generic[Job, Done]):
     async def _drain(self) -> None:
         while self._waiting:
             taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_size))]
-            taken = [(job, future) for job, future in taken if not future.done()]  # its client has gone
+            taken = [(job, future) for job, future in taken if not future.done()]  # its client is gone
             if not taken:
                 continue
             began = time.perf_counter()
@@ -73,9 +75,11 @@ class Batcher(Generic[Job, Done]):
         try:
             results = await asyncio.get_running_loop().run_in_executor(TORCH, self._run, [job for job, _ in taken])
         except Exception as error:
-            for _, future in taken:
-                if not future.done():
-                    future.set_exception(error)
+            if len(taken) > 1:
+                for one in taken:
+                    await self._answer([one])
+            elif not (future := taken[0][1]).done():
+                future.set_exception(error)
             return
         for (_, future), result in zip(taken, results, strict=True):
             if not future.done():
@@ -96,10 +100,10 @@ class NothingServed(Exception):
 
 
 class Scoring:
-    """Answers for single recordings; those that arrive together are scored together.
+    """Answers for single recordings. Recordings that arrive together are scored together.
 
-    `served` gives the models by name. It is asked once a recording, and a batch goes to the very objects that were
-    chosen then: a promotion in between mixes nothing.
+    `served` gives the models by name. It is called once a recording, and a batch goes to the objects chosen then, so a
+    promotion in between does not mix two versions.
     """
 
     def __init__(self, served: Callable[[], Mapping[str, Served]], metrics: Metrics) -> None:
@@ -109,10 +113,10 @@ class Scoring:
     async def score(
         self, given: Record | LsemvaeError, *, id: str, model: str | None, signal: bool = False
     ) -> ScoreOut:
-        """The answer for a recording, or for the reason why it could not be read. Raises NothingServed."""
+        """The answer for a recording, or for the error that reading it raised. Raises NothingServed."""
         out = await self._answer(given, id, model)
         if signal and isinstance(given, Record):
-            out.record = drawn(given)
+            out.record = await asyncio.to_thread(drawn, given)  # a second's work for a large recording
         self._metrics.result(out)
         return out
 
@@ -125,7 +129,8 @@ class Scoring:
         try:
             candidates = choose(given, served, model)
         except Refused as error:
-            return refused(id, error, [*given.flags, *quality_flags(given)])
+            flags = await asyncio.get_running_loop().run_in_executor(TORCH, quality_flags, given)
+            return refused(id, error, [*given.flags, *flags])
         chosen, answer, flags = await self._first_to_accept(candidates, given)
         flags = (*given.flags, *flags)
         out = ScoreOut(id=id, flags=list(flags), model=chosen.described)
@@ -144,11 +149,11 @@ class Scoring:
         for chosen in candidates:
             answer, flags = await self._scored((chosen, record))
             if not (answer.refused and answer.refused.code == "leads"):
-                break  # else the next model may do with the leads that are left
+                break  # the next model may need fewer leads
         return chosen, answer, flags
 
     def _score_batch(self, jobs: list[tuple[Served, Record]]) -> list[tuple[Score, tuple[str, ...]]]:
-        # Not beside the model: its threads wait for each other, and the slowest would be the one that shares its core.
+        # Not while the model runs: its threads wait for each other, and one would share its core with this work.
         flags = [quality_flags(record) for _, record in jobs]
         began = time.perf_counter()
         by_model: defaultdict[int, list[int]] = defaultdict(list)
@@ -165,7 +170,7 @@ class Scoring:
 
 
 def refused(id: str, error: LsemvaeError, flags: Iterable[str] = ()) -> ScoreOut:
-    """The answer for a recording that no model has seen."""
+    """The answer for a recording that reached no model."""
     code = error.code if isinstance(error, Refused | UnreadableRecording) else "record"
     return ScoreOut(
         id=id,
@@ -176,14 +181,14 @@ def refused(id: str, error: LsemvaeError, flags: Iterable[str] = ()) -> ScoreOut
 
 
 def min_leads(bundle: Bundle) -> int:
-    """With fewer usable leads preprocessing refuses a recording."""
+    """Preprocessing refuses a recording with fewer usable leads; `min_lead_share` of the model decides."""
     return max(1, math.ceil(bundle.preprocess.min_lead_share * len(bundle.leads)))
 
 
 def choose(record: Record, served: Mapping[str, Served], name: str | None) -> list[Served]:
-    """The named model, or those that take the recording: most leads in common first, then the smaller model.
+    """The named model, or all that take the recording: most leads in common first, then the smaller model.
 
-    A lead that holds nothing, or one value, counts as absent. Raises Refused when no model takes it.
+    A lead without samples, or with one constant value, counts as absent. Raises Refused when no model takes it.
     """
     if name is not None:
         if name not in served:
@@ -203,12 +208,13 @@ def choose(record: Record, served: Mapping[str, Served], name: str | None) -> li
 
 
 def usable_leads(record: Record) -> set[str]:
+    """The leads that hold more than one value."""
     low_L, high_L = np.fmin.reduce(record.signal_mv_LT, axis=1), np.fmax.reduce(record.signal_mv_LT, axis=1)
     return {lead for lead, low, high in zip(record.leads, low_L, high_L, strict=True) if low < high}
 
 
 def drawn(record: Record) -> RecordOut:
-    """The recording for drawing: millivolts to 0.001."""
+    """The recording to draw it: millivolts rounded to 0.001."""
     leads = {
         lead: [None if value != value else value for value in np.round(row_mv.astype(np.float64), 3).tolist()]
         for lead, row_mv in zip(record.leads, record.signal_mv_LT, strict=True)

@@ -1,6 +1,7 @@
-"""Who may ask, how much, and how long it may take: one ASGI layer around everything, before anything is parsed.
+"""Tokens, limits and security headers: one ASGI layer around the application, which acts before anything is parsed.
 
-Ray Serve's port has no authentication and no limits of its own, so all of it is here.
+Ray Serve's port has no authentication and no limits on bodies of its own, so both are here. infra/haproxy.cfg adds
+what only a proxy in front can do: TLS, and limits on connections that never finish their headers.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,7 +26,8 @@ log = logging.getLogger("ray.serve")
 MIN_TOKEN = 16
 OPEN_PATHS = ("/", "/healthz", "/readyz", "/openapi.json")
 OPEN_FOLDER = "/page/"
-"""All else, also what does not exist, wants a token."""
+"""These need no token, and take GET and HEAD without a body. Every other path needs a token, also one that does not
+exist."""
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -33,13 +35,14 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-"""Of every answer that does not set its own."""
+"""Added to every answer that does not set its own."""
 
 
 def tokens_from_environment() -> frozenset[str]:
-    """`LSEMVAE_TOKENS` (separated by blanks or commas) and the lines of the file `LSEMVAE_TOKENS_FILE`, # comments.
+    """The tokens in `LSEMVAE_TOKENS` (separated by blanks or commas) and in the file `LSEMVAE_TOKENS_FILE`.
 
-    Raises LsemvaeError when the file cannot be read, or a token is short enough to be guessed.
+    The file has one token a line; lines that begin with # are comments. Raises LsemvaeError when the file cannot be
+    read, or when a token is short enough to be guessed.
     """
     tokens = os.environ.get("LSEMVAE_TOKENS", "").replace(",", " ").split()
     if path := os.environ.get("LSEMVAE_TOKENS_FILE"):
@@ -57,7 +60,7 @@ def tokens_from_environment() -> frozenset[str]:
 
 
 class Rejected(Exception):
-    """An answer other than the one that was asked for."""
+    """Ends a request with this status and detail."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         super().__init__(detail)
@@ -65,11 +68,58 @@ class Rejected(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-class Guard:
-    """The layer. `tokens` empty: everybody may ask.
+def charge(scope: Scope, n_bytes: int) -> None:
+    """Counts memory that a request needs beyond its body against the replica's limit, until it is answered.
 
-    A body is read whole before the application sees it: at most `max_body` bytes within `body_timeout_s`, and at most
-    `max_held` bytes for all requests in progress together.
+    A body of JSON takes ten times its size once it is parsed. Raises Rejected with status 503 where there is no room
+    for it now, and 413 where there never is.
+    """
+    if hold := scope.get(_HOLD):  # absent without the guard
+        hold(n_bytes)
+
+
+_HOLD = "lsemvae.hold"
+
+
+class _Held:
+    """The memory that one request holds, as a part of what all requests of the replica hold."""
+
+    def __init__(self, guard: "Guard") -> None:
+        self._guard, self._mine, self._body = guard, 0, 0
+
+    def body(self, n_bytes: int) -> None:
+        """Another part of the body, or its declared length."""
+        self._body += n_bytes
+        if self._body > self._guard.max_body:
+            raise Rejected(
+                413, f"the body has more than {self._guard.max_body} bytes: send fewer recordings", Connection="close"
+            )
+        self.more(n_bytes)
+
+    def more(self, n_bytes: int) -> None:
+        if self._mine + n_bytes > self._guard.max_held:
+            raise Rejected(
+                413,
+                f"the request needs {(self._mine + n_bytes) / 2**20:.0f} MB of memory, the service allows "
+                f"{self._guard.max_held / 2**20:.0f} MB: send fewer recordings",
+                Connection="close",
+            )
+        if self._guard.held + n_bytes > self._guard.max_held:
+            raise Rejected(503, "too many requests at once: try again later", Retry_After="1", Connection="close")
+        self._mine += n_bytes
+        self._guard.held += n_bytes
+
+    def release(self) -> None:
+        self._guard.held -= self._mine
+        self._mine = 0
+
+
+class Guard:
+    """The layer. With no `tokens`, everybody may ask.
+
+    A request without a valid token is answered from its headers alone: its body is neither read nor held. A body with
+    one is read whole before the application sees it, within `body_timeout_s`. `max_body` limits one body in bytes,
+    `max_held` the memory of all requests in progress together (see `charge`).
     """
 
     def __init__(
@@ -84,72 +134,57 @@ class Guard:
     ) -> None:
         self._app, self._metrics = app, metrics
         self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
-        self._max_body, self._max_held, self._body_timeout_s = max_body, max_held, body_timeout_s
-        self._held = 0
+        self._body_timeout_s = body_timeout_s
+        self.max_body, self.max_held = max_body, max_held
+        self.held = 0
+        """Bytes held by all requests in progress."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status, mine = time.perf_counter(), 0, 0
-
-        async def send_safely(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        def hold(n_bytes: int) -> None:
-            nonlocal mine
-            if mine + n_bytes > self._max_body:
-                raise Rejected(
-                    413, f"the body has more than {self._max_body} bytes: send fewer recordings", Connection="close"
-                )
-            if self._held + n_bytes > self._max_held:
-                raise Rejected(503, "too many requests at once: try again later", Retry_After="1", Connection="close")
-            mine += n_bytes
-            self._held += n_bytes
-
+        began, answer, held = time.perf_counter(), _Answer(send, scope["method"]), _Held(self)
+        scope = {**scope, _HOLD: held.more}
         try:
             headers = Headers(scope=scope)
-            self._check(scope["path"], headers)
+            if _is_open(scope["path"]):
+                _require_no_body(scope["method"], headers)
+                scope["method"] = "GET"  # HEAD is GET without the body, which `_Answer` leaves out
+            else:
+                self._require_token(headers)
+            if headers.get("content-encoding", "identity").lower() != "identity":
+                raise Rejected(415, "compressed bodies are not read: send the body uncompressed", Connection="close")
             if "content-length" in headers or "transfer-encoding" in headers:
-                receive = await self._read(headers, receive, hold)
-            await self._app(scope, receive, send_safely)
+                receive = await self._read(headers, receive, held)
+            await self._app(scope, receive, answer.send)
         except Rejected as error:
-            await _answer(error, send_safely)
+            await answer.reject(error)
         except Exception as error:
-            # Where it happened, never what it says: a message may quote the recording.
+            # Where it happened, not its message, which may quote the recording.
             frame = traceback.extract_tb(error.__traceback__)[-1]
             log.error(f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}")
-            if not status:
-                await _answer(Rejected(500, "internal error"), send_safely)
+            await answer.reject(Rejected(500, "internal error"))
         finally:
-            self._held -= mine
-            self._observe(scope, status, time.perf_counter() - began)
+            held.release()
+            self._observe(scope, answer.status, time.perf_counter() - began)
 
-    def _check(self, path: str, headers: Headers) -> None:
-        if self._digests and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            digest = hashlib.sha256(token.strip().encode()).digest()
-            # Each is compared, and in constant time: how long it takes says nothing of how much was right.
-            right = [hmac.compare_digest(digest, known) for known in self._digests]
-            if scheme.lower() != "bearer" or not any(right):
-                raise Rejected(
-                    401, "give a token: Authorization: Bearer …", WWW_Authenticate="Bearer", Connection="close"
-                )
-        if headers.get("content-encoding", "identity").lower() != "identity":
-            raise Rejected(415, "compressed bodies are not read: send it as it is", Connection="close")
+    def _require_token(self, headers: Headers) -> None:
+        if not self._digests:
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).digest()
+        # Every token is compared, each in constant time: the time it takes does not show how much was right.
+        right = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != "bearer" or not any(right):
+            raise Rejected(401, "give a token: Authorization: Bearer …", WWW_Authenticate="Bearer", Connection="close")
 
-    async def _read(self, headers: Headers, receive: Receive, hold: Callable[[int], None]) -> Receive:
+    async def _read(self, headers: Headers, receive: Receive, held: _Held) -> Receive:
+        """Reads the whole body -> a `receive` that gives it at once."""
         declared = headers.get("content-length")
         if declared is not None:
             if not declared.isdecimal() or len(declared) > 15:
                 raise Rejected(400, "Content-Length is no number", Connection="close")
-            hold(int(declared))
+            held.body(int(declared))
         parts: list[bytes] = []
         try:
             async with asyncio.timeout(self._body_timeout_s):
@@ -160,7 +195,7 @@ class Guard:
                         raise Rejected(400, "the client went away")
                     part = message.get("body", b"")
                     if declared is None:
-                        hold(len(part))
+                        held.body(len(part))
                     parts.append(part)
                     more = message.get("more_body", False)
         except TimeoutError:
@@ -180,16 +215,47 @@ class Guard:
         return replay
 
     def _observe(self, scope: Scope, status: int, seconds: float) -> None:
-        endpoint = getattr(scope.get("route"), "path", "none")  # the pattern, not what was asked for
+        endpoint = getattr(scope.get("route"), "path", "none")  # the pattern: the path may hold an identifier
         self._metrics.answered(endpoint, status)
         if endpoint not in OPEN_PATHS:
             self._metrics.took("total", seconds)
             log.info("answered", extra={"endpoint": endpoint, "status": status, "ms": round(1000 * seconds, 1)})
 
 
-async def _answer(error: Rejected, send: Send) -> None:
-    body = json.dumps({"detail": error.detail}).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def _require_no_body(method: str, headers: Headers) -> None:
+    """Anybody may send these requests, so that a body would let anybody occupy the service while it comes."""
+    if method not in ("GET", "HEAD"):
+        raise Rejected(405, "only GET and HEAD are allowed here", Allow="GET, HEAD", Connection="close")
+    if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
+        raise Rejected(413, "this request takes no body", Connection="close")
+
+
+class _Answer:
+    """Sends the application's answer with the security headers, or a refusal; remembers the status."""
+
+    def __init__(self, send: Send, method: str) -> None:
+        self._send, self._is_head = send, method == "HEAD"
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+        elif self._is_head and message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    async def reject(self, error: Rejected) -> None:
+        if self.status:  # an answer is on its way already
+            return
+        body = json.dumps({"detail": error.detail}).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": raw})
+        await self.send({"type": "http.response.body", "body": body})

@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +13,12 @@ from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import schemathesis
 import wfdb
+from fastapi.exceptions import RequestValidationError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import load_all_checks, not_a_server_error
@@ -25,6 +29,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from support.bundles import records
 from support.serving import DERIVABLE, TOKEN, as_json, ask, npy, only, score, score_files, score_npy
+from support.session import ROOT
 
 from lsemvae import bundle as bundles
 from lsemvae.bundle import Scorer
@@ -33,12 +38,13 @@ from lsemvae.formats import read
 from lsemvae.leads import CHEST_LEADS, LEADS, LIMB_LEADS
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.record import Record
+from serve import scoring
 from serve.api import Service, make_api
-from serve.inputs import from_files, to_record
+from serve.inputs import TooLarge, from_files, from_json, json_memory, to_record
 from serve.observed import Metrics
 from serve.reconstruct import Reconstructor
 from serve.registry import Registry
-from serve.schema import MAX_RECORDS, MAX_SAMPLES, RecordIn, ScoreRequest
+from serve.schema import MAX_RECORDS, MAX_SAMPLES, RecordIn, RecordOut, ScoreRequest
 from serve.scoring import Batcher, min_leads
 
 # --- what is answered -----------------------------------------------------------------------------------------
@@ -276,7 +282,9 @@ BAD_JSON = {
     "65 records": json.dumps({"records": [{"rate_hz": 500, "leads": {"I": [1]}}] * (MAX_RECORDS + 1)}),
     "deep": '{"records": ' + "[" * 5000 + "]" * 5000 + "}",
     "lone surrogate": '{"records": [{"rate_hz": 500, "leads": {"I": [1]}, "id": "\\ud800"}]}',
-    "too long": json.dumps({"records": [{"rate_hz": 500, "leads": {"I": [0] * (MAX_SAMPLES + 1)}}]}),
+    "rate 1e-310": '{"records": [{"rate_hz": 1e-310, "leads": {"I": [1]}}]}',
+    "rate 1e300": '{"records": [{"rate_hz": 1e300, "leads": {"I": [1]}}]}',
+    "a hundred thousand texts": json.dumps({"records": [{"rate_hz": 500, "leads": {"I": ["a"] * 100_000}}]}),
 }  # fmt: skip
 
 
@@ -476,11 +484,102 @@ def test_a_form_without_usable_files_is_422(api):
     assert broken.status_code == 422
 
 
-def test_a_long_recording_is_refused():
-    body = npy(np.zeros((1, MAX_SAMPLES + 1), dtype=np.int16))
+def test_the_endpoint_takes_what_a_cohort_takes(api, models: Path, record: Record):
+    """Five minutes at 500 Hz, and an impossible sample outside the window that the model sees."""
+    signal_mv_LT = np.tile(record.signal_mv_LT, (1, 30))
+    signal_mv_LT[7, 100_000] = 3e6
+    (expected,) = Scorer(models / "ph-12L").score([replace(record, signal_mv_LT=signal_mv_LT)])
+    result = only(score_npy(api, signal_mv_LT))
+    assert result["score"] == pytest.approx(expected.score, abs=1e-6)
+    side = json.dumps({"rate_hz": 500, "unit": "mV", "leads": LEADS}).encode()
+    result = only(score_files(api, {"long.npy": npy(signal_mv_LT), "long.json": side}, signal="true"))
+    assert result["score"] == pytest.approx(expected.score, abs=1e-6)
+    assert len(result["record"]["leads"]["V6"]) == 150_000
+    signal_mv_LT[7, 100] = 3e6  # and inside: both refuse it, with one reason
+    (expected,) = Scorer(models / "ph-12L").score([replace(record, signal_mv_LT=signal_mv_LT)])
+    refused = only(score_npy(api, signal_mv_LT))["refused"]
+    assert refused == {"code": "amplitude", "reason": str(expected.refused)}
+
+
+def test_a_request_with_too_many_samples_is_413(api):
+    many = MAX_SAMPLES + MAX_RECORDS * 250
+    text = '{"records": [{"rate_hz": 500, "leads": {"I": [' + "0," * many + "0]}}]}"
+    counts = npy(np.zeros((1, MAX_SAMPLES + 1), dtype=np.int16))
     side = json.dumps({"rate_hz": 500, "uv_per_lsb": 5, "leads": ["I"]}).encode()
-    ((_, error),) = from_files({"a.npy": body, "a.json": side})
-    assert isinstance(error, LsemvaeError) and error.code == "too_long"
+    for answer in (
+        ask(api, "POST", "/v1/score", content=text.encode(), headers={"Content-Type": "application/json"}),
+        ask(api, "POST", "/v1/reconstruct", content=text.encode(), headers={"Content-Type": "application/json"}),
+        score_npy(api, counts, leads="I", uv_per_lsb=5),
+        score_files(api, {"a.npy": counts, "a.json": side}),
+    ):
+        assert answer.status_code == 413
+        assert f"more than {MAX_SAMPLES} samples" in answer.json()["detail"]
+
+
+def test_many_mistakes_are_few_errors():
+    """Each would be hundreds of bytes: a body of 32 MB made gigabytes of them."""
+    for body in (
+        '{"records": [{"rate_hz": 500, "leads": {"I": [' + '"a",' * 1_000_000 + '"a"]}}]}',
+        '{"records": [{"rate_hz": 500, "leads": {' + ",".join(f'"x{k}": [1]' for k in range(10_000)) + "}}]}",
+    ):
+        json_memory(body.encode())
+        with pytest.raises(RequestValidationError) as caught:
+            from_json(body.encode(), ScoreRequest)
+        assert len(caught.value.errors()) <= 20
+    with pytest.raises(TooLarge):
+        json_memory(("{" + ",".join(f'"x{k}": 1' for k in range(20_000)) + "}").encode())
+
+
+def test_parsing_takes_no_more_memory_than_is_charged_for_it():
+    """In a process of its own, since the peak of a process never falls: as many samples as one request may have."""
+    script = """
+import re
+from serve.inputs import from_json, json_memory
+from serve.schema import ScoreRequest
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+body = ('{"records": [{"rate_hz": 500, "leads": {"I": [' + "0.125," * 3_900_000 + "0]}}]}").encode()
+before = peak()
+from_json(body, ScoreRequest)
+print(json_memory(body), peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    charged, taken = map(int, done.stdout.split())
+    assert 0.3 * charged < taken < 1.1 * charged
+
+
+def test_an_answer_with_the_recording_is_made_beside_the_event_loop(api, record: Record, monkeypatch):
+    """While it is made, others are answered."""
+    drawing, answered = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def drawn(given: Record) -> RecordOut:
+        drawing.set()
+        seen.append(answered.wait(20))
+        return scoring.drawn_again(given)
+
+    monkeypatch.setattr(scoring, "drawn_again", scoring.drawn, raising=False)
+    monkeypatch.setattr(scoring, "drawn", drawn)
+    files = [("files", ("a.csv", csv_of(record)))]
+
+    async def main() -> httpx.Response:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", headers=headers) as client:
+            asked = asyncio.create_task(client.post("/v1/score/file", params={"signal": "true"}, files=files))
+            while not drawing.is_set():
+                await asyncio.sleep(0.001)
+            assert (await client.get("/healthz")).status_code == 200
+            answered.set()
+            return await asked
+
+    answer = asyncio.run(main())
+    assert seen == [True]
+    assert only(answer)["record"]["rate_hz"] == 500
+
+
+def csv_of(record: Record) -> bytes:
+    rows = "\n".join(f"{i:.4f},{ii:.4f}" for i, ii in record.signal_for(["I", "II"]).T)
+    return f"# rate_hz: 500\n# unit: mV\nI,II\n{rows}\n".encode()
 
 
 @settings(max_examples=60, deadline=None)
@@ -730,8 +829,11 @@ def test_those_who_ask_again_and_again_are_answered_together():
     assert batches == [1, 6, 6, 6, 6, 0, 1, 1]  # and not 1, 5, 1, 5 …
 
 
-def test_a_batch_that_fails_fails_its_own_jobs_alone():
+def test_an_exception_in_a_batch_is_answered_to_the_job_that_caused_it():
+    batches: list[list[int]] = []
+
     def run(jobs: list[int]) -> list[int]:
+        batches.append(jobs)
         if 1 in jobs:
             raise RuntimeError("no")
         return jobs
@@ -741,5 +843,37 @@ def test_a_batch_that_fails_fails_its_own_jobs_alone():
         return await asyncio.gather(*(batcher(job) for job in range(5)), return_exceptions=True)
 
     answers = asyncio.run(main())
-    assert [type(answer) for answer in answers[:2]] == [RuntimeError, RuntimeError]
-    assert answers[2:] == [2, 3, 4]
+    assert type(answers[1]) is RuntimeError
+    assert [answer for answer in answers if isinstance(answer, int)] == [0, 2, 3, 4]
+    assert batches == [[0, 1], [0], [1], [2, 3], [4]]
+
+
+def test_one_record_that_breaks_the_model_fails_no_other_request(service: Service, record: Record):
+    """Five requests at once, through the whole application; the model itself raises on one of them."""
+    served = service.registry.served["ph-12L"]
+
+    class Brittle:
+        bundle = served.scorer.bundle
+
+        @staticmethod
+        def score(records: list[Record]) -> list:
+            if any(record.signal_mv_LT.shape[1] == 4000 for record in records):
+                raise FloatingPointError("something that nobody thought of")
+            return served.scorer.score(records)
+
+    broken = SimpleNamespace(scorer=Brittle(), described=served.described)
+    api = make_api(replace(service, registry=SimpleNamespace(served={"ph-12L": broken}, ready=True, problems={})))
+    short = replace(record, signal_mv_LT=record.signal_mv_LT[:, :4000])
+    expected = served.scorer.score([record])[0].score
+
+    async def main() -> list[httpx.Response]:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", headers=headers) as client:
+            bodies = [{"records": [as_json(given)]} for given in (record, record, short, record, record)]
+            return await asyncio.gather(*(client.post("/v1/score", json=body) for body in bodies))
+
+    answers = asyncio.run(main())
+    assert [answer.status_code for answer in answers] == [200, 200, 500, 200, 200]
+    for answer in answers[:2] + answers[3:]:
+        assert only(answer)["score"] == pytest.approx(expected, abs=1e-6)

@@ -2,27 +2,24 @@
 
 import json
 import re
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from support import bundles as small_bundles
 from support.browser import Browser, chromium
+from support.serving import answering
 
 from lsemvae.formats import read_record
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.quality import FLAGS, quality_flags
 from serve import page as page_module
-from serve.api import Service, make_api
+from serve.api import Service
 from serve.observed import Metrics
 from serve.registry import Registry
 
@@ -158,19 +155,6 @@ def test_the_page_knows_what_every_flag_means(files: TestClient):
 # --- in a browser ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def answering(registry: Registry, metrics: Metrics, **settings: object) -> Iterator[str]:
-    """The service's own application on a port of this machine -> its address."""
-    api = make_api(Service(registry, metrics, **settings))
-    server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registry, Metrics]:
     """A calibrated model of twelve leads and one of six, both untrained."""
@@ -182,7 +166,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registry, Metrics]
 
 @pytest.fixture(scope="module")
 def url(loaded: tuple[Registry, Metrics]) -> Iterator[str]:
-    with answering(*loaded) as address:
+    with answering(Service(*loaded)) as address:
         yield address
 
 
@@ -410,7 +394,7 @@ def test_what_leaves_the_paper_is_said(browser: Browser, tmp_path: Path, signal_
 
 
 def test_a_token_is_asked_for_used_and_not_kept(browser: Browser, loaded: tuple[Registry, Metrics], url: str):
-    with answering(*loaded, tokens=frozenset({TOKEN})) as guarded:
+    with answering(Service(*loaded, tokens=frozenset({TOKEN}))) as guarded:
         enter(browser, guarded)
         browser.run("document.getElementById('example').click()")
         assert finished(browser) == "Nothing was scored."
@@ -436,7 +420,7 @@ def test_a_token_is_asked_for_used_and_not_kept(browser: Browser, loaded: tuple[
 def test_the_services_own_words_are_shown_where_it_takes_nothing(
     browser: Browser, loaded: tuple[Registry, Metrics], url: str, tmp_path: Path
 ):
-    with answering(*loaded, max_body=1000) as small:
+    with answering(Service(*loaded, max_body=1000)) as small:
         enter(browser, small)
         (tmp_path / "large.csv").write_text("I\n" + "0\n" * 5000)
         assert choose(browser, tmp_path / "large.csv") == "Nothing was scored."

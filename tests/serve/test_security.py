@@ -5,7 +5,10 @@ import gzip
 import hmac
 import json
 import logging
+import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from support.serving import TOKEN, as_json, ask, npy, only, score, score_files
+from support.serving import TOKEN, answering, as_json, ask, npy, only, score, score_files
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.record import Record
@@ -24,8 +27,8 @@ from serve.observed import Metrics
 from serve.security import OPEN_PATHS, Guard, tokens_from_environment
 
 OTHER = "another-token-of-somebody-else"
-LIMIT = 600_000
-HELD = 1_000_000
+LIMIT = 800_000
+HELD = 1_500_000
 
 
 class Observed(Metrics):
@@ -60,7 +63,7 @@ def well_afterwards(api) -> Iterator[None]:
     guard = api.middleware_stack
     while not isinstance(guard, Guard):
         guard = guard.app
-    assert guard._held == 0
+    assert guard.held == 0
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------
@@ -267,7 +270,8 @@ def test_a_slow_client_is_408_and_one_that_leaves_is_forgotten(api):
 
 
 def test_more_bodies_than_memory_are_503_with_retry_after(api, record: Record):
-    body = json.dumps({"records": [as_json(record, ("I", "II"))]}).encode()
+    short = replace(record, signal_mv_LT=record.signal_mv_LT[:, :1500])
+    body = json.dumps({"records": [as_json(short, ("I", "II"))]}).encode()
 
     async def main() -> None:
         first = Client(api, {"content-length": str(LIMIT)})  # what is declared counts at once
@@ -291,6 +295,93 @@ def test_more_bodies_than_memory_are_503_with_retry_after(api, record: Record):
         assert again.status == 200
 
     asyncio.run(main())
+
+
+def test_what_a_body_becomes_counts_against_the_memory(guarded: Service, record: Record):
+    """JSON of 200 kB takes 1 MB: while one is scored, a second one is told to come again. 1.5 MB never fit."""
+    body = json.dumps({"records": [as_json(record, ("I", "II"))]}).encode()  # 10,000 samples: 800 kB once parsed
+    scoring, told = threading.Event(), threading.Event()
+    served = guarded.registry.served["ph-12L"]
+
+    def score(records: list[Record]) -> list:
+        scoring.set()
+        told.wait(20)
+        return served.scorer.score(records)
+
+    slow = SimpleNamespace(scorer=SimpleNamespace(score=score, bundle=served.scorer.bundle), described=served.described)
+    registry = SimpleNamespace(served={"ph-12L": slow}, ready=True, problems={})
+    api = make_api(replace(guarded, registry=registry, max_held=1_200_000))
+
+    async def ask_with(body: bytes) -> Client:
+        client = Client(api, {"content-length": str(len(body))})
+        await client.part(body, more=False)
+        return client
+
+    async def main() -> None:
+        first = await ask_with(body)
+        while not scoring.is_set():
+            await asyncio.sleep(0.001)
+        second = await ask_with(body)
+        await second.task
+        assert (second.status, second.headers[b"retry-after"]) == (503, b"1")
+        told.set()
+        await first.task
+        assert first.status == 200
+        never = await ask_with(b"[" + b"0," * 20_000 + b"0]")
+        await never.task
+        assert never.status == 413 and b"MB of memory, the service allows" in never.sent[1]["body"]
+        again = await ask_with(body)
+        await again.task
+        assert again.status == 200
+
+    asyncio.run(main())
+
+
+# --- open paths -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*OPEN_PATHS, "/page/page.css", "/page/nothing"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "GET", "HEAD"])
+def test_an_open_path_takes_no_body_and_reads_none(api, path: str, method: str):
+    seen: list[int] = []
+    for headers in ({}, {"Content-Length": "5"}):
+        answer = ask(api, method, path, token=None, content=_chunks(b"12345", seen=seen), headers=headers)
+        if method in ("GET", "HEAD"):
+            assert answer.status_code == 413
+        else:
+            assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD")
+        assert answer.headers["Connection"] == "close"
+    assert not seen
+
+
+@pytest.mark.parametrize("path", [*OPEN_PATHS, "/page/page.css"])
+def test_head_is_get_without_the_body(api, path: str):
+    whole, head = (ask(api, method, path, token=None) for method in ("GET", "HEAD"))
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers == whole.headers
+    assert ask(api, "GET", path, token=None, headers={"Content-Length": "0"}).status_code == 200
+
+
+def test_connections_without_a_token_hold_up_nobody(guarded: Service, record: Record):
+    """Real sockets: 80 clients announce a body, send one byte of it and wait. All are answered, and so is a user."""
+    with answering(guarded) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with ExitStack() as stack:
+            idle = [stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(80)]
+            for k, connection in enumerate(idle):
+                path, length = (("/healthz", "Transfer-Encoding: chunked"), ("/v1/score", f"Content-Length: {LIMIT}"))[
+                    k % 2
+                ]
+                lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", length, "", "1"]
+                connection.sendall("\r\n".join(lines).encode())
+            body = {"records": [as_json(record, ("I", "II"))]}
+            answer = httpx.post(f"{url}/v1/score", json=body, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+            assert answer.status_code == 200
+            statuses = [connection.recv(4096).split()[1] for connection in idle]
+            assert statuses == [b"405", b"401"] * 40
+            for connection in idle:  # and closed: nothing more is read from it
+                while connection.recv(4096):
+                    pass
 
 
 # --- headers --------------------------------------------------------------------------------------------------

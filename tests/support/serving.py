@@ -1,13 +1,19 @@
-"""Requests to the endpoint's application, in this process, and what they send."""
+"""Requests to the endpoint's application in this process, their bodies, and a real server for the application."""
 
 import asyncio
 import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
+import uvicorn
 
 from lsemvae.leads import LEADS
 from lsemvae.record import Record
+from serve.api import Service, make_api
 
 TOKEN = "the-tests-own-token"
 
@@ -56,3 +62,15 @@ def score_npy(api: object, array: np.ndarray | bytes, **query: object) -> httpx.
 
 def score_files(api: object, files: dict[str, bytes], **query: object) -> httpx.Response:
     return ask(api, "POST", "/v1/score/file", params=query, files=[("files", (name, files[name])) for name in files])
+
+
+@contextmanager
+def answering(service: Service) -> Iterator[str]:
+    """The application behind uvicorn, which Ray Serve's own proxy uses too, on a port of its own -> its URL."""
+    server = uvicorn.Server(uvicorn.Config(make_api(service), log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
