@@ -16,6 +16,14 @@ class StorageError(LsemvaeError):
         self.passing = passing
 
 
+class FileTooLarge(LsemvaeError):
+    """A file that has more bytes (`size`) than its reader accepts; it has not been read."""
+
+    def __init__(self, path: str, size: int, max_bytes: int) -> None:
+        super().__init__(f"{path} has {size} bytes: {max_bytes} are the limit")
+        self.size = size
+
+
 class UnreadableRecording(LsemvaeError):
     """A recording that no reader can turn into a `Record`. `code` is the short reason used in tables."""
 

@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.errors import FileTooLarge, LsemvaeError, StorageError
 
 CONNECT_TIMEOUT_S = 10
 REQUEST_TIMEOUT_S = 30
@@ -88,13 +88,32 @@ class Storage:
         query = f"?{parts.query}" if parts.query else ""
         return Storage(f"s3://{parts.netloc}{parts.path.rstrip('/')}/{relative}{query}")
 
-    def read_bytes(self, relative: str) -> bytes:
-        """Raises FileNotFoundError when it is absent, StorageError when the place fails."""
+    def read_bytes(self, relative: str, max_bytes: int | None = None) -> bytes:
+        """The whole file. One that has more than `max_bytes` is not read: FileTooLarge is raised.
+
+        Raises FileNotFoundError when it is absent, StorageError when the place fails.
+        """
         with explained(self._shown(relative)):
             if self.is_local:
-                return Path(self.path(relative)).read_bytes()
+                with Path(self.path(relative)).open("rb") as file:
+                    self._require_size(relative, os.fstat(file.fileno()).st_size, max_bytes)
+                    return file.read()
             with self.filesystem.open_input_file(self.path(relative)) as stream:
+                self._require_size(relative, stream.size(), max_bytes)
                 return stream.read()
+
+    def head(self, relative: str, n_bytes: int) -> bytes:
+        """The first `n_bytes` of the file, or all of it if it is shorter; no more is read. Raises as `read_bytes`."""
+        with explained(self._shown(relative)):
+            if self.is_local:
+                with Path(self.path(relative)).open("rb") as file:
+                    return file.read(n_bytes)
+            with self.filesystem.open_input_file(self.path(relative)) as stream:
+                return stream.read(n_bytes)
+
+    def _require_size(self, relative: str, size: int, max_bytes: int | None) -> None:
+        if max_bytes is not None and size > max_bytes:
+            raise FileTooLarge(self._shown(relative), size, max_bytes)
 
     def write_bytes(self, relative: str, content: bytes) -> None:
         """Whole or not at all: a reader never sees a part of it. Raises StorageError."""

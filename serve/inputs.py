@@ -130,6 +130,7 @@ def _array(body: bytes) -> np.ndarray:
     except UnreadableRecording:
         raise LsemvaeError("the body is no NPY file: write it with np.save") from None
     shape, dtype = layout.shape, layout.dtype
+    order = ", in Fortran order" if layout.is_fortran else ""
     if dtype not in (np.dtype("<f4"), np.dtype("<i2")) or layout.is_fortran or len(shape) not in (2, 3):
         order = ", in Fortran order" if layout.is_fortran else ""
         raise LsemvaeError(

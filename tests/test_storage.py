@@ -6,7 +6,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import FileTooLarge, LsemvaeError
 from lsemvae.storage import Storage
 
 
@@ -82,3 +82,14 @@ def test_one_uri_may_name_its_own_endpoint(s3: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_uri_is_the_folder(tmp_path: Path):
     assert Storage.open(f"file://{tmp_path}") == Storage.open(str(tmp_path)) == Storage.open(tmp_path)
+
+
+def test_the_beginning_of_a_file_and_a_limit_on_its_size(place: Storage):
+    place.write_bytes("a.bin", b"0123456789")
+    assert place.head("a.bin", 4) == b"0123"
+    assert place.head("a.bin", 40) == b"0123456789"
+    assert place.read_bytes("a.bin", 10) == b"0123456789"
+    with pytest.raises(FileTooLarge, match="10 bytes: 9 are the limit"):
+        place.read_bytes("a.bin", 9)
+    with pytest.raises(FileNotFoundError):
+        place.head("b.bin", 4)

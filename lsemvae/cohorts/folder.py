@@ -7,13 +7,13 @@ import pandas as pd
 from lsemvae.cohorts import ptb_xl
 from lsemvae.cohorts.tables import join_labels
 from lsemvae.errors import LsemvaeError
-from lsemvae.formats import SUFFIXES, UNSURE_SUFFIXES, main_files
+from lsemvae.formats import SUFFIXES, UNSURE_SUFFIXES, find_recordings
 from lsemvae.storage import Storage
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
     """Every recording below the source; each is its own subject unless the labels say whose it is."""
-    table = as_recordings(main_files(storage.list(), storage.read_bytes))
+    table = as_recordings(find_recordings(storage.list(), storage.head).recordings)
     if table.empty:
         suffixes = ", ".join(SUFFIXES + UNSURE_SUFFIXES)
         raise LsemvaeError(f"{storage.uri} has no recordings: none of its files that end in {suffixes} is one")

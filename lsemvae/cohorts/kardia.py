@@ -9,7 +9,7 @@ import pandas as pd
 from lsemvae.cohorts.folder import as_recordings
 from lsemvae.cohorts.tables import clinical_labels, join_labels, read_table
 from lsemvae.errors import LsemvaeError
-from lsemvae.formats import main_files
+from lsemvae.formats import find_recordings
 from lsemvae.storage import Storage
 
 TABLE = "kardia.csv"
@@ -22,7 +22,7 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
     Where a recording is there as `.atc` and as `.json`, the `.atc` is taken.
     """
     paths = [path for path in storage.list() if path.lower().endswith(SUFFIXES)]
-    paths = pd.Series(main_files(paths, storage.read_bytes), dtype=str)
+    paths = pd.Series(find_recordings(paths, storage.head).recordings, dtype=str)
     if paths.empty:
         raise LsemvaeError(f"{storage.uri} has no recordings: none of its files is .atc or Kardia JSON")
     atc = paths.str.lower().str.endswith(".atc")

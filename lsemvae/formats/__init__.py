@@ -6,62 +6,41 @@ input raises `UnreadableRecording`, which names the file, the value and the mend
 """
 
 import stat
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from lsemvae.errors import UnreadableRecording
-from lsemvae.formats import alivecor, cardiosoft, clinical, dicom, plain, wfdb
+from lsemvae.errors import FileTooLarge, UnreadableRecording
+from lsemvae.formats.listing import SUFFIXES, UNSURE_SUFFIXES, Listing, PassedOver, find_recordings
+from lsemvae.formats.readers import READERS, Fetch, Reader, reader_of
 from lsemvae.record import Record
 
-Fetch = Callable[[str], bytes]
-"""Plain file name -> its bytes, from one folder; raises FileNotFoundError when it is absent."""
+__all__ = [
+    "MAX_FILE_BYTES",
+    "READERS",
+    "SUFFIXES",
+    "UNSURE_SUFFIXES",
+    "Fetch",
+    "Listing",
+    "PassedOver",
+    "ReadBytes",
+    "Reader",
+    "find_recordings",
+    "folder_fetch",
+    "read",
+    "read_record",
+    "read_relative",
+]
 
 MAX_FILE_BYTES = 256 * 2**20
 
 
-class Reader(Protocol):
-    """`content` is what the file `name` holds; `uv_per_lsb` overrides its scale where that is known wrong."""
+class ReadBytes(Protocol):
+    """Path below a source and a limit -> the file's bytes, such as `Storage.read_bytes`.
 
-    def __call__(self, name: str, content: bytes, fetch: Fetch, *, uv_per_lsb: float | None = None) -> Record: ...
-
-
-# In this order: the first that recognises the beginning of the file reads it. The surest signs come first.
-READERS: list[tuple[Callable[[bytes], bool], Reader]] = [
-    (alivecor.recognise_atc, alivecor.read_atc),
-    (plain.recognise_npy, plain.read_npy),
-    (dicom.recognise, dicom.read),
-    (cardiosoft.recognise, cardiosoft.read),
-    (clinical.recognise, clinical.read),
-    (alivecor.recognise_kardia, alivecor.read_kardia),
-    (wfdb.recognise, wfdb.read),
-    (plain.recognise_csv, plain.read_csv),
-]
-_HEAD_BYTES = 4096
-
-SUFFIXES = (".hea", ".xml", ".dcm", ".scp", ".atc", ".npy")
-"""How the main files of recordings end: where to look in a listing. What they are, their content says."""
-UNSURE_SUFFIXES = (".csv", ".json")
-"""How some recordings end, and tables, labels and side files too."""
-
-
-def main_files(paths: Iterable[str], read_bytes: Fetch) -> list[str]:
-    """Of a listing, the main files of recordings, in its order.
-
-    Files that end in `SUFFIXES` are, whether or not they can be read. Of those in `UNSURE_SUFFIXES`, which are
-    few beside other recordings, the content decides, which `read_bytes` gives (32 at a time).
+    Raises FileTooLarge before reading a file that is larger, FileNotFoundError when it is absent.
     """
-    named = [path for path in paths if path.lower().endswith(SUFFIXES + UNSURE_SUFFIXES)]
 
-    def is_main(path: str) -> bool:
-        if path.lower().endswith(SUFFIXES):
-            return True
-        head = read_bytes(path)[:_HEAD_BYTES]
-        return any(recognise(head) for recognise, _ in READERS)
-
-    with ThreadPoolExecutor(32) as pool:
-        return [path for path, main in zip(named, pool.map(is_main, named), strict=True) if main]
+    def __call__(self, path: str, max_bytes: int, /) -> bytes: ...
 
 
 def read(path: Path | str, *, uv_per_lsb: float | None = None) -> Record:
@@ -73,13 +52,20 @@ def read(path: Path | str, *, uv_per_lsb: float | None = None) -> Record:
     return read_record(path.name, folder_fetch(path.parent), uv_per_lsb=uv_per_lsb)
 
 
-def read_relative(path: str, read_bytes: Fetch, *, uv_per_lsb: float | None = None) -> Record:
+def read_relative(path: str, read_bytes: ReadBytes, *, uv_per_lsb: float | None = None) -> Record:
     """Like `read`, for a path below a root that `read_bytes` reads from, such as `Storage.read_bytes`."""
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or path.startswith("/") or "\\" in path or "\0" in path:
         raise UnreadableRecording("unsafe_name", f"{path[:200]!r} leads out of its source: give a path below it")
     folder = PurePosixPath(*parts[:-1])
-    return read_record(parts[-1], lambda name: read_bytes(str(folder / name)), uv_per_lsb=uv_per_lsb)
+
+    def fetch(name: str) -> bytes:
+        try:
+            return read_bytes(str(folder / name), MAX_FILE_BYTES)
+        except FileTooLarge as error:
+            raise _too_large(name, error.size) from None
+
+    return read_record(parts[-1], fetch, uv_per_lsb=uv_per_lsb)
 
 
 def read_record(name: str, fetch: Fetch, *, uv_per_lsb: float | None = None) -> Record:
@@ -103,9 +89,8 @@ def read_record(name: str, fetch: Fetch, *, uv_per_lsb: float | None = None) -> 
             content = fetch_sibling(candidate)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             continue
-        for recognise, reader in READERS:
-            if recognise(content[:_HEAD_BYTES]):
-                return reader(candidate, content, fetch_sibling, uv_per_lsb=uv_per_lsb)
+        if (reader := reader_of(content)) is not None:
+            return reader(candidate, content, fetch_sibling, uv_per_lsb=uv_per_lsb)
         raise UnreadableRecording(
             "format",
             f"{candidate!r} ({len(content)} bytes) is of no known format: give WFDB (.hea), DICOM, SCP-ECG, "

@@ -85,6 +85,22 @@ def recognise(head: bytes) -> bool:
     return head[128:132] == b"DICM" or head.startswith(_META)
 
 
+_SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([\d.]+)", re.DOTALL)
+_STANDARD_STORAGE, _WAVEFORM_STORAGE = b"1.2.840.10008.5.1.4.1.1.", b"1.2.840.10008.5.1.4.1.1.9."
+_DICOMDIR = b"1.2.840.10008.1.3.10"
+
+
+def may_hold_waveform(head: bytes) -> bool:
+    """False if the file's SOP class is a DICOMDIR or a standard one without waveforms, such as an image."""
+    match = _SOP_CLASS.search(head)
+    if match is None:
+        return True
+    sop_class = match[1]
+    return sop_class.startswith(_WAVEFORM_STORAGE) or not (
+        sop_class.startswith(_STANDARD_STORAGE) or sop_class == _DICOMDIR
+    )
+
+
 def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
     """`content`, the DICOM file `name` -> Record of what was recorded, never of a median beat. `fetch` is not used.
 

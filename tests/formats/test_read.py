@@ -20,9 +20,10 @@ from support import alivecor_files, cardiosoft_files, clinical_files, dicom_file
 from lsemvae import formats
 from lsemvae.data.shards import pack, unpack
 from lsemvae.errors import UnreadableRecording
-from lsemvae.formats import READERS, main_files, read_record
+from lsemvae.formats import READERS, find_recordings, read_record
 from lsemvae.leads import LEADS
 from lsemvae.record import Record
+from lsemvae.storage import Storage
 
 # Name of the format -> files of a small recording, the main one first. "SECRET" stands where identifiers do.
 EXAMPLES: dict[str, Mapping[str, bytes]] = {
@@ -36,6 +37,7 @@ EXAMPLES: dict[str, Mapping[str, bytes]] = {
     **{kind: {"a.ecg": build(clinical_files.random_raw())} for kind, build in clinical_files.BUILDERS.items()},
 }
 FORMATS = pytest.mark.parametrize("files", EXAMPLES.values(), ids=EXAMPLES)
+KARDIA = alivecor_files.KARDIA_EXAMPLE["six.json"]
 XML_ROOTS = ["CardiologyXML", "RestingECG", "restingecgdata", "AnnotatedECG"]
 
 
@@ -109,18 +111,89 @@ def test_what_is_no_recording(content: bytes) -> None:
 
 
 def test_files_of_a_folder() -> None:
-    """Every suffix that is one of recordings; CSV and JSON only where they hold one."""
-    files = {"b/x.hea": b"", "b/x.dat": b"", "X.XML": b"<other/>", "r.npy": b"", "labels.csv": b"record_id,ph\na,1\n"}
-    files |= {"r.json": plain_files.NPY_EXAMPLE["a.json"], "truth.json": b"[1, 2]", "notes.txt": b"I,II\n1,2\n"}
-    files |= {"a.csv": plain_files.CSV_EXAMPLE["a.csv"], "k.JSON": alivecor_files.KARDIA_EXAMPLE["six.json"]}
+    """Recordings by content; only the beginnings of files are read, and only of those whose name does not decide."""
+    dicom = EXAMPLES["dicom"]["a.dcm"]
+    csv = plain_files.CSV_EXAMPLE["a.csv"]
+    recordings = {"b/x.hea": b"", "r.npy": b"", "a.csv": csv, "t.tsv": csv, "k.JSON": KARDIA, "cut.xml": b"garbage"}
+    recordings |= {"DICOM/IM000001": dicom, "1.2.840.1": dicom, "muse.txt": EXAMPLES["muse"]["a.ecg"]}
+    recordings |= {"X.XML": EXAMPLES["cardiosoft"]["a_20205_2_0.xml"], "k.atc.bak": EXAMPLES["atc"]["six.atc"]}
+    companions = {"b/x.dat": b"", "b/x.atr": b"", "r.json": plain_files.NPY_EXAMPLE["a.json"]}
+    image = dicom.replace(b"1.2.840.10008.5.1.4.1.1.9.1.1", b"1.2.840.10008.5.1.4.1.1.7.1.1", 1)
+    passed_over = {
+        "._x.hea": (b"\0\5\x16\7", "hidden"),
+        ".cache/y.hea": (b"", "hidden"),
+        "__MACOSX/z.atc": (b"", "hidden"),
+        "labels.csv": (b"record_id,ph\na,1\n", "table"),
+        "truth.json": (b"[1, 2]", "json"),
+        "pom.xml": (b"<?xml version='1.0'?><project/>", "other_xml"),
+        "notes.txt": (b"I,II\n1,2\n", "document"),
+        "README": (b"Release 2 of this data set\n", "document"),
+        "d.h5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "hdf5"),
+        "e.csv.gz": (b"\x1f\x8b\x08" + bytes(100), "compressed"),
+        "f.mat": (b"MATLAB 5.0 MAT-file, Platform: GLNX86", "matlab"),
+        "g.mat": (b"\1\0\2\0" * 100, "no_header"),
+        "h.edf": (b"0       X X X X", "edf"),
+        "IM000002": (image, "no_waveform"),
+        "u.bin": (b"\xff\xfe\xfd" * 100, "unknown"),
+    }
+    files = recordings | companions | {path: content for path, (content, _) in passed_over.items()}
     asked = []
 
-    def read_bytes(path: str) -> bytes:
+    def head(path: str, n_bytes: int) -> bytes:
         asked.append(path)
-        return files[path]
+        assert n_bytes <= 4096
+        return files[path][:n_bytes]
 
-    assert main_files(files, read_bytes) == ["b/x.hea", "X.XML", "r.npy", "a.csv", "k.JSON"]
-    assert sorted(asked) == ["a.csv", "k.JSON", "labels.csv", "r.json", "truth.json"]
+    listing = find_recordings(files, head)
+    assert listing.recordings == list(recordings)
+    assert {found.path: found.code for found in listing.passed_over} == {
+        path: code for path, (_, code) in passed_over.items()
+    }
+    assert all(found.reason for found in listing.passed_over)
+    by_name = {"b/x.hea", "r.npy", "b/x.dat", "b/x.atr", "._x.hea", ".cache/y.hea", "__MACOSX/z.atc"}
+    assert sorted(asked) == sorted(files.keys() - by_name)
+
+
+@FORMATS
+def test_a_recording_is_found_under_any_name(files: Mapping[str, bytes]) -> None:
+    """All but the two text formats that notes can begin like."""
+    content = files[main_of(files)]
+    is_text = readers_of(content)[0] in (formats.wfdb.read, formats.plain.read_csv)
+    for name in ("IM000001", "a.bin", "scan.2024"):
+        found = find_recordings([name], lambda path, n_bytes: content[:n_bytes])
+        assert found.recordings == ([] if is_text else [name])
+
+
+def test_a_listing_of_a_million_files_reads_a_bounded_number_at_once() -> None:
+    lock, now, most = threading.Lock(), 0, 0
+
+    def head(path: str, n_bytes: int) -> bytes:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        with lock:
+            now -= 1
+        return b"{}"
+
+    listing = find_recordings([f"p{number}.json" for number in range(5000)], head)
+    assert len(listing.passed_over) == 5000
+    assert most <= 32
+
+
+def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Size first: a sparse file of a terabyte is refused in no memory, from a store as from a folder."""
+    with (tmp_path / "a.csv").open("wb") as file:
+        file.write(plain_files.CSV_EXAMPLE["a.csv"])
+        file.truncate(2**40)
+    for attempt in (
+        lambda: formats.read(tmp_path / "a.csv"),
+        lambda: formats.read_relative("a.csv", Storage.open(tmp_path).read_bytes),
+    ):
+        with pytest.raises(UnreadableRecording, match=r"'a\.csv' has 1099511627776 bytes") as caught:
+            attempt()
+        assert caught.value.code == "too_large"
+    storage = Storage.open(tmp_path)
+    assert find_recordings(storage.list(), storage.head).recordings == ["a.csv"]
 
 
 @pytest.mark.shared_data

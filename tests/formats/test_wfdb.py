@@ -577,7 +577,7 @@ def test_paths_below_a_source() -> None:
     files = {f"p10/s1/{name}": content for name, content in record_files({"II": np.arange(20)}).items()}
     asked = []
 
-    def read_bytes(path: str) -> bytes:
+    def read_bytes(path: str, max_bytes: int) -> bytes:
         asked.append(path)
         return in_memory(files)(path)
 
@@ -585,7 +585,7 @@ def test_paths_below_a_source() -> None:
     assert asked == ["p10/s1/r.hea", "p10/s1/r.dat"]  # an object store is not asked for what is not there
     assert read_relative("p10/s1/r.hea", read_bytes).leads == ("II",)
     top = record_files({"II": np.arange(20)})
-    assert read_relative("r", in_memory(top)).leads == ("II",)
+    assert read_relative("r", lambda path, max_bytes: in_memory(top)(path)).leads == ("II",)
     for path in ("../p10/s1/r", "/p10/s1/r", "p10/../../r", "", "p10\\r"):
         with pytest.raises(UnreadableRecording) as caught:
             read_relative(path, read_bytes)
