@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
-import demo
 import numpy as np
 import pytest
 import servers
