@@ -6,14 +6,15 @@ class LsemvaeError(ValueError):
 
 
 class StorageError(LsemvaeError):
-    """A folder or an object store that fails, or refuses: no property of the file that was asked for.
+    """A folder or an object store that fails or refuses; the file that was asked for is not the cause.
 
-    `passing` says whether the same request may be answered later.
+    `passing` says whether the same request may succeed later, `overloaded` that the store asks for fewer requests.
     """
 
-    def __init__(self, message: str, passing: bool = True) -> None:
+    def __init__(self, message: str, passing: bool = True, overloaded: bool = False) -> None:
         super().__init__(message)
         self.passing = passing
+        self.overloaded = overloaded
 
 
 class FileTooLarge(LsemvaeError):

@@ -1,18 +1,22 @@
 """Files in a folder or in an object store, behind one small interface.
 
-`file://`, plain paths and `s3://bucket/prefix` are understood. S3 requests are signed with what the AWS tools
-would use (environment, profile, role) and go to `AWS_ENDPOINT_URL` where that is set. One URI can say otherwise:
-`s3://physionet-open/mimic-iv-ecg/1.0?anonymous=true&endpoint=https://s3.amazonaws.com&region=us-east-1` reads a
-public bucket without credentials, wherever the other buckets are.
+A place is a plain path, `file://` or `s3://bucket/prefix`. S3 requests are signed with the credentials that the AWS
+tools would use (environment, profile, role) and go to `AWS_ENDPOINT_URL` where that is set. A URI can override this:
 
-What may pass (503, a connection that is reset, cut or silent) is tried again, AWS_MAX_ATTEMPTS times (7) in all, with
-growing random pauses: half a minute. What does not pass by waiting (403, 404) fails at once.
+- `?endpoint=https://…` sends the requests of this URI there, and `&region=…` signs them for that region.
+- `?anonymous=true` reads a public bucket without credentials. Such a bucket is at AWS: without `endpoint=` the requests
+  go to AWS, whatever `AWS_ENDPOINT_URL` is. So `s3://physionet-open/mimic-iv-ecg/1.0?anonymous=true&region=us-east-1`
+  reads PhysioNet while all other URIs use your own store.
+
+Passing faults (503, a connection that is reset, cut or silent) are tried again, AWS_MAX_ATTEMPTS times (7) in all, with
+growing random pauses: half a minute. Lasting faults (403, 404) fail at once.
 """
 
 import os
 import secrets
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ CONNECT_TIMEOUT_S = 10
 REQUEST_TIMEOUT_S = 30
 """A server that sends nothing for so long counts as silent."""
 MAX_ATTEMPTS = 7
+AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,12 @@ class Storage:
         if self.is_local:
             return _local_filesystem()
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.uri).query).items()}
-        return _s3_filesystem(
-            asked.get("anonymous", "false").lower() in ("1", "true"),
-            asked.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
-            asked.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
-        )
+        anonymous, endpoint = asked.get("anonymous", "false").lower() in ("1", "true"), asked.get("endpoint")
+        if endpoint is None:
+            own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            endpoint = own if not anonymous else AWS_ENDPOINT if own else None
+        region = asked.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return _s3_filesystem(anonymous, endpoint, region)
 
     @property
     def base(self) -> str:
@@ -153,7 +159,14 @@ class Storage:
             return self.filesystem.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
 
     def list(self, prefix: str = "", suffix: str | None = None) -> Iterator[str]:
-        """Relative paths of the files below `prefix`, sorted; only those ending in `suffix` if given."""
+        """Relative paths of the files below `prefix`, sorted; only those ending in `suffix` if given.
+
+        A file that is reached by several symbolic links is listed once.
+        """
+        if self.is_local:
+            with explained(self._shown(prefix)):
+                yield from sorted(_local_files(Path(self.base), prefix, suffix or ""))
+            return
         selector = pafs.FileSelector(self.path(prefix), recursive=True, allow_not_found=True)
         with explained(self._shown(prefix)):
             infos = self.filesystem.get_file_info(selector)
@@ -181,9 +194,11 @@ def explained(path: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         text = " ".join(str(error).split())
         mend = next((mend for signs, mend in _MENDS if any(sign in text for sign in signs)), text[:300])
-        raise StorageError(f"{path}: {mend}", passing=mend not in _LASTING) from error
+        overloaded = mend == _OVERLOADED
+        raise StorageError(f"{path}: {mend}", passing=mend not in _LASTING, overloaded=overloaded) from error
 
 
+_OVERLOADED = "the object store is overloaded: give the same command again later, or with fewer --threads"
 _MENDS = [
     (
         # 400 without a body is what some servers answer to a request without credentials.
@@ -197,7 +212,7 @@ _MENDS = [
     ),
     (
         ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "HTTP status 503", "INTERNAL_FAILURE", "HTTP status 500"),
-        "the object store is overloaded: give the same command again later, or with fewer --threads",
+        _OVERLOADED,
     ),
     (("Permission denied",), "permission denied: check who may read and write it"),
 ]
@@ -223,6 +238,49 @@ def whole_file(target: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _local_files(base: Path, prefix: str, suffix: str) -> Iterator[str]:
+    """Relative paths of the files below base/prefix that end in `suffix`, each file once.
+
+    Real files come first, links are followed afterwards, and a link to what was listed before is skipped. So of
+    `a.hea`, `copy.hea -> a.hea` and `again -> .` only a.hea is listed. A link into a hidden folder counts: tools such
+    as git-annex keep the content there, and the link has the name that was meant.
+    """
+    top = str(base / prefix) if prefix else str(base)
+    real_top, start = os.path.realpath(top), len(str(base).rstrip("/")) + 1
+    listed = {real_top}  # folders whose files are listed, and single files outside of these folders
+    followed: set[str] = set()  # the same of hidden ones, which are listed once more under the name of a link
+    folders, links = deque([(top, real_top, listed)]), deque[str]()
+    while folders or links:
+        if not folders:
+            link = links.popleft()
+            real = os.path.realpath(link)
+            hidden = "/." in real.removeprefix(real_top)
+            known = followed if hidden else listed
+            is_file = Path(real).is_file()
+            if real in known or (is_file and not hidden and str(Path(real).parent) in listed):
+                continue
+            known.add(real)
+            if not is_file:
+                folders.append((link, real, known))
+            elif link.endswith(suffix):
+                yield link[start:]
+            continue
+        folder, real, known = folders.popleft()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):  # there is no such folder, or it was removed meanwhile
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                links.append(entry.path)
+            elif entry.is_dir():
+                if (inner := f"{real}/{entry.name}") not in known:
+                    known.add(inner)
+                    folders.append((entry.path, inner, known))
+            elif entry.is_file() and entry.name.endswith(suffix):
+                yield entry.path[start:]
 
 
 @lru_cache

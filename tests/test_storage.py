@@ -38,6 +38,37 @@ def test_what_is_written_is_read_and_listed(place: Storage):
         place.remove("c.txt")
 
 
+def test_a_file_is_listed_once_whatever_links_lead_to_it(tmp_path: Path):
+    root, outside = tmp_path / "data", tmp_path / "outside"
+    for path in ("data/1.hea", "data/a/2.hea", "data/a/3.hea", "outside/9.hea", "data/.annex/x/KEY.hea"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    (root / "again").symlink_to(".")
+    (root / "a" / "up").symlink_to("../..")  # leads to data and to outside
+    (root / "copy.hea").symlink_to("1.hea")
+    (root / "broken.hea").symlink_to("nothing")
+    (root / "elsewhere").symlink_to(outside)
+    (root / "one").mkdir()
+    (root / "one" / "9.hea").symlink_to(outside / "9.hea")
+    (root / "annexed.hea").symlink_to(".annex/x/KEY.hea")
+    listed = list(Storage.open(root).list())
+    assert [path for path in listed if not path.startswith(".")] == [
+        "1.hea", "a/2.hea", "a/3.hea", "annexed.hea", "elsewhere/9.hea"
+    ]  # fmt: skip
+    assert list(Storage.open(root).list("a", ".hea"))[:2] == ["a/2.hea", "a/3.hea"]
+    assert list(Storage.open(root / "again").list()) == listed
+
+
+def test_an_anonymous_uri_goes_to_aws_and_not_to_ones_own_store(s3: str, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr("lsemvae.storage._s3_filesystem", lambda *which: asked.append(which))
+    for query in ("", "?anonymous=true", f"?anonymous=true&endpoint={s3}"):
+        _ = Storage.open(f"s3://physionet-open/x{query}").filesystem
+    assert asked == [
+        (False, s3, "us-east-1"), (True, "https://s3.amazonaws.com", "us-east-1"), (True, s3, "us-east-1")
+    ]  # fmt: skip
+
+
 def test_a_listing_longer_than_one_page_is_whole(s3: str):
     client = boto3.client("s3")
     for number in range(1003):
