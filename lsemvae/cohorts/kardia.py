@@ -6,10 +6,10 @@ patient_id, subject_id), and labels. Pressures in mmHg (mpap_mmhg, pawp_mmhg) gi
 
 import pandas as pd
 
-from lsemvae.cohorts.folder import as_recordings
+from lsemvae.cohorts.folder import as_recordings, without_copies
+from lsemvae.cohorts.source import Source
 from lsemvae.cohorts.tables import clinical_labels, join_labels, read_table
 from lsemvae.errors import LsemvaeError
-from lsemvae.formats import find_recordings
 from lsemvae.storage import Storage
 
 TABLE = "kardia.csv"
@@ -21,19 +21,16 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
 
     Where a recording is there as `.atc` and as `.json`, the `.atc` is taken.
     """
-    paths = [path for path in storage.list() if path.lower().endswith(SUFFIXES)]
-    paths = pd.Series(find_recordings(paths, storage.head).recordings, dtype=str)
-    if paths.empty:
+    paths = [path for path in Source.of(storage).found.recordings if owns(path)]
+    if not paths:
         raise LsemvaeError(f"{storage.uri} has no recordings: none of its files is .atc or Kardia JSON")
-    atc = paths.str.lower().str.endswith(".atc")
-    stem = paths.str.rpartition(".")[0]
-    table = as_recordings(paths[atc | ~stem.isin(stem[atc])])
+    table = as_recordings(without_copies(paths))
     if storage.exists(TABLE):
         own = clinical_labels(read_table(storage, TABLE), TABLE)
         table = join_labels(table, own, replace_subjects=True)
     return table if labels is None else join_labels(table, clinical_labels(labels, "the labels"), replace_subjects=True)
 
 
-def recognise(files: list[str]) -> bool:
-    """Whether these recordings are `.atc`, all of them."""
-    return all(file.lower().endswith(".atc") for file in files)
+def owns(path: str) -> bool:
+    """Whether a recording is one of KardiaMobile: of the recordings, only those of its API end in .json."""
+    return path.lower().endswith(SUFFIXES)

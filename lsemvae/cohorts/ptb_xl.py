@@ -79,8 +79,8 @@ def label_table(database: pd.DataFrame, storage: Storage) -> pd.DataFrame:
         kind = rhythms if name in _RHYTHMS else set(superclass.index)
         table[f"label.{name}"] = stated([found.keys() for found in codes], chosen, kind)
     axis = database["heart_axis"]
-    for name, chosen in (("left_axis", _LEFT_AXIS), ("right_axis", _RIGHT_AXIS)):
-        table[f"label.{name}"] = axis.isin(chosen).astype(float).where(axis.notna())
+    for name, deviations in (("left_axis", _LEFT_AXIS), ("right_axis", _RIGHT_AXIS)):
+        table[f"label.{name}"] = axis.isin(deviations).astype(float).where(axis.notna())
     table.loc[["LAFB" in found for found in codes], "label.left_axis"] = 1.0
     return table
 

@@ -23,9 +23,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
 from scipy.stats import mannwhitneyu
 
+from lsemvae.cohorts.labels import PLAUSIBLE
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS
 from lsemvae.simulate import RATE_HZ, SAMPLES, EcgParameters, simulate_ecg
@@ -107,9 +109,9 @@ class CohortSummary:
     cohort_auroc: float
 
 
-def severity_of(mpap_mmhg: np.ndarray) -> np.ndarray:
+def severity_of(mpap_mmhg: ArrayLike) -> np.ndarray:
     """Pressure in mmHg -> mean severity: the logarithm of its ratio to the healthy mean of 14 mmHg."""
-    return np.log(mpap_mmhg / 14.0)
+    return np.log(np.asarray(mpap_mmhg) / 14.0)
 
 
 def draw_pressures(ph_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -216,12 +218,18 @@ def _write_records(
                 stored, has_nan, has_flat = _store(config, signal_mv_LT, rng)
                 when = datetime(2110, 1, 1) + timedelta(minutes=int(rng.integers(90 * 365 * 24 * 60)))
                 row = _machine_row(config, parameters, measured, rng)
-                row |= {"subject_id": int(subject_ids[index]), "study_id": study_id, "file_name": study_id}
+                subject_id = int(subject_ids[index])
+                row |= {"subject_id": subject_id, "study_id": study_id, "file_name": study_id}
                 row |= {
                     "ecg_time": when,
-                    "path": _write_wfdb(folder, row["subject_id"], study_id, when, stored),
+                    "path": _write_wfdb(folder, subject_id, study_id, when, stored),
                 }
-                row |= {"mpap_mmhg": f"{mpap:.2f}", "ph": int(ph), "severity": f"{severity:.6f}"}
+                written = np.clip(mpap, *PLAUSIBLE["mpap_mmhg"])  # ingest refuses what no adult has
+                row |= {
+                    "mpap_mmhg": f"{written:.2f}",
+                    "ph": int(ph),
+                    "severity": f"{severity:.6f}",
+                }
                 for writer in writers:
                     writer.writerow(row)
                 yield severity, ph, has_nan, has_flat

@@ -20,7 +20,10 @@ SUBJECTS = ("subject_id", "patient_id")
 _IDENTIFIERS = {*KEYS, *SUBJECTS, "eid"}
 # Other names that are as common; names are compared in small letters, with _ for whatever is no letter or digit.
 _ALSO = {"patient": "patient_id", "f_eid": "eid", "mpap": "mpap_mmhg", "pawp": "pawp_mmhg"}
+_DECIMAL_COMMA = r"[+-]?\d+(?:,\d+)?"
 _EXTENSION = re.compile(r"\.(hea|dat|mat|xml|dcm|atc|npy|csv|json|scp)$", re.IGNORECASE)
+
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?")
 
 logger = logging.getLogger(__name__)
 
@@ -30,32 +33,50 @@ def read_labels(uri: str) -> pd.DataFrame:
     try:
         return read_table(Storage.open(uri), "")
     except (FileNotFoundError, IsADirectoryError):
-        raise LsemvaeError(f"{uri} is no file: give the path or URI of a labels CSV") from None
+        raise LsemvaeError(f"{uri} is not a file: give the path or URI of a labels CSV") from None
 
 
 def read_table(storage: Storage, name: str, only: Collection[str] | None = None) -> pd.DataFrame:
-    """A CSV of the source, identifiers as text. Raises LsemvaeError; FileNotFoundError when it is absent.
+    """A CSV of the source, identifiers as text, blanks around column names removed.
 
-    `only` these columns, where they are there: large tables have columns that nobody needs.
+    Cells are separated by commas, or by semicolons or tabs where the header has no comma. With semicolons, numbers may
+    have decimal commas. `only` reads these columns, where they are there: large tables have columns that nobody needs.
+    Raises LsemvaeError; FileNotFoundError when the file is absent.
     """
     content = storage.read_bytes(name)
+    separator = _separator(content)
     try:
-        columns = pd.read_csv(io.BytesIO(content), nrows=0, index_col=False).columns
+        columns = pd.read_csv(io.BytesIO(content), sep=separator, nrows=0, index_col=False).columns
         table = pd.read_csv(
             io.BytesIO(content),
+            sep=separator,
             dtype={column: str for column in columns if plain_name(column) in _IDENTIFIERS},
             index_col=False,  # a comma at the end of every row must not shift its columns
-            usecols=None if only is None else [column for column in columns if column in only],
+            usecols=None if only is None else [column for column in columns if str(column).strip() in only],
             low_memory=False,
         )
-    except (ValueError, pd.errors.ParserError) as error:  # also no UTF-8, and an empty file
+    except (ValueError, pd.errors.ParserError) as error:  # also where it is not UTF-8, or empty
         reason = " ".join(str(error).split())[:200]
-        raise LsemvaeError(f"{storage.path(name)} is no CSV with a header line ({reason}): mend it") from None
+        raise LsemvaeError(f"{storage.path(name)} is not a CSV with a header line ({reason}): correct it") from None
+    table.columns = [str(column).strip() for column in table.columns]
+    if repeated := sorted(set(table.columns[table.columns.duplicated()])):
+        raise LsemvaeError(
+            f"{storage.path(name)} has the column {', '.join(repeated)} more than once: keep one of each"
+        )
     for column in table.columns:
         if plain_name(column) in _IDENTIFIERS:
             # A column of whole numbers with gaps is often written as 15709.0.
             table[column] = table[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
+        elif separator == ";" and table[column].dtype == object:
+            cells = table[column].astype("string").str.strip()
+            if cells.dropna().str.fullmatch(_DECIMAL_COMMA).all():
+                table[column] = pd.to_numeric(cells.str.replace(",", ".", regex=False)).astype("float64")
     return table
+
+
+def _separator(content: bytes) -> str:
+    header = content.split(b"\n", 1)[0]
+    return next((mark for mark in ("\t", ";") if b"," not in header and mark.encode() in header), ",")
 
 
 def plain_name(column: str) -> str:
@@ -93,20 +114,45 @@ def only_present(table: pd.DataFrame, storage: Storage, name: str) -> pd.DataFra
 
 
 def clinical_labels(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """A cohort's table, with plain names, its measurements checked, and the labels that follow from them.
+    """`documented_labels` of a cohort's table, with plain names for all of its columns."""
+    return documented_labels(plain_names(table, name), name, compute_anew=True)
 
-    What follows: `ph` from mpap_mmhg, `post_capillary` also from pawp_mmhg, `cmr_pawp_mmhg` and `elevated_pawp`
-    from la_volume_ml and lv_mass_g. Raises LsemvaeError for what is no number or outside
-    `lsemvae.cohorts.labels.PLAUSIBLE`, with its row, as a wrong label would be learnt.
+
+def documented_labels(table: pd.DataFrame, name: str, *, compute_anew: bool = False) -> pd.DataFrame:
+    """The table with the labels that docs/labels.md defines, wherever it has the columns that they need.
+
+    `ph` needs mpap_mmhg, `post_capillary` also pawp_mmhg; `cmr_pawp_mmhg` and `elevated_pawp` need la_volume_ml and
+    lv_mass_g. These columns get their plain names, the others keep theirs. Where the table has a column of the label's
+    name, that one is kept, or replaced if `compute_anew`; a warning counts the values that differ. Raises LsemvaeError
+    for a measurement that is not a number or outside `lsemvae.cohorts.labels.PLAUSIBLE`, with its row: a wrong label
+    would be learnt.
     """
-    table = plain_names(table, name)
+    names = {column: plain for column in table.columns if (plain := plain_name(column)) in definitions.PLAUSIBLE}
+    if repeated := sorted({plain for plain in names.values() if list(names.values()).count(plain) > 1}):
+        raise LsemvaeError(f"{name} has {', '.join(repeated)} more than once, written differently: keep one of each")
+    table = table.rename(columns=names)
     for column, (low, high) in definitions.PLAUSIBLE.items():
         if column in table.columns:
             table[column] = _measured(table[column], name, low, high)
     for label, (define, measured) in _FOLLOWING.items():
         if set(measured) <= set(table.columns):
-            table[label] = define(*(table[column] for column in measured))
+            computed = define(*(table[column] for column in measured))
+            if label in table.columns:
+                kept = f"the values of {' and '.join(measured)} are used" if compute_anew else "the column is used"
+                _say_what_differs(table[label], computed, f"{name}: column {label}", kept)
+                if not compute_anew:
+                    continue
+            table[label] = computed
     return table
+
+
+def _say_what_differs(own: pd.Series, computed: np.ndarray, what: str, consequence: str) -> None:
+    given = pd.to_numeric(own.map(_number), errors="coerce").to_numpy(float)
+    differing = int((~np.isclose(given, computed, atol=0.01) & ~np.isnan(given)).sum())
+    if differing:
+        logger.warning(
+            f"{what}: {differing} values are not what docs/labels.md computes from the measurements; {consequence}"
+        )
 
 
 _FOLLOWING: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
@@ -146,6 +192,7 @@ def join_labels(
     `only_labelled` recordings that the labels do not mention are left out. Raises LsemvaeError when there is no
     key, a key is there twice, nothing matches, or two recordings have the file name of one label.
     """
+    labels = documented_labels(_plain_identifiers(labels), "the labels")
     keys = [key for key in KEYS if key in labels.columns]
     if not keys:
         raise LsemvaeError(f"the labels have no key: give a column {' or '.join(KEYS)}; they have {_shown(labels)}")
@@ -189,6 +236,16 @@ def join_labels(
     return joined[mentioned].reset_index(drop=True) if only_labelled else joined
 
 
+def _plain_identifiers(labels: pd.DataFrame) -> pd.DataFrame:
+    """The table with `Patient ID` called patient_id, and other keys alike, unless that name is taken."""
+    names: dict[str, str] = {}
+    for column in labels.columns:
+        plain = plain_name(column)
+        if plain in (*KEYS, *SUBJECTS) and plain not in labels.columns and plain not in names.values():
+            names[column] = plain
+    return labels.rename(columns=names)
+
+
 def _key_values(recordings: pd.DataFrame, labels: pd.DataFrame, key: str) -> tuple[pd.Series, pd.Series]:
     """Of recordings and of labels, texts that are equal where they belong together."""
     if key not in ("path", "file"):  # a source names its recordings by path and record_id
@@ -214,19 +271,51 @@ def _require_one_spelling(subjects: pd.Series, column: str) -> None:
         )
 
 
-def label_values(labels: pd.DataFrame) -> pd.DataFrame:
-    """The numeric and yes-or-no columns that are no keys, as `label.NAME` in float64."""
-    columns = {}
-    for name in labels.columns:
-        values = labels[name]
-        if name in _IDENTIFIERS or name.startswith("Unnamed"):
+def label_values(labels: pd.DataFrame, name: str = "the labels") -> pd.DataFrame:
+    """The columns that are no keys and hold only numbers, yes and no, or true and false, as `label.NAME` in float64.
+
+    Yes and true are 1, no and false are 0, in any case; an empty cell is NaN. A warning names every other column and
+    says why it is no label.
+    """
+    columns, others = {}, []
+    for column in labels.columns:
+        if plain_name(column) in _IDENTIFIERS or str(column).startswith("Unnamed"):
             continue
-        if values.dtype == object and values.notna().any() and values.dropna().isin([True, False]).all():
-            values = values.astype("boolean")  # yes and no with gaps
-        if pd.api.types.is_numeric_dtype(values):
-            label = LABEL_PREFIX + name.removeprefix(LABEL_PREFIX)
-            columns[label] = values.astype("Float64").astype("float64")
+        values = labels[column]
+        is_number = pd.api.types.is_numeric_dtype(values)
+        numbers = values.astype("Float64").astype("float64") if is_number else values.map(_number).astype("float64")
+        if (wrong := numbers.isna() & values.notna()).any():
+            others.append(_why_no_label(column, values, wrong))
+        else:
+            columns[LABEL_PREFIX + str(column).removeprefix(LABEL_PREFIX)] = numbers
+    if others:
+        logger.warning(f"{name}: no label is made of {'; '.join(others)}")
     return pd.DataFrame(columns, index=labels.index)
+
+
+_WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
+
+
+def _number(value: object) -> float:
+    """1 and 0 for yes and no, NaN for what is empty or neither number nor answer."""
+    if isinstance(value, str):
+        text = value.strip().casefold()
+        if text in _WORDS:
+            return _WORDS[text]
+        value = text if _NUMBER.fullmatch(text) else "nan"
+    number = float(value) if isinstance(value, int | float | str | np.number | np.bool_) else np.nan
+    return number if np.isfinite(number) else np.nan
+
+
+def _why_no_label(column: str, values: pd.Series, wrong: pd.Series) -> str:
+    """A value is shown only where most others are numbers or answers: in any other column it may say who it is."""
+    count, known = int(wrong.sum()), int(values.notna().sum())
+    row = int(np.flatnonzero(wrong.to_numpy())[0])
+    shown = f", such as {str(values.iloc[row])[:12]!r}" if count * 2 <= known else ""
+    return (
+        f"{str(column)[:40]!r} ({count} of {known} values are no number, yes or no{shown}, the first in "
+        f"row {row + 2}: correct them, or leave the cells empty)"
+    )
 
 
 def _shown(table: pd.DataFrame) -> str:

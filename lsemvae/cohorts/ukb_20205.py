@@ -20,6 +20,7 @@ import re
 import pandas as pd
 
 from lsemvae.cohorts.folder import as_recordings
+from lsemvae.cohorts.source import UKB_FILE
 from lsemvae.cohorts.tables import (
     clinical_labels,
     first_row,
@@ -30,12 +31,12 @@ from lsemvae.cohorts.tables import (
     read_table,
     require_columns,
 )
+from lsemvae.data.withdrawn import WITHDRAWN, read_withdrawn
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 
 TABLE = "ukb-20205.csv"
-WITHDRAWN = "withdrawn.csv"
-_FILES = re.compile(r"(?:^|/)(\d+)_20205_(\d+)_(\d+)\.xml$", re.IGNORECASE)
+_ANY_FIELD = re.compile(r"(?:^|/)\d+_\d+_\d+_\d+\.xml$", re.IGNORECASE)
 
 _FIELD = re.compile(r"(?:f_|p)?\d+(?:_i?\d+)?(?:_a?\d+)?")  # of a plain name
 _KEYS = ["subject_id", "instance"]
@@ -50,7 +51,9 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
     `labels` with another key than eid (see `join_labels`) are added, and decide nothing.
     """
     found = _files(storage)
-    withdrawn = found["subject_id"].isin(read_withdrawn(storage))
+    if not storage.exists(WITHDRAWN):
+        logger.info(f"there is no {WITHDRAWN} in {storage.uri}: nobody is taken to have withdrawn")
+    withdrawn = pd.Series(read_withdrawn(storage, only_numbers=True).mask(found["subject_id"]), index=found.index)
     table = found[~withdrawn]
     if table.empty:
         raise LsemvaeError(f"all participants with recordings in {storage.uri} have withdrawn: nothing is left")
@@ -81,32 +84,26 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
     return join_labels(table, clinical_labels(labels, "the labels"))
 
 
-def recognise(files: list[str]) -> bool:
-    """Whether one of these is named as UK Biobank names them: read as anything else, repeats would be strangers."""
-    return any(_FILES.search(file) for file in files)
+def owns(path: str) -> bool:
+    """Whether a file is named as UK Biobank names these recordings."""
+    return UKB_FILE.search(path) is not None
 
 
-def read_withdrawn(storage: Storage) -> set[str]:
-    """The eids of withdrawn.csv, none where there is no such file. Raises LsemvaeError for what is no eid."""
-    try:
-        text = storage.read_bytes(WITHDRAWN).decode("utf-8-sig")
-    except FileNotFoundError:
-        logger.info(f"there is no {WITHDRAWN} in {storage.uri}: nobody is taken to have withdrawn")
-        return set()
-    except UnicodeDecodeError:
-        raise LsemvaeError(f"{WITHDRAWN} is no plain text: give an eid a line") from None
-    lines = pd.Series(text.splitlines(), dtype=str).str.strip(" \t\"',;").str.replace(r"\.0$", "", regex=True)
-    header = lines.index < 1 if len(lines) and plain_name(lines[0]) == "eid" else False
-    wrong = ~lines.str.fullmatch(r"\d*") & ~header
-    if wrong.any():
-        raise LsemvaeError(f"{WITHDRAWN}, line {wrong.idxmax() + 1}, is no eid: give an eid a line and nothing else")
-    return set(lines[(lines != "") & ~header].str.lstrip("0"))
+def is_of_ukb(path: str) -> bool:
+    """Whether a file is named as UK Biobank names those of any field, such as the exercise ECGs of 6025."""
+    return _ANY_FIELD.search(path) is not None
+
+
+def eid_of(path: str) -> str:
+    """The participant after whom a file is named; empty where it is not named as UK Biobank does."""
+    match = UKB_FILE.search(path)
+    return match[1] if match else ""
 
 
 def _files(storage: Storage) -> pd.DataFrame:
     """path, record_id, subject_id (the eid), instance, array of all recordings, in the order of preference."""
     paths = pd.Series(storage.list(), dtype=str)
-    parts = paths.str.extract(_FILES)
+    parts = paths.str.extract(UKB_FILE)
     named = parts[0].notna()
     if not named.any():
         raise LsemvaeError(f"{storage.uri} has no recordings: none of its files is named like 1000012_20205_2_0.xml")

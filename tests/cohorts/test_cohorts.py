@@ -70,6 +70,14 @@ RECORDINGS = pd.DataFrame(
         ("record_id,label.ph\n001,1\n003,0\n", [1, None, 0]),
         ("record_id,ph\n001,1\n,0\n", [1, None, None]),
         ("record_id,ph\n001,1,\n003,0,\n", [1, None, 0]),  # a comma at the end shifts nothing
+        ("record_id,ph\n001,Yes\n002,\n003,no\n", [1, None, 0]),
+        ("record_id,ph\n001,TRUE\n003,false\n", [1, None, 0]),
+        ("record_id,ph\n001, yes \n002,0\n003,No\n", [1, 0, 0]),
+        ("record_id;ph\n001;1\n003;0\n", [1, None, 0]),
+        ("record_id\tph\n001\t1\n003\t0\n", [1, None, 0]),
+        ("\ufeffrecord_id;ph;a\n001;1,0;x\n003;0,5;y\n", [1, None, 0.5]),  # with decimal commas
+        (" record_id , ph \n001,1\n003,0\n", [1, None, 0]),
+        ("Record ID,ph\n001,1\n003,0\n", [1, None, 0]),
     ],
 )
 def test_labels_join_by_any_key(tmp_path: Path, csv: str, ph: list[float | None]) -> None:
@@ -94,6 +102,45 @@ def test_numeric_columns_are_labels_and_others_are_not() -> None:
         "label.ph": [1.0, None, None],
         "label.mpap_mmhg": [31.5, None, None],
     }
+
+
+def test_a_column_that_is_no_label_is_named_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    labels = pd.DataFrame(
+        {
+            "record_id": ["001", "002", "003"],
+            "ph": ["1", "?", "0"],
+            "af": [1, 0, 1],
+            "name": ["Ada Example", "Max Example", None],
+        }
+    )
+    assert labels_of(join_labels(RECORDINGS, labels)) == {"label.af": [1, 0, 1]}
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "'ph' (1 of 3 values are no number, yes or no, such as '?', the first in row 3:" in said
+    assert "'name' (2 of 2 values" in said and "Example" not in said and "af" not in said
+
+
+def test_documented_labels_follow_from_documented_columns_in_any_cohort(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = write(tmp_path, dict.fromkeys(("a.dcm", "b.dcm", "c.dcm"), ""))
+    csv = "file,Patient,mPAP (mmHg),pawp,ph,Note A\na.dcm,p1,43,11,1,5\nb.dcm,p1,12,,1,6\nc.dcm,p2,25,18,1,7\n"
+    labels = read_labels(write(tmp_path / "labels", {"labels.csv": csv}).path("labels.csv"))
+    table = COHORTS["folder"].recordings(storage, labels)
+    assert table["subject_id"].tolist() == ["p1", "p1", "p2"]
+    assert labels_of(table) == {
+        "label.mpap_mmhg": [43, 12, 25],
+        "label.pawp_mmhg": [11, None, 18],
+        "label.ph": [1, 1, 1],
+        "label.Note A": [5, 6, 7],
+        "label.post_capillary": [0, None, 1],
+    }
+    assert "column ph: 1 values are not what docs/labels.md computes" in messages(caplog)
+    write(tmp_path / "labels", {"labels.csv": csv.replace(",ph,", ",pH before,")})
+    without = COHORTS["folder"].recordings(storage, read_labels(str(tmp_path / "labels" / "labels.csv")))
+    assert labels_of(without)["label.ph"] == [1, 0, 1]
+    write(tmp_path / "labels", {"labels.csv": csv.replace(",43,", ",5.7,").replace(",12,", ",1.6,")})
+    with pytest.raises(LsemvaeError, match=r"row 3 .* mpap_mmhg is 1.6, no number from 5 to 150"):
+        COHORTS["folder"].recordings(storage, read_labels(str(tmp_path / "labels" / "labels.csv")))
 
 
 def test_labels_replace_those_of_the_same_name() -> None:
@@ -122,7 +169,7 @@ def test_mistakes_in_labels_are_named() -> None:
     assert "1 file names of the labels belong to several recordings" in refusal(by_name, same_names)
     by_path = pd.DataFrame({"file": ["a/ecg.dcm", "b/ecg.dcm"], "ph": [1, 0]})
     assert labels_of(join_labels(same_names, by_path)) == {"label.ph": [1.0, 0.0, None]}
-    assert "no numeric column" in refusal(pd.DataFrame({"record_id": ["001"], "ph": ["yes"]}), RECORDINGS)
+    assert "no numeric column" in refusal(pd.DataFrame({"record_id": ["001"], "ph": ["perhaps"]}), RECORDINGS)
     assert "no key" in refusal(pd.DataFrame(), RECORDINGS)
 
 
@@ -133,7 +180,7 @@ def test_what_is_no_csv_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(LsemvaeError, match=r"labels\.csv"):
         read_labels(str(path))
     for absent in (tmp_path / "no.csv", tmp_path):
-        with pytest.raises(LsemvaeError, match="is no file"):
+        with pytest.raises(LsemvaeError, match="is not a file"):
             read_labels(str(absent))
 
 
@@ -544,7 +591,7 @@ def test_ukb_mistakes_are_named_without_identifiers(tmp_path: Path, files: dict[
 
 # --- Kardia -------------------------------------------------------------------------------------------------
 
-KARDIA_JSON = '{"data": {"raw": {"frequency": 300, "samples": {}}}}'
+KARDIA_JSON = '{"data": {"raw": {"frequency": 300, "amplitudeResolution": 500, "samples": {}}}}'
 
 
 def test_kardia(tmp_path: Path) -> None:
@@ -591,17 +638,18 @@ def test_real_files_of_every_named_source_can_be_read(shared_data: Path, tmp_pat
     ("files", "name"),
     [
         ({"kardia.csv": "", "x.hea": ""}, "kardia"),
-        ({"deep/er/1000012_20205_2_0.xml": "", "z/1.hea": ""}, "ukb-20205"),
         ({"deep/1000012_20205_2_0.xml": "", "deep/other.xml": ""}, "ukb-20205"),
         ({"1.atc": "", "2.hea": ""}, "folder"),  # as kardia it would lose the second
-        ({"1.xml": "", "deep/1000012_20205_2_0.xml": ""}, "folder"),
+        ({"1.xml": "", "deep/1000012_20205_2_0.xml": ""}, "ukb-20205"),
+        ({"1.atc": "", "2.json": KARDIA_JSON}, "kardia"),
+        ({"withdrawn.csv": "12\n", "x.hea": ""}, "folder"),  # any cohort may have such a list
         ({"readme.txt": ""}, "folder"),
-        ({"a/b/c/d/e/f/g/1.atc": ""}, "folder"),  # it does not look for ever
+        ({"a/b/c/d/e/f/g/1.atc": ""}, "kardia"),
     ],
 )
 def test_detect(tmp_path: Path, files: dict[str, str], name: str) -> None:
-    write(tmp_path, files)
-    assert detect(Unlistable(str(tmp_path))) == name
+    storage = write(tmp_path, files)
+    assert detect(storage) == name
     assert detect(Storage.open(tmp_path / "nothing")) == "folder"
 
 
