@@ -8,23 +8,29 @@ folder with `manifest.json` and the shards it names; a shard that the manifest d
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lsemvae.data.overlay import NO_LABELS, Labels, has_labels, read_labels_beside
+from lsemvae.data.withdrawn import NOBODY, Withdrawn, read_withdrawn, require_withdrawn
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.leads import LEADS
 from lsemvae.preprocess import PreprocessConfig, lead_positions, preprocess_signals
+from lsemvae.quality import FLAGS
 from lsemvae.record import Record
 from lsemvae.storage import Storage, explained
 
 if TYPE_CHECKING:
     import ray.data
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -63,7 +69,7 @@ def pack(record: Record, *, path: str = "", flags: Sequence[str] = ()) -> dict[s
     """A row of `SCHEMA`. Lossless where the recorder's step is known, else to 1/32767 of each lead's range."""
     signal_mv_LT = record.signal_for(LEADS)
     present = [record.leads.index(lead) if lead in record.leads else None for lead in LEADS]
-    raw_LT = np.full(signal_mv_LT.shape, _MISSING, dtype=np.int16)
+    raw_LT: np.ndarray = np.full(signal_mv_LT.shape, _MISSING, dtype=np.int16)
     steps_uv, offsets = np.ones(len(LEADS)), np.zeros(len(LEADS), dtype=np.int32)
     for row, index in enumerate(present):
         if index is None:
@@ -123,7 +129,7 @@ def decode_signals(encoded: Sequence[bytes], samples: int) -> np.ndarray:
     return np.cumsum(difference_BLT, axis=-1, dtype=np.int16)
 
 
-def signals_mv(columns: Mapping[str, Sequence[Any]], leads: Sequence[str] = LEADS) -> list[np.ndarray]:
+def signals_mv(columns: Mapping[str, Any], leads: Sequence[str] = LEADS) -> list[np.ndarray]:
     """Columns of shard rows -> one float32 array [L, T] in mV for each, NaN where nothing was recorded."""
     positions = lead_positions(leads)
     signals = []
@@ -139,6 +145,11 @@ def signals_mv(columns: Mapping[str, Sequence[Any]], leads: Sequence[str] = LEAD
             signal_mv_LT[missing_LT] = np.nan
         signals.append(signal_mv_LT)
     return signals
+
+
+def flag_kind(flag: str) -> str:
+    """`"flat:V1"` -> `"flat"`: the key of `FLAGS` that explains it."""
+    return flag if flag in FLAGS else flag.split(":")[0]
 
 
 def unpack(row: Mapping[str, Any]) -> Record:
@@ -199,6 +210,9 @@ class Manifest:
     shards: list[Shard]
     config: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, int] = field(default_factory=dict)
+    """For each kind of flag, how many leads have it; a flag of a whole recording counts once."""
+    flagged: dict[str, int] = field(default_factory=dict)
+    """For each kind of flag, how many recordings have it, on any lead."""
     schema: int = SCHEMA_VERSION
 
     def of_split(self, split: str) -> list[Shard]:
@@ -219,14 +233,48 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardedDataset:
-    """A data set in a folder or bucket, opened by its manifest."""
+    """A data set in a folder or bucket, opened by its manifest.
+
+    Recordings of subjects who have `withdrawn` are in no answer of `read` and `model_input`. The `labels` of a table
+    beside the shards take the place of theirs.
+    """
 
     storage: Storage
     manifest: Manifest
+    withdrawn: Withdrawn = NOBODY
+    labels: Labels | None = None
 
     @classmethod
-    def open(cls, uri: str) -> "ShardedDataset":
-        """Raises LsemvaeError when there is no manifest, or one of a version this code does not know."""
+    def open(cls, uri: str, *, withdrawn: str | None = None) -> "ShardedDataset":
+        """With withdrawn.csv and labels.csv beside the shards; `withdrawn` is the URI of another such list.
+
+        The counts of labels in `manifest` are then those of the recordings that are left. Raises LsemvaeError when
+        there is no manifest, or one of a version that this code does not know.
+        """
+        data = cls._of_manifest(uri)
+        gone = read_withdrawn(data.storage) | (require_withdrawn(withdrawn) if withdrawn else NOBODY)
+        if gone.subjects:
+            data = replace(data, withdrawn=gone)
+            log.info(
+                f"{len(data.withdrawn_rows())} recordings of subjects who have withdrawn are not used (list "
+                f"{gone.digest} of {len(gone.subjects)} subjects)"
+            )
+        if has_labels(data.storage):
+            keys = replace(data, withdrawn=NOBODY).read(["path", "record_id", "subject_id"]).to_pandas()
+            data = replace(data, labels=read_labels_beside(data.storage, keys))
+        return data._counted() if gone.subjects or data.labels else data
+
+    def _counted(self) -> "ShardedDataset":
+        names = {LABEL_PREFIX + name for name in self.manifest.labels} | set((self.labels or NO_LABELS).columns)
+        table = self.read(sorted(names))
+        counts = {
+            name.removeprefix(LABEL_PREFIX): label_counts(table[name].to_pandas().to_numpy(float))
+            for name in sorted(names)
+        }
+        return replace(self, manifest=replace(self.manifest, labels=counts))
+
+    @classmethod
+    def _of_manifest(cls, uri: str) -> "ShardedDataset":
         storage = Storage.open(uri)
         try:
             content = json.loads(storage.read_bytes(MANIFEST))
@@ -241,11 +289,24 @@ class ShardedDataset:
                 f"{storage.uri}/{MANIFEST} has schema {content.get('schema')}, this version reads "
                 f"{SCHEMA_VERSION}: ingest again, or use the version that wrote it"
             )
+        known = {f.name for f in fields(Manifest)}  # later versions of the same schema may add fields
+        content = {name: value for name, value in content.items() if name in known}
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         return cls(storage, Manifest(**content))
 
+    def withdrawn_rows(self, split: str = "all") -> np.ndarray:
+        """Which rows are of subjects who have withdrawn, counted from 0 through the shards of the split."""
+        if not self.withdrawn.subjects:
+            return np.empty(0, dtype=np.int64)
+        tables = [self._read(shard, ["subject_id"]) for shard in self.manifest.of_split(split)]
+        return np.flatnonzero(self.withdrawn.mask(pa.concat_tables(tables)["subject_id"].to_pylist()))
+
+    def rows(self, split: str) -> int:
+        """Recordings of the split that may be used."""
+        return self.manifest.rows_in(split) - len(self.withdrawn_rows(split))
+
     def require_rows(self, split: str, at_least: int = 1) -> int:
-        rows = self.manifest.rows_in(split)
+        rows = self.rows(split)
         if rows < at_least:
             raise LsemvaeError(f"{self.storage.uri} has {rows} recordings in {split!r}: {at_least} are needed")
         return rows
@@ -255,7 +316,18 @@ class ShardedDataset:
 
         Raises LsemvaeError when a shard is absent or damaged, StorageError when the storage fails.
         """
-        return pa.concat_tables([self._read(shard, columns) for shard in self.manifest.of_split(split)])
+        labels = self.labels or NO_LABELS
+        overlaid = [name for name in columns if name in labels.columns]
+        needed = [name for name in columns if name not in overlaid]
+        needed += ["record_id"] if overlaid and "record_id" not in needed else []
+        needed += ["subject_id"] if self.withdrawn.subjects and "subject_id" not in needed else []
+        table = pa.concat_tables([self._read(shard, needed) for shard in self.manifest.of_split(split)])
+        if self.withdrawn.subjects:
+            table = table.filter(pa.array(~self.withdrawn.mask(table["subject_id"].to_pylist())))
+        for name in overlaid:
+            values = labels.of(name, table["record_id"].to_numpy())
+            table = table.append_column(name, pa.array(values, from_pandas=True))
+        return table.select(list(columns))
 
     def _read(self, shard: Shard, columns: Sequence[str]) -> pa.Table:
         path = self.storage.path(shard.path)
@@ -326,12 +398,20 @@ class ShardedDataset:
         `labelled` is a column of `columns`: rows where it is null are left out before any work is done on them.
         """
         leads, columns = tuple(leads), list(columns)
+        labels, withdrawn = self.labels or NO_LABELS, self.withdrawn
+        overlaid = [name for name in columns if name in labels.columns]
 
         def prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            for name in overlaid:
+                batch[name] = labels.of(name, batch["record_id"])
+            kept_B = np.ones(len(batch["rate_hz"]), dtype=bool)
+            if withdrawn.subjects:
+                kept_B &= ~withdrawn.mask(batch["subject_id"])
             if labelled:
-                known_B = ~np.isnan(batch[labelled])
-                batch = {name: values[known_B] for name, values in batch.items()}
-            prepared = preprocess_signals(signals_mv(batch, leads), batch["rate_hz"], leads, config)
+                kept_B &= ~np.isnan(batch[labelled])
+            if not kept_B.all():
+                batch = {name: values[kept_B] for name, values in batch.items()}
+            prepared = preprocess_signals(signals_mv(batch, leads), batch["rate_hz"].tolist(), leads, config)
             refused = [reason.code if reason else None for reason in prepared.refused_B]
             return {
                 "x_LT": prepared.x_BLT,
@@ -340,7 +420,10 @@ class ShardedDataset:
                 **{name: batch[name] for name in columns},
             }
 
-        chosen = self.dataset(split).select_columns([*SIGNAL_COLUMNS, *(c for c in columns if c not in SIGNAL_COLUMNS)])
+        stored = [*SIGNAL_COLUMNS, *(name for name in columns if name not in overlaid)]
+        stored += ["record_id"] if overlaid else []
+        stored += ["subject_id"] if withdrawn.subjects else []
+        chosen = self.dataset(split).select_columns(list(dict.fromkeys(stored)))
         return chosen.map_batches(prepare, batch_size=batch_size, zero_copy_batch=True)
 
 

@@ -1,9 +1,11 @@
 """Shards keep the recorder's integers, and a data set is what its manifest names."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -172,3 +174,80 @@ print(*sorted(row["record_id"] for row in rows.iter_rows()))
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].split() == [f"r{i:02d}" for i in range(4, 8)]
+
+
+# --- what is known since a data set was ingested ---------------------------------------------------------------
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """Four recordings of subjects 1, 2, 2 and 003, the last one held out; label.ph is 0, 1, 0, 1."""
+    entries = [("a", "1", 0.0), ("b", "2", 1.0), ("c", "2", 0.0), ("d", "003", 1.0)]
+    rows = [
+        pack(record_of(), path=f"{name}.hea") | {"record_id": name, "subject_id": subject, "label.ph": ph}
+        for name, subject, ph in entries
+    ]
+    shards = []
+    for split, chosen in (("train", rows[:3]), ("val", rows[3:])):
+        content = shard_bytes(chosen, ["ph"], {"plan": "x", "rows": len(chosen), "unreadable": [], "flags": {}})
+        (tmp_path / f"{split}.parquet").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        shards.append(Shard(f"{split}.parquet", split, len(chosen), len(content), digest))
+    labels = {"ph": {"0": 2, "1": 2, "other": 0, "null": 0}}
+    (tmp_path / MANIFEST).write_text(Manifest("here", "folder", "x", 4, 3, 0, labels, shards).to_json())
+    return tmp_path
+
+
+def record_of() -> Record:
+    return Record(("I", "II"), np.ones((2, 20), dtype=np.float32), 500.0, record_id="x")
+
+
+def test_who_withdraws_after_ingest_is_in_no_answer(data_set: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    assert len(ShardedDataset.open(str(data_set)).withdrawn_rows()) == 0
+    (data_set / "withdrawn.csv").write_text("eid\n2\n3\n")
+    data = ShardedDataset.open(str(data_set))
+    assert data.read(["record_id"])["record_id"].to_pylist() == ["a"]
+    assert data.read(["label.ph", "record_id"], "val").num_rows == 0
+    assert [data.withdrawn_rows(split).tolist() for split in ("all", "train", "val")] == [[1, 2, 3], [1, 2], [0]]
+    assert (data.rows("train"), data.manifest.rows_in("train")) == (1, 3)  # the files stay as they are
+    assert data.manifest.labels["ph"] == {"0": 1, "1": 0, "other": 0, "null": 0}
+    with pytest.raises(LsemvaeError, match="has 0 recordings in 'val'"):
+        data.require_rows("val")
+    said = "\n".join(record.message for record in caplog.records)
+    assert f"3 recordings of subjects who have withdrawn are not used (list {data.withdrawn.digest} of 2" in said
+    data.verify()
+
+    (data_set / "withdrawn.csv").unlink()
+    (data_set / "list.txt").write_text("1\n")
+    given = ShardedDataset.open(str(data_set), withdrawn=str(data_set / "list.txt"))
+    assert given.read(["record_id"])["record_id"].to_pylist() == ["b", "c", "d"]
+    with pytest.raises(LsemvaeError, match="does not exist"):
+        ShardedDataset.open(str(data_set), withdrawn=str(data_set / "none.txt"))
+    (data_set / "withdrawn.csv").write_text("2\n1,3\n")
+    with pytest.raises(LsemvaeError, match=r"withdrawn\.csv, line 2, is no eid"):
+        ShardedDataset.open(str(data_set))
+
+
+def test_labels_beside_the_shards_take_the_place_of_theirs(data_set: Path):
+    (data_set / "labels.csv").write_text("record_id,ph,af\nd,0,yes\nb,,no\n")
+    data = ShardedDataset.open(str(data_set))
+    table = data.read(["label.af", "label.ph", "record_id"]).to_pylist()
+    assert [(row["record_id"], row["label.ph"], row["label.af"]) for row in table] == [
+        ("a", None, None), ("b", None, 0.0), ("c", None, None), ("d", 0.0, 1.0)
+    ]  # fmt: skip
+    assert data.read(["label.ph"], "val")["label.ph"].to_pylist() == [0.0]
+    assert data.manifest.labels["af"] == {"0": 1, "1": 1, "other": 0, "null": 2}
+    assert data.manifest.labels["ph"] == {"0": 1, "1": 0, "other": 0, "null": 3}
+    assert data.require_label("af") == "label.af"
+    (data_set / "withdrawn.csv").write_text("3\n")
+    assert ShardedDataset.open(str(data_set)).manifest.labels["af"] == {"0": 1, "1": 0, "other": 0, "null": 2}
+
+
+def test_a_manifest_with_fields_that_this_version_does_not_know_is_read(data_set: Path):
+    content = json.loads((data_set / MANIFEST).read_text())
+    (data_set / MANIFEST).write_text(json.dumps(content | {"later": 1}))
+    assert ShardedDataset.open(str(data_set)).manifest.records == 4
+    del content["flagged"]
+    (data_set / MANIFEST).write_text(json.dumps(content))
+    assert ShardedDataset.open(str(data_set)).manifest.flagged == {}

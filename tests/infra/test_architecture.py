@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "preprocess/on_device.py": {"torch"},
     "data/shards.py": {"pyarrow", "ray"},
     "data/feed.py": {"pyarrow", "ray"},
+    "data/ingest.py": {"pandas", "pyarrow", "ray"},
+    "data/overlay.py": {"pandas"},
     "models": {"torch"},
     "training/fit.py": {"torch"},
     "training/finetune.py": {"torch"},

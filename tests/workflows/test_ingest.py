@@ -6,10 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import boto3
-import ingest
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.session import ROOT, workflow
 
+from lsemvae.data.ingest import make_plan
 from lsemvae.data.shards import ShardedDataset, unpack
 from lsemvae.formats import read
-from lsemvae.storage import Storage
 
 pytestmark = pytest.mark.ray
 
@@ -175,6 +175,16 @@ def test_ingests_into_one_output_at_once(ray_cluster, cohort: Path, tmp_path: Pa
     assert sorted(data.read(["record_id"])["record_id"].to_pylist()) == sorted(listed)
 
 
+def test_a_plan_stays_what_it_was():
+    """The digest is in the names of shards on users' disks: another one would ingest everything again."""
+    table = pd.DataFrame({"path": [f"p/{i}" for i in range(12)]})
+    table["record_id"] = [str(i) for i in range(12)]
+    table["subject_id"] = [f"s{i // 2}" for i in range(12)]
+    table["label.ph"] = [0.0, 1.0, np.nan] * 4
+    plan = make_plan(table, "folder", "/in", shard_records=4, val_share=0.3, seed=5)[2]
+    assert plan == "c8818716f5e965fa"
+
+
 @given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 9), st.sampled_from([0.0, 0.1, 0.5]))
 @settings(max_examples=30, deadline=None)
 def test_a_plan_has_every_recording_once_and_no_subject_in_two_splits(seed, recordings, shard_records, val_share):
@@ -183,8 +193,10 @@ def test_a_plan_has_every_recording_once_and_no_subject_in_two_splits(seed, reco
     table["record_id"] = table["path"]
     table["subject_id"] = [f"s{i}" for i in rng.integers(0, 1 + recordings // 2, recordings)]
     table["label.ph"] = rng.choice([0.0, 1.0, np.nan], recordings)
-    args = ingest.Args("in", "out", seed=seed, shard_records=shard_records, val_share=val_share)
-    ordered, tasks, plan = ingest.make_plan(table, args, "folder", Storage.open("/in"))
+    make = partial(
+        make_plan, cohort="folder", source_uri="/in", seed=seed, shard_records=shard_records, val_share=val_share
+    )
+    ordered, tasks, plan = make(table)
     assert sorted(ordered["path"]) == sorted(table["path"])
     assert [task.start for task in tasks] == [0, *(task.stop for task in tasks[:-1])]
     assert tasks[-1].stop == recordings and max(task.stop - task.start for task in tasks) <= shard_records
@@ -195,11 +207,11 @@ def test_a_plan_has_every_recording_once_and_no_subject_in_two_splits(seed, reco
     assert bool(subjects["val"]) == (val_share > 0)
 
     shuffled = table.sample(frac=1, random_state=seed % 1000)
-    again, same_tasks, same_plan = ingest.make_plan(shuffled, args, "folder", Storage.open("/in"))
+    again, same_tasks, same_plan = make(shuffled)
     assert (same_plan, same_tasks) == (plan, tasks)
     pd.testing.assert_frame_equal(again, ordered)
     table.loc[0, "label.ph"] = 2.0
-    assert ingest.make_plan(table, args, "folder", Storage.open("/in"))[2] != plan
+    assert make(table)[2] != plan
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import neurokit2
 import numpy as np
 import pandas as pd
 import wfdb
-from ingest import Args, Job, Task, make_plan, make_shard
 from threadpoolctl import threadpool_limits
 
 from benchmarks.measure import Row, alternate, less_is_better, more_is_better, peak_bytes, timed
 from lsemvae.cohorts import COHORTS, detect
 from lsemvae.data.feed import Feed, read_here
+from lsemvae.data.ingest import Job, Task, make_plan, make_shard
 from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.formats import read
@@ -64,8 +65,9 @@ def bench_ingest(args: argparse.Namespace) -> list[Row]:
         rows.append(less_is_better("prepare bytes a record", packed_bytes / count, raw_bytes / count, "bytes"))
         repeated = [(n * count, partial(_pack, pd.concat([table] * n), job, Storage.open(folder))) for n in SIZES]
         rows += _growth("prepare", repeated)
-    arguments = (Args("source", "output"), "mimic-iv-ecg", Storage.open("source"))
-    part, whole = (partial(make_plan, _listed(size), *arguments) for size in (ALL_OF_MIMIC // 16, ALL_OF_MIMIC))
+    settings: dict[str, Any] = {"shard_records": 256, "val_share": 0.1, "seed": 0}
+    plan = partial(make_plan, cohort="mimic-iv-ecg", source_uri="source", **settings)
+    part, whole = (partial(plan, _listed(size)) for size in (ALL_OF_MIMIC // 16, ALL_OF_MIMIC))
     case, linear_s = f"plan of {ALL_OF_MIMIC}", 16 * statistics.median(timed(part, "cpu") for _ in range(3))
     rows.append(less_is_better(f"{case}, against linear growth", timed(whole, "cpu"), linear_s, "s"))
     rows.append(less_is_better(f"{case}, memory against 2 GiB", peak_bytes(whole, 0, "cpu") / 2**20, 2048, "MiB"))
