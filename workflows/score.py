@@ -16,6 +16,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from lsemvae.bundle import describe
 from lsemvae.errors import LsemvaeError, StorageError
-from lsemvae.scoring.inputs import open_recordings, open_shards
+from lsemvae.scoring.inputs import CohortInput, open_recordings, open_shards
 from lsemvae.scoring.output import claim, commit, finished
 from lsemvae.scoring.parts import SCHEMA, Job, PartScorer
 from lsemvae.scoring.progress import Progress
@@ -47,17 +48,22 @@ class Args:
     source: str | None = None
     """In place of --data, recordings: a folder or s3:// URI."""
     cohort: str = "auto"
-    """Of --source: ukb-20205 (one recording a participant, without who has withdrawn), mimic-iv-ecg, ptb-xl, ludb,
-    aspire, kardia, folder, or auto: recognised by the files that are there."""
+    """Of --source: mimic-iv-ecg, ptb-xl, ludb, aspire, ukb-20205 (one recording for each participant), kardia, folder,
+    or auto: recognised by the files of the source."""
     labels: str | None = None
     """Of --source: a CSV that says whose a recording is, or for ukb-20205 who belongs to the cohort."""
     limit: int | None = None
     """Of --source: only the first so many recordings."""
     max_unreadable: float = 0.05
-    """Of --source: as soon as more than this share of the recordings is unreadable the command stops with status 3.
-    What is finished is kept: with a larger share, or with recordings mended, the same command goes on."""
+    """Of --source: the command stops with status 3 as soon as more than this share of the recordings is unreadable.
+    Finished parts are kept: give the command again with a larger share, or with corrected recordings, to continue."""
+    withdrawn: str | None = None
+    """A list of subjects who have withdrawn, an identifier a line. They are left out, as are those of a withdrawn.csv
+    in the source or beside the shards."""
     threads: int = 8
     """Of --source: concurrent reads in each process."""
+    patience_s: float = 300
+    """Of --source: how long a read waits for an object store that is overloaded before the command ends."""
     actors: int = 1
     """Processes that hold the model."""
     use_gpu: bool = False
@@ -76,10 +82,19 @@ def main(args: Args) -> None:
         )
     output = Storage.open(args.output)
     uri, description = describe_model(args.model, args.digest)
+    source: CohortInput
     if args.data is not None:
-        source = open_shards(args.data)
+        source = open_shards(args.data, args.withdrawn)
     else:
-        source = open_recordings(args.source, args.cohort, args.labels, args.limit, args.threads)
+        source = open_recordings(
+            args.source,
+            args.cohort,
+            args.labels,
+            args.limit,
+            args.threads,
+            withdrawn=args.withdrawn,
+            patience_s=args.patience_s,
+        )
     columns = {key: description[key] for key in ("model", "version", "digest", "preprocess_digest")}
     plan = hashlib.sha256(json.dumps([SCHEMA.names, columns, source.digest]).encode()).hexdigest()[:16]
     about = {"plan": plan, **description, "input": source.uri, "input_digest": source.digest}
@@ -157,7 +172,7 @@ def score_parts(job: Job, args: Args, progress: Progress) -> list[str]:
 
 
 def too_many(job: Job, args: Args, progress: Progress) -> None:
-    codes = ", ".join(f"{code} {count}" for code, count in sorted(progress.refused.items()))
+    codes = ", ".join(f"{code} {count}" for code, count in sorted(progress.unreadable_codes.items()))
     progress.stop("failed")
     print(
         f"error: {progress.unreadable} of {job.source.records} recordings are unreadable, more than --max-unreadable "
@@ -168,12 +183,24 @@ def too_many(job: Job, args: Args, progress: Progress) -> None:
     raise SystemExit(TOO_MANY_UNREADABLE)
 
 
+def counted(codes: Counter[str]) -> str:
+    shown = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
+    return f" ({shown})" if shown else ""
+
+
 def show(summary: dict[str, Any], output: Storage) -> None:
-    refused = ", ".join(f"{code} {count}" for code, count in summary["refused"].items()) or "none"
+    unreadable = Counter(summary["unreadable_codes"])
+    refused = Counter(summary["refused"]) - unreadable
     print(
         f"{summary['records']} recordings: {summary['scored']} scored, {summary['positive']} at or above the threshold "
-        f"{summary['threshold']:.3f}; without a score: {refused}"
+        f"{summary['threshold']:.3f}; without a score: {refused.total()} refused by the model's preprocessing"
+        f"{counted(refused)}, {unreadable.total()} unreadable{counted(unreadable)}"
     )
+    if summary["limited"]:
+        print(
+            f"of limited reliability: {summary['limited']} of the scores, because of missing or derived leads or "
+            "quality flags; see the columns reliability and reliability_reasons"
+        )
     if summary["unreadable_at_ingest"]:
         print(f"unreadable at ingest, and in no row: {summary['unreadable_at_ingest']}, see {summary['input']}")
     histogram = summary["distribution"]["histogram"]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,26 +14,33 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lsemvae.cohorts import COHORTS, detect, read_labels
+from lsemvae.cohorts import select
+from lsemvae.data.reading import read_or_reason
 from lsemvae.data.shards import MANIFEST, ROWS_PER_GROUP, SIGNAL_COLUMNS, Shard, ShardedDataset, signals_mv
-from lsemvae.errors import LsemvaeError, StorageError, UnreadableRecording
-from lsemvae.formats import read_relative
+from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.leads import LEADS
 from lsemvae.quality import quality_flags
+from lsemvae.record import Record
 from lsemvae.storage import Storage
 
 PART_RECORDS = 256
-_COLUMNS = ["record_id", "subject_id", "flags", *SIGNAL_COLUMNS]
+_COLUMNS = ["record_id", "subject_id", "flags", "measured", "derived", *SIGNAL_COLUMNS]
 
 
 @dataclass(frozen=True)
 class Read:
-    """One recording: its signal [L, T] in mV of the leads asked for, or why it is `unreadable`."""
+    """One recording: its signal [L, T] in mV of the leads asked for, or why it is `unreadable`.
+
+    `present` are the leads that the recording has, `derived` those of them that were computed from I and II.
+    """
 
     subject_id: str
     record_id: str
     flags: Sequence[str] = ()
     signal_mv_LT: np.ndarray | None = None
     rate_hz: float = 0.0
+    present: Sequence[str] = ()
+    derived: Sequence[str] = ()
     unreadable: str | None = None
     reason: str | None = None
 
@@ -66,13 +73,15 @@ class Shards:
     def uri(self) -> str:
         return self.data.storage.uri
 
-    @property
+    @cached_property
     def records(self) -> int:
-        return self.data.manifest.rows_in("all")
+        return self.data.rows("all")
 
     @property
     def digest(self) -> str:
-        return self.data.manifest.digest
+        """Of the shards, and of the list of who has withdrawn: without them the recordings are others."""
+        gone = self.data.withdrawn.digest
+        return f"{self.data.manifest.digest}-{gone}" if gone else self.data.manifest.digest
 
     @property
     def unreadable_before(self) -> int:
@@ -94,17 +103,20 @@ class Shards:
                 "and ingest again"
             )
         for batch in pq.ParquetFile(io.BytesIO(content)).iter_batches(ROWS_PER_GROUP, columns=_COLUMNS):
-            columns = {name: batch.column(name).to_pylist() for name in _COLUMNS}
+            kept = batch.filter(pa.array(~self.data.withdrawn.mask(batch.column("subject_id").to_pylist())))
+            columns = {name: kept.column(name).to_pylist() for name in _COLUMNS}
+            signals = signals_mv(columns, leads)
             yield [
-                Read(subject_id, record_id, flags, signal_mv_LT, rate_hz)
-                for subject_id, record_id, flags, signal_mv_LT, rate_hz in zip(
-                    columns["subject_id"],
-                    columns["record_id"],
-                    columns["flags"],
-                    signals_mv(columns, leads),
-                    columns["rate_hz"],
-                    strict=True,
+                Read(
+                    columns["subject_id"][row],
+                    columns["record_id"][row],
+                    flags=columns["flags"][row],
+                    signal_mv_LT=signals[row],
+                    rate_hz=columns["rate_hz"][row],
+                    present=[lead for i, lead in enumerate(LEADS) if measured_L[i] or derived_L[i]],
+                    derived=[lead for i, lead in enumerate(LEADS) if derived_L[i]],
                 )
+                for row, (measured_L, derived_L) in enumerate(zip(columns["measured"], columns["derived"], strict=True))
             ]
 
     def any_mended(self, number: int, rows: Sequence[int]) -> bool:
@@ -121,6 +133,7 @@ class Recordings:
     """path, record_id, subject_id."""
     uv_per_lsb: float | None
     threads: int
+    patience_s: float = 0.0
     unreadable_before: int = 0
 
     @property
@@ -150,45 +163,50 @@ class Recordings:
         return self.table.slice(self.parts[number], PART_RECORDS).to_pylist()
 
     def _read(self, entry: dict[str, str], leads: Sequence[str]) -> Read:
-        named = {"subject_id": entry["subject_id"], "record_id": entry["record_id"]}
-        try:
-            record = read_relative(entry["path"], self.storage.read_bytes, uv_per_lsb=self.uv_per_lsb)
-            flags = [*record.flags, *quality_flags(record)]
-            return Read(**named, flags=flags, signal_mv_LT=record.signal_for(leads), rate_hz=record.rate_hz)
-        except UnreadableRecording as error:
-            return Read(**named, unreadable=error.code, reason=" ".join(str(error).split()))
-        except (NotADirectoryError, IsADirectoryError) as error:
-            return Read(**named, unreadable="missing_file", reason=error.strerror)
-        except StorageError as error:  # without the recording's name, which often says whose it is
-            text = str(error).replace(str(PurePosixPath(entry["path"]).with_suffix("")), "(a recording)")
-            raise StorageError(text, passing=error.passing) from None
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # a reader that fails on one recording must not end a day's work on the others
-            return Read(**named, unreadable="reader_failed", reason=f"{type(error).__name__}: {error}")
+        subject_id, record_id = entry["subject_id"], entry["record_id"]
+
+        def read(record: Record) -> Read:
+            return Read(
+                subject_id,
+                record_id,
+                flags=[*record.flags, *quality_flags(record)],
+                signal_mv_LT=record.signal_for(leads),
+                rate_hz=record.rate_hz,
+                present=record.leads,
+                derived=record.derived,
+            )
+
+        answer = read_or_reason(
+            self.storage, entry["path"], read, uv_per_lsb=self.uv_per_lsb, patience_s=self.patience_s
+        )
+        if isinstance(answer, UnreadableRecording):
+            return Read(subject_id, record_id, unreadable=answer.code, reason=" ".join(str(answer).split()))
+        return answer
 
 
-def open_shards(uri: str) -> Shards:
-    data = ShardedDataset.open(uri)
+def open_shards(uri: str, withdrawn: str | None = None) -> Shards:
+    """A data set without the subjects on its own list of who has withdrawn, or on the one at `withdrawn`."""
+    data = ShardedDataset.open(uri, withdrawn=withdrawn)
     data.require_rows("all")
     return Shards(data)
 
 
-def open_recordings(uri: str, cohort: str, labels: str | None, limit: int | None, threads: int) -> Recordings:
-    """Which recordings of the source belong to the cohort, by the rules of workflows/ingest.py."""
+def open_recordings(
+    uri: str,
+    cohort: str,
+    labels: str | None,
+    limit: int | None,
+    threads: int,
+    *,
+    withdrawn: str | None = None,
+    patience_s: float = 0.0,
+) -> Recordings:
+    """The recordings of the source that belong to the cohort, by the rules of workflows/ingest.py."""
     storage = Storage.open(uri).require()
-    name = detect(storage) if cohort == "auto" else cohort
-    if name not in COHORTS:
-        raise LsemvaeError(f"there is no cohort {name!r}: choose one of {', '.join(COHORTS)}")
-    table = COHORTS[name].recordings(storage, read_labels(labels) if labels else None)
-    if limit is not None:
-        table = table.head(limit)
-    if table.empty:
-        raise LsemvaeError(f"{storage.uri} has no recordings of the cohort {name!r}")
-    if repeated := int(table["record_id"].duplicated().sum()):
-        raise LsemvaeError(f"{storage.uri}: {repeated} recordings have the id of another: give each its own")
-    chosen = table[["path", "record_id", "subject_id"]].astype(str)
-    digest = hashlib.sha256(json.dumps([name, storage.uri, PART_RECORDS, COHORTS[name].uv_per_lsb]).encode())
-    digest.update(pd.util.hash_pandas_object(chosen, index=False).to_numpy("<u8").tobytes())
-    packed = pa.Table.from_pandas(chosen, preserve_index=False)
-    return Recordings(storage, digest.hexdigest()[:16], packed, COHORTS[name].uv_per_lsb, threads)
+    chosen = select(storage, cohort, labels, limit, withdrawn)
+    table = chosen.table[["path", "record_id", "subject_id"]].astype(str)
+    uv_per_lsb = chosen.cohort.uv_per_lsb
+    digest = hashlib.sha256(json.dumps([chosen.name, storage.uri, PART_RECORDS, uv_per_lsb]).encode())
+    digest.update(pd.util.hash_pandas_object(table, index=False).to_numpy("<u8").tobytes())
+    packed = pa.Table.from_pandas(table, preserve_index=False)
+    return Recordings(storage, digest.hexdigest()[:16], packed, uv_per_lsb, threads, patience_s)

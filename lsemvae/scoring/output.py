@@ -64,7 +64,9 @@ def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any
     """The parts as one Parquet file and one CSV, a part at a time, then the summary that makes them count."""
     names = [part_path(job.plan, number) for number in range(len(digests))]
     counts: Counter[str] = Counter()
-    refused: Counter[str] = Counter()
+    refused: Counter[str] = Counter()  # every recording without a score, by reason
+    unreadable: Counter[str] = Counter()  # those of them that no reader could read
+    limited = 0  # scores of recordings whose reliability is limited
     scores: list[np.ndarray] = []
     parquet, csv = f"scores-{job.plan}.parquet", f"scores-{job.plan}.csv"
     with (
@@ -84,15 +86,19 @@ def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any
                 csv_writer.write_table(table)
                 known = table["score"].drop_null().to_numpy()
                 scores.append(known)
-                refused.update(code for code in table["refused"].to_pylist() if code)
+                codes, rows = table["refused"].to_pylist(), unreadable_in(content)
+                refused.update(code for code in codes if code)
+                unreadable.update(codes[row] for row in rows)
+                limited += table["reliability"].to_pylist().count("limited") - sum(code is not None for code in codes)
                 positive = sum(table["decision"].drop_null().to_pylist())
                 counts.update(records=table.num_rows, scored=len(known), positive=positive)
-                counts["unreadable"] += len(unreadable_in(content))
     summary = about | {
         "records": counts["records"],
         "scored": counts["scored"],
         "positive": counts["positive"],
-        "unreadable": counts["unreadable"],
+        "limited": limited,
+        "unreadable": unreadable.total(),
+        "unreadable_codes": dict(sorted(unreadable.items())),
         "unreadable_at_ingest": job.source.unreadable_before,
         "refused": dict(sorted(refused.items())),
         "distribution": distribution(np.concatenate(scores)),

@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lsemvae.bundle import Scorer
+from lsemvae.bundle import Score, Scorer
 from lsemvae.errors import LsemvaeError
 from lsemvae.scoring.inputs import CohortInput, Read
+from lsemvae.scoring.reliability import reliability
 from lsemvae.storage import Storage
 from lsemvae.tracking import fetch
 
@@ -28,6 +29,10 @@ SCHEMA = pa.schema(
         ("decision", pa.bool_()),
         ("flags", pa.string()),
         ("leads_used", pa.string()),
+        ("leads_derived", pa.string()),
+        ("leads_missing", pa.string()),
+        ("reliability", pa.string()),
+        ("reliability_reasons", pa.string()),
         ("refused", pa.string()),
         ("reason", pa.string()),
         ("model", pa.string()),
@@ -76,57 +81,69 @@ class PartScorer:
     def _finish(self, number: int) -> dict[str, Any]:
         job, began, path = self._job, time.time(), part_path(self._job.plan, number)
         content = finished_part(job, path)
-        # What could not be read may have been mended since. The rest is not read again.
+        # Unreadable recordings may have been mended since. The others are not read again.
         made = content is None or job.source.any_mended(number, unreadable_in(content))
-        if made:
+        if content is None or made:
             content = self._part(number)
             job.output.write_bytes(path, content)
         table = pq.read_table(pa.BufferReader(content))
-        refused = Counter(code for code in table["refused"].to_pylist() if code)
+        codes, unreadable = table["refused"].to_pylist(), unreadable_in(content)
+        refused = Counter(code for code in codes if code)
         return {
             "number": number,
             "sha256": hashlib.sha256(content).hexdigest(),
             "records": table.num_rows,
             "scored": table.num_rows - refused.total(),
             "refused": dict(sorted(refused.items())),
-            "unreadable": len(unreadable_in(content)),
+            "unreadable": len(unreadable),
+            "unreadable_codes": dict(sorted(Counter(codes[row] for row in unreadable).items())),
             "made": table.num_rows if made else 0,
             "began": began,
             "ended": time.time(),
         }
 
     def _part(self, number: int) -> bytes:
-        rows, unreadable = [], []
+        rows: list[dict[str, Any]] = []
+        unreadable: list[int] = []
         for chunk in self._job.source.chunks(number, self._scorer.bundle.leads):
-            readable = [read for read in chunk if read.signal_mv_LT is not None]
-            answers = self._scorer.score_signals([r.signal_mv_LT for r in readable], [r.rate_hz for r in readable])
-            of_readable = iter(answers)
+            readable = [(read.signal_mv_LT, read.rate_hz) for read in chunk if read.signal_mv_LT is not None]
+            answers = iter(self._scorer.score_signals([mv_LT for mv_LT, _ in readable], [hz for _, hz in readable]))
             for read in chunk:
                 if read.signal_mv_LT is None:
                     unreadable.append(len(rows))
-                    rows.append(self._row(read) | {"refused": read.unreadable, "reason": read.reason})
-                    continue
-                answer = next(of_readable)
-                rows.append(
-                    self._row(read)
-                    | {
-                        "score": answer.score,
-                        "probability": answer.probability,
-                        "decision": answer.decision,
-                        "leads_used": ",".join(answer.leads_used),
-                        "refused": answer.refused.code if answer.refused else None,
-                        "reason": str(answer.refused) if answer.refused else None,
-                    }
-                )
+                    rows.append(self._row(read) | _without_score(read.unreadable, read.reason))
+                else:
+                    rows.append(self._row(read) | self._answer(read, next(answers)))
         metadata = {"plan": self._job.plan, "unreadable": unreadable}
         table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"lsemvae": json.dumps(metadata)}))
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         return buffer.getvalue()
 
+    def _answer(self, read: Read, answer: Score) -> dict[str, Any]:
+        if answer.refused:
+            used = {"leads_used": ",".join(answer.leads_used)}
+            return used | _without_score(answer.refused.code, str(answer.refused))
+        leads = self._scorer.bundle.leads
+        doubts = reliability(read.present, read.derived, answer.leads_used, read.flags, leads)
+        return {
+            "score": answer.score,
+            "probability": answer.probability,
+            "decision": answer.decision,
+            "leads_used": ",".join(answer.leads_used),
+            "leads_derived": ",".join(doubts.derived),
+            "leads_missing": ",".join(doubts.missing),
+            "reliability": doubts.level,
+            "reliability_reasons": " ".join(doubts.reasons),
+        }
+
     def _row(self, read: Read) -> dict[str, Any]:
         named = {"subject_id": read.subject_id, "record_id": read.record_id, "flags": ",".join(read.flags)}
         return named | self._job.model
+
+
+def _without_score(code: str | None, reason: str | None) -> dict[str, Any]:
+    return {"refused": code, "reason": reason, "reliability": "limited", "reliability_reasons": reason}
 
 
 def part_path(plan: str, number: int) -> str:

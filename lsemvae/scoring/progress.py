@@ -36,6 +36,7 @@ class Progress:
         self._thread = threading.Thread(target=self._beats, daemon=True, name="progress")
         self.done = self.made = self.scored = self.unreadable = 0
         self.refused: Counter[str] = Counter()
+        self.unreadable_codes: Counter[str] = Counter()
 
     def __enter__(self) -> "Progress":
         self._wait_for_others()
@@ -65,6 +66,7 @@ class Progress:
         self.scored += part["scored"]
         self.unreadable += part["unreadable"]
         self.refused.update(part["refused"])
+        self.unreadable_codes.update(part["unreadable_codes"])
         if part["made"]:
             self._began = min(self._began or part["began"], part["began"])
             self._ended = max(self._ended, part["ended"])

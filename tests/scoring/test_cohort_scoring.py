@@ -284,7 +284,8 @@ def test_a_command_waits_for_one_that_lives_and_not_for_one_that_is_dead(tmp_pat
 
 def test_a_command_ends_when_another_has_taken_its_place(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(progress, "BEAT_S", 0.05)
-    part = {"records": 1, "made": 1, "scored": 1, "unreadable": 0, "refused": {}, "began": 1.0, "ended": 2.0}
+    part = {"records": 1, "made": 1, "scored": 1, "unreadable": 0, "refused": {}}
+    part |= {"unreadable_codes": {}, "began": 1.0, "ended": 2.0}
     output = Storage.open(tmp_path)
     with Progress(output, ABOUT, 4) as mine:
         mine.add(part)

@@ -1,4 +1,4 @@
-"""Parse the README's commands and the files in infra/ as their own programs parse them."""
+"""The README's commands and infra's files, parsed as their own programs parse them."""
 
 import re
 import runpy
@@ -42,15 +42,14 @@ def blocks(language: str) -> list[str]:
 def shell_commands() -> list[str]:
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     inline = re.findall(
-        r"`((?:[A-Z_]+=\S+ )*(?:python|make|ray|serve) [^` ]+[ ][^`]+|make [^`]+)`",
-        re.sub(r"```.*?```", "", README, flags=re.DOTALL),
+        r"`((?:python|make|ray|serve) [^` ]+[ ][^`]+|make [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     )
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines() + inline]
     return [line for line in dict.fromkeys(lines) if line and "…" not in line]
 
 
 def click_context(command, words: list[str]):
-    """Parse as `command words…` would, without running anything."""
+    """Parses as `command words…` would, without running anything."""
     context = None
     while True:
         context = command.make_context(command.name, list(words), parent=context)
@@ -61,7 +60,7 @@ def click_context(command, words: list[str]):
 
 
 def parse_workflow(script: str, words: list[str]) -> object:
-    """The result of parsing `python SCRIPT WORDS…`: the script runs up to its call of tyro."""
+    """What `python SCRIPT WORDS…` parses its words to: the file runs as it would, up to its first work."""
 
     class Parsed(Exception):
         pass
@@ -82,7 +81,7 @@ def parse_workflow(script: str, words: list[str]) -> object:
 
 
 def endpoint_paths() -> set[str]:
-    """The paths that the endpoint answers."""
+    """What the endpoint answers to."""
     from serve.api import Service, make_api
 
     api = make_api(Service(registry=None, metrics=None))
@@ -90,10 +89,8 @@ def endpoint_paths() -> set[str]:
 
 
 def parse_command(words: list[str]) -> object:
-    """Check a command against the program's own parser -> the arguments that a workflow would get, else None."""
+    """Checks a command against the program's own parser; returns what a workflow would be given."""
     words = words[:-1] if words[-1] == "&" else words
-    while re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]
     match words:
         case ["python", script, *rest]:
             return parse_workflow(script, rest)
