@@ -1,5 +1,7 @@
 """Leads have names, in any case and order; a position means nothing."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +13,11 @@ from lsemvae.leads import (
     LIMB_FROM_I_II,
     LIMB_LEADS,
     canonical,
+    identify,
     in_order,
     lead_set_name,
     parse_leads,
+    unknown_lead_flag,
 )
 
 
@@ -41,6 +45,70 @@ def test_unknown_lead_is_refused_in_one_short_line(name: str) -> None:
     assert "I, II, III, aVR, aVL, aVF, V1" in message
     assert "\n" not in message
     assert len(message) < 200
+
+
+ROMAN = ("I", "II", "III")
+SYNONYMS = [
+    *((f"D{lead}", lead) for lead in ROMAN),
+    *((f"D{number}", lead) for number, lead in enumerate(ROMAN, 1)),
+    *((f"{lead} (Einthoven)", lead) for lead in ROMAN),
+    *((f"{lead} (Goldberger)", lead) for lead in ("aVR", "aVL", "aVF")),
+    *((f"C{number}", f"V{number}") for number in range(1, 7)),
+    *((f"V{number} (Wilson)", f"V{number}") for number in range(1, 7)),
+    *((chr(0x2160 + number), lead) for number, lead in enumerate(ROMAN)),  # the one sign for a Roman numeral
+    *((lead, lead) for lead in LEADS),
+]
+
+
+@given(
+    st.sampled_from(SYNONYMS),
+    st.sampled_from(["", "Lead ", "lead_", "LEAD-", "ECG ", "EKG_", "ECG Lead ", "MDC_ECG_LEAD_"]),
+    st.sampled_from([str, str.upper, str.lower]),
+    st.sampled_from(["", " ", "  "]),
+)
+def test_a_synonym_is_one_lead(synonym: tuple[str, str], prefix: str, case: Callable, space: str) -> None:
+    """Whatever is written around it and in whatever case, a synonym stands for its own lead and for no other."""
+    name, lead = synonym
+    assert canonical(f"{space}{case(prefix + name)}{space}") == lead
+
+
+@given(st.text(alphabet="IiVvDdCcaRrLlFf123456 ()_-", max_size=8))
+def test_no_name_is_two_leads(name: str) -> None:
+    """A name is a lead by one way of reading it: alone, among others, and with its spelling changed."""
+    found = {lead for other in ("V1", "aVF") if (lead := identify([name, other])[0])}
+    assert len(found) <= 1
+    if found:
+        assert {canonical(name), canonical(name.lower()), canonical(f"Lead {name.strip()}")} == found
+
+
+@pytest.mark.parametrize(
+    "name", ["I (inverted)", "-C1", "D4", "DaVR", "C7", "V1 (right)", "ECG", "ECG 1", "MDC_ECG_LEAD_"]
+)
+def test_what_resembles_a_synonym_is_unknown(name: str) -> None:
+    with pytest.raises(LsemvaeError):
+        canonical(name)
+
+
+def test_names_of_an_eeg_are_no_leads() -> None:
+    assert identify(["C3", "C4", "Cz", "D1"]) == [None] * 4
+    assert identify(["C1", "D1", "resp", "aVF"]) == ["V1", "I", None, "aVF"]
+
+
+@given(st.text(max_size=80), st.integers(0, 63))
+def test_a_flag_repeats_no_free_text(name: str, position: int) -> None:
+    flag = unknown_lead_flag(name, position)
+    assert len(flag) < 30 and flag.isprintable()
+    assert flag == f"unknown_lead:signal {position + 1}" or " ".join(name.split()) in flag
+
+
+@pytest.mark.parametrize("name", ["SMITH", "Anna", "12345", "S1234", "I SMITH", "V1\nx", "X" * 17])
+def test_a_flag_names_nobody(name: str) -> None:
+    assert unknown_lead_flag(name, 3) == "unknown_lead:signal 4"
+
+
+@pytest.mark.parametrize("name", ["V7", "v3r", "MLII", "-aVR", "ECG 1", "CH2", "X", "RESP"])
+def test_a_flag_names_what_the_signal_is(name: str) -> None:
+    assert unknown_lead_flag(name, 0) == f"unknown_lead:{name}"
 
 
 @given(st.permutations(LEADS).flatmap(lambda order: st.tuples(st.just(order), st.integers(1, 12))))

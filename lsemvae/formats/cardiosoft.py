@@ -1,8 +1,8 @@
 """GE CardioSoft and CASE: "CardiologyXML" of a resting ECG, as in UK Biobank's field 20205.
 
-The schema is known from exports: `StripData` holds the rhythm strip of all twelve leads, each rounded to the
-recorder's step; `RestingECGMeasurements/MedianSamples` holds one averaged beat under the same element names, so
-nothing outside of `StripData` is looked at. Who was recorded is not read: UK Biobank says it in the file's name,
+The schema is known from exports. `StripData` holds the rhythm strip of all twelve leads, each rounded to the recorder's
+step. `RestingECGMeasurements/MedianSamples` holds one averaged beat under the same element names, so this reader never
+leaves `StripData`. It does not read who was recorded; UK Biobank says so in the file name,
 `{eid}_20205_{instance}_{array}.xml`.
 """
 
@@ -12,47 +12,50 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.errors import UnreadableRecording
 from lsemvae.formats import xml
 from lsemvae.formats.counts import naming, to_record
-from lsemvae.leads import canonical
+from lsemvae.formats.limits import GIVE_STEP
+from lsemvae.leads import identify, unknown_lead_flag
 from lsemvae.record import Record
 
 _INTEGERS = re.compile(r"(?:\s*+-?\d{1,9}+,)*+\s*+-?\d{1,9}+", re.ASCII)
 
 
 def recognise(head: bytes) -> bool:
-    """Its root element is CardiologyXML."""
+    """Whether the root element is CardiologyXML."""
     return xml.root_name(head) == "CardiologyXML"
 
 
 def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
-    """`content`, the document in the file `name` -> Record of its rhythm strip. `fetch` is not used.
+    """`content` is the document in the file `name` -> Record of its rhythm strip. `fetch` is not used.
 
-    Elements that are no lead of the twelve are left out. A lead whose samples are not as many as the file
-    declares is refused: where one is lost, all that follow are shifted. `uv_per_lsb` replaces the file's
-    resolution. 4 ms for twelve leads of 5,000 samples. Raises UnreadableRecording.
+    Leads other than the twelve are left out and flagged `unknown_lead:NAME`. A lead with another number of samples than
+    the file declares is refused, because a lost sample shifts all that follow. `uv_per_lsb` replaces the resolution of
+    the file. Takes 4 ms for twelve leads of 5,000 samples. Raises UnreadableRecording.
     """
     root = xml.parse(name, content)
     with naming(name):
         strip = _strip(root)
-        declared = _number(strip, "ChannelSampleCountTotal", required=False)
+        declared = _optional_number(strip, "ChannelSampleCountTotal")
+        waveforms = strip.findall("WaveformData")
+        names = [waveform.get("lead", "") for waveform in waveforms]
         counts: dict[str, np.ndarray] = {}
-        for waveform in strip.findall("WaveformData"):
-            try:
-                lead = canonical(waveform.get("lead", ""))
-            except LsemvaeError:
-                continue  # an additional electrode
+        flags: list[str] = []
+        for position, (waveform, lead) in enumerate(zip(waveforms, identify(names), strict=True)):
+            if lead is None:
+                flags.append(unknown_lead_flag(names[position], position))
+                continue
             if lead in counts:
-                raise UnreadableRecording("duplicate_lead", f"lead {lead} is there twice: give each lead once")
+                raise UnreadableRecording("duplicate_lead", f"lead {lead} occurs twice: give each lead once")
             counts[lead] = _samples(lead, waveform)
             if declared is not None and len(counts[lead]) != declared:
                 raise UnreadableRecording(
                     "length",
-                    f"lead {lead} has {len(counts[lead])} samples, {declared:.9g} are declared "
-                    "(ChannelSampleCountTotal): export it again, whole",
+                    f"lead {lead} has {len(counts[lead])} of {declared:.9g} declared samples "
+                    "(ChannelSampleCountTotal): export the whole file again",
                 )
-        return to_record(name, counts, _rate_hz(strip), uv_per_lsb or _resolution_uv(strip))
+        return to_record(name, counts, _rate_hz(strip), uv_per_lsb or _resolution_uv(strip), flags=tuple(flags))
 
 
 def _strip(root: Element) -> Element:
@@ -77,16 +80,17 @@ def _samples(lead: str, waveform: Element) -> np.ndarray:
     text = (waveform.text or "").strip().removesuffix(",")
     if not text:
         return np.empty(0, dtype=np.int64)
-    # numpy's own reading is fast, and takes a lone "-" for 0.
+    # np.fromstring is fast, but would read a lone "-" as 0.
     if len(waveform) or not _INTEGERS.fullmatch(text):
         raise UnreadableRecording(
-            "sample", f"the samples of lead {lead} are not all integers with commas between: export it again"
+            "sample", f"the samples of lead {lead} are not integers separated by commas: export it again"
         )
     return np.fromstring(text, sep=",", dtype=np.int64)
 
 
 def _rate_hz(strip: Element) -> float:
-    unit = strip.find("SampleRate").get("units", "Hz") if strip.find("SampleRate") is not None else "Hz"
+    element = strip.find("SampleRate")
+    unit = element.get("units", "Hz") if element is not None else "Hz"
     if unit.strip().casefold() != "hz":
         raise UnreadableRecording("unit", f"its SampleRate is in {unit[:20]!r}: Hz can be read")
     return _number(strip, "SampleRate")
@@ -94,21 +98,22 @@ def _rate_hz(strip: Element) -> float:
 
 def _resolution_uv(strip: Element) -> float:
     step = _number(strip, "Resolution")
-    unit = strip.find("Resolution").get("units", "")
+    element = strip.find("Resolution")
+    unit = element.get("units", "") if element is not None else ""
     if unit.strip().casefold() != "uvperlsb":
-        raise UnreadableRecording(
-            "unit", f"its Resolution is in {unit[:20]!r}: uVperLsb can be read; or give the step (uv_per_lsb)"
-        )
+        raise UnreadableRecording("unit", f"its Resolution is in {unit[:20]!r}: only uVperLsb can be read; {GIVE_STEP}")
     if step < 0:
-        raise UnreadableRecording("gain", f"its Resolution is {step:g}: export it again, or give the step (uv_per_lsb)")
+        raise UnreadableRecording("gain", f"its Resolution is {step:g}: export it again; {GIVE_STEP}")
     return step
 
 
-def _number(strip: Element, tag: str, required: bool = True) -> float | None:
-    """The number in the element; None where it is absent or empty and not required."""
+def _optional_number(strip: Element, tag: str) -> float | None:
+    """The number in the element; None where it is absent or empty."""
+    return _number(strip, tag) if (strip.findtext(tag) or "").strip() else None
+
+
+def _number(strip: Element, tag: str) -> float:
     text = (strip.findtext(tag) or "").strip()
-    if not text and not required:
-        return None
     try:
         return float(text)
     except ValueError:

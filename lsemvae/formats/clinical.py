@@ -1,10 +1,10 @@
-"""What ecgdatakit parses: GE MUSE XML, Philips Sierra XML, HL7 aECG and SCP-ECG. `pip install 'lsemvae[formats]'`.
+"""GE MUSE XML, Philips Sierra XML, HL7 aECG and SCP-ECG, parsed by ecgdatakit: `pip install 'lsemvae[formats]'`.
 
-The library (2.0.3, Apache-2.0) is young, so it is kept at arm's length. It sees a document only after our own
-XML gate, and what unpacks only after we know to how much; it reads one file, a copy under a name of our own in a
-private folder, and opens nothing else; whatever it raises becomes UnreadableRecording, without what it quotes of
-the file. What is taken from it is the stored integers, their step and offset, lead names and the rate: never its
-scaled samples, its medians or its patient.
+The library (2.0.3, Apache-2.0) is young, so it is kept within bounds. It gets a document only after our own XML checks,
+and compressed data only after its unpacked size is known. It reads one file, a copy under a fixed name in a private
+folder. Whatever it raises becomes UnreadableRecording, without the parts of the file that it quotes. Only the stored
+integers, their step and offset, the lead names and the rate are taken from it: not its scaled samples, its median beats
+or its patient data.
 """
 
 import base64
@@ -21,24 +21,24 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.errors import UnreadableRecording
 from lsemvae.formats import xml
 from lsemvae.formats.counts import naming
 from lsemvae.formats.leadwise import LeadCounts, to_record
-from lsemvae.formats.limits import MAX_SIGNALS, UV_PER_UNIT
-from lsemvae.leads import canonical
+from lsemvae.formats.limits import GIVE_STEP, MAX_SIGNALS, UV_PER_UNIT
+from lsemvae.leads import identify, unknown_lead_flag
 from lsemvae.record import Record
 
 if TYPE_CHECKING:
     from ecgdatakit import ECGRecord, Lead
 
 MAX_SCP_BYTES = 2**20
-"""Ten seconds of twelve leads have 10,000 to 250,000; Huffman codes unpack to 8 samples a byte."""
+"""Ten seconds of twelve leads take 10,000 to 250,000; Huffman codes unpack to 8 samples a byte."""
 MAX_XML_BYTES = 2**23
 MAX_XLI_SAMPLES = 2_000_000
-"""Of all leads together. Philips' compression can reach 1:600, so it is measured before it is unpacked."""
+"""In all leads together. Philips' compression can reach 1:600, so the size is computed before unpacking."""
 
-# Root element or signature -> name, and where ecgdatakit has its parser.
+# Root element or signature -> name of the format, and module and class of its parser in ecgdatakit.
 _FORMATS = {
     "RestingECG": ("GE MUSE XML", "ge_muse_xml", "GEMuseXMLParser"),
     "restingecgdata": ("Philips Sierra XML", "sierra_xml", "SierraXMLParser"),
@@ -46,11 +46,11 @@ _FORMATS = {
     "SCP": ("SCP-ECG", "scp_ecg", "SCPECGParser"),
 }
 _RATE_ROUNDING = 1e-3
-"""Intervals are stored in few digits: 1.667 ms is 600 Hz, not 599.88."""
+"""Intervals are stored with few digits: 1.667 ms means 600 Hz, not 599.88."""
 
 
 def recognise(head: bytes) -> bool:
-    """The root element of one of the three kinds of XML, or SCP-ECG's section 0, whose first entry is itself."""
+    """Whether it has a root element of the three kinds of XML, or SCP-ECG's section 0, which lists itself first."""
     return _kind(head) is not None
 
 
@@ -62,22 +62,22 @@ def _kind(head: bytes) -> str | None:
 
 
 def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
-    """`content`, the file `name` -> Record of its rhythm, never of a median beat. `fetch` is not used.
+    """`content` is the file `name` -> Record of its rhythm, never of a median beat. `fetch` is not used.
 
-    The first rhythm block of the file (in aECG the first set of sequences of the first series); what is none of
-    the twelve leads is left out. Leads that begin at different samples (SCP-ECG) are put on one time axis. The
-    calibration pulse that Philips appends is cut off. `checksum` is flagged where one of the file's (MUSE,
-    SCP-ECG) is wrong. `uv_per_lsb` replaces step, offset and unit. MUSE takes 4 ms, aECG 11, Philips 33, SCP-ECG
-    3 or, Huffman-coded, 41. Raises UnreadableRecording.
+    It is the first rhythm block of the file (in aECG the first set of sequences of the first series). Other leads than
+    the twelve are left out and flagged `unknown_lead:NAME`. Leads that begin at different samples (SCP-ECG) are put on
+    one time axis. The calibration pulse that Philips appends is cut off. `checksum` is flagged if one of the checksums
+    (MUSE, SCP-ECG) is wrong. `uv_per_lsb` replaces step, offset and unit. MUSE takes 4 ms, aECG 11, Philips 33, SCP-ECG
+    3 or, if Huffman-coded, 41. Raises UnreadableRecording.
     """
     kind = _kind(content[:4096])
     if kind is None:
-        raise UnreadableRecording("format", f"{name}: neither MUSE, Sierra or aECG XML nor SCP-ECG")
+        raise UnreadableRecording("format", f"{name}: it is neither MUSE, Sierra or aECG XML nor SCP-ECG")
     with naming(name):
         limit = MAX_SCP_BYTES if kind == "SCP" else MAX_XML_BYTES
         if len(content) > limit:
             raise UnreadableRecording(
-                "too_large", f"{len(content)} bytes of {_FORMATS[kind][0]}: {limit} are the limit"
+                "too_large", f"it has {len(content)} bytes of {_FORMATS[kind][0]}: {limit} are the limit"
             )
     if kind != "SCP":
         root = xml.parse(name, content, named_dtd=kind == "RestingECG")
@@ -85,15 +85,19 @@ def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb
         if kind == "restingecgdata":
             _check_xli(root)
         parsed = _parse(kind, content)
-        leads = [
-            LeadCounts(lead, *_scaled(lead, found, uv_per_lsb), start=int(found.annotations.get("start_sample", 1)) - 1)
-            for found in parsed.leads
-            if (lead := _lead(found.label))
-        ]
+        # ecgdatakit appends _2 to a lead that occurs twice.
+        labels = [re.sub(r"_\d+$", "", found.label) for found in parsed.leads]
+        leads = []
+        flags = ["checksum"] if parsed.raw_metadata.get("checksum_valid") is False else []
+        for position, (found, lead) in enumerate(zip(parsed.leads, identify(labels), strict=True)):
+            if lead is None:
+                flags.append(unknown_lead_flag(labels[position], position))
+                continue
+            start = int(found.annotations.get("start_sample", 1)) - 1
+            leads.append(LeadCounts(lead, *_scaled(lead, found, uv_per_lsb), start=start))
         if kind == "restingecgdata":
             leads = _without_calibration(leads)
-        flags = ("checksum",) if parsed.raw_metadata.get("checksum_valid") is False else ()
-        return to_record(name, leads, _rate_hz(parsed), flags=flags)
+        return to_record(name, leads, _rate_hz(parsed), flags=tuple(flags))
 
 
 def _parse(kind: str, content: bytes) -> "ECGRecord":
@@ -104,37 +108,26 @@ def _parse(kind: str, content: bytes) -> "ECGRecord":
         path.write_bytes(content)
         try:
             return parser().parse(path)
-        except Exception as error:  # it is not to be foreseen what a young parser raises
+        except Exception as error:  # a young parser may raise anything
             reason = type(error).__name__
             if type(error).__module__ == "ecgdatakit.exceptions":
                 reason = re.sub(r"""(['"]).*?\1""", "…", str(error).replace(str(path), "it"))[:120]
             raise UnreadableRecording("format", f"it cannot be read as {title} ({reason}): export it again") from None
 
 
-def _lead(label: str) -> str | None:
-    label = re.sub(r"_\d+$", "", label)  # what ecgdatakit appends to a lead that is there twice
-    try:
-        return None if label.startswith("-") else canonical(label)  # -aVR is aVR upside down
-    except LsemvaeError:
-        return None
-
-
 def _scaled(lead: str, found: "Lead", uv_per_lsb: float | None) -> tuple[np.ndarray, float, float]:
-    """Counts, microvolts a count, and of the count 0."""
+    """Counts, microvolts a count, and microvolts at the count 0."""
     if uv_per_lsb is not None:
         return found.samples, uv_per_lsb, 0.0
-    if (
-        found.adc_resolution == 0 or found.resolution_unit.casefold() not in UV_PER_UNIT
-    ):  # else its default would be taken
-        raise UnreadableRecording(
-            "gain", f"lead {lead} has no step in a unit of voltage: export it again, or give the step (uv_per_lsb)"
-        )
+    if found.adc_resolution == 0 or found.resolution_unit.casefold() not in UV_PER_UNIT:
+        # Without this check ecgdatakit's default step would be used.
+        raise UnreadableRecording("gain", f"lead {lead} has no step in a unit of voltage: export it again; {GIVE_STEP}")
     uv = UV_PER_UNIT[found.resolution_unit.casefold()]
     return found.samples, found.resolution * uv, found.offset * uv
 
 
 def _rate_hz(parsed: "ECGRecord") -> float:
-    """ecgdatakit rounds to whole hertz, which is right only for what a short decimal fraction does to a rate."""
+    """ecgdatakit rounds to whole hertz, which is right only where the stored interval has too few digits."""
     rounded = float(parsed.leads[0].sampling_rate) if parsed.leads else math.nan
     metadata: dict[str, Any] = parsed.raw_metadata
     exact = metadata.get("rhythm_time", {}).get("sampling_rate_exact", rounded)
@@ -144,9 +137,9 @@ def _rate_hz(parsed: "ECGRecord") -> float:
 
 
 def _without_calibration(leads: list[LeadCounts]) -> list[LeadCounts]:
-    """Cuts off where all leads become the same and all that follows is zero and one rectangular pulse.
+    """Cuts off the end where all leads are equal and hold nothing but zeros and one rectangular pulse.
 
-    In a real file of 11 s the ECG lasts 10.528 s; 0.172 s of zeros, 0.2 s of 1 mV and 0.1 s of zeros follow.
+    Example, a real file of 11 s: 10.528 s of ECG, then 0.172 s of zeros, 0.2 s of 1 mV and 0.1 s of zeros.
     """
     if len(leads) < 2 or len({len(lead.counts_T) for lead in leads}) > 1:
         return leads
@@ -162,7 +155,7 @@ def _without_calibration(leads: list[LeadCounts]) -> list[LeadCounts]:
 
 
 def _check_xli(root: Element) -> None:
-    """Refuses waveforms that would unpack to more than a recording holds."""
+    """Refuses waveforms that would unpack to more than a recording may hold."""
     samples = 0
     for element in root.iter():
         compressed = any(value.strip().upper() == "XLI" for value in element.attrib.values())
@@ -186,7 +179,7 @@ def _check_xli(root: Element) -> None:
 
 
 def _unpacked_bytes(chunk: bytes, limit: int) -> int:
-    """How long LZW data of 10-bit codes becomes; counting ends at `limit`. As ecgdatakit's LzwDecoder reads it."""
+    """The unpacked length of LZW data with 10-bit codes, as ecgdatakit's LzwDecoder reads it; stops at `limit`."""
     bits = np.unpackbits(np.frombuffer(chunk, dtype=np.uint8))
     codes = bits[: len(bits) // 10 * 10].reshape(-1, 10) @ (1 << np.arange(10)[::-1])
     lengths = dict.fromkeys(range(256), 1)
@@ -205,11 +198,11 @@ def _unpacked_bytes(chunk: bytes, limit: int) -> int:
 
 @cache
 def _ecgdatakit(title: str, module: str) -> Any:
-    """One of its parsers' modules, imported when the first such file is read (0.1 s), its warnings kept off."""
+    """The module of one of its parsers, imported when the first such file is read (0.1 s), its warnings silenced."""
     try:
         parsers = importlib.import_module(f"ecgdatakit.parsing.parsers.{module}")
     except ModuleNotFoundError:
         raise UnreadableRecording("missing_package", f"{title} needs pip install 'lsemvae[formats]'") from None
-    # They quote lead names and codes of the file, and are attributed to whoever calls the parser: this module.
+    # The warnings quote lead names and codes of the file. Python attributes them to the caller, this module.
     warnings.filterwarnings("ignore", module=r"ecgdatakit|lsemvae\.formats\.clinical")
     return parsers

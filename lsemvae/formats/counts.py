@@ -1,4 +1,4 @@
-"""Leads that all have one step, one length and no offset -> `Record`: for formats that are this simple."""
+"""Leads that share one step and one length and have no offset -> `Record`, for simple formats."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,11 +30,12 @@ def to_record(
     step_known: bool = True,
     flags: tuple[str, ...] = (),
 ) -> Record:
-    """Numbers of each lead, one-dimensional, times `uv_per_lsb` microvolts -> Record named after the file.
+    """One-dimensional numbers of each lead, times `uv_per_lsb` microvolts -> Record named after the file.
 
-    Leads are named in any case; derived are those that `Record.from_leads` derives. NaN means that nothing was
-    recorded. With `step_known` the numbers are integers, and the record keeps the step, so that they can be had
-    back. Raises UnreadableRecording: what `leadwise.to_record` refuses, an unknown lead, leads of unequal length.
+    Lead names may be in any case; `Record.from_leads` derives the limb leads that are absent. NaN means nothing was
+    recorded. With `step_known` the numbers are integers and the record keeps the step, so that the integers can be
+    restored. Raises UnreadableRecording for what `leadwise.to_record` refuses, an unknown lead, or leads of unequal
+    length.
     """
     try:
         leads = [leadwise.LeadCounts(canonical(lead), row_T, uv_per_lsb) for lead, row_T in counts.items()]

@@ -1,10 +1,10 @@
-"""DICOM waveforms (PS3.3 C.10.9), whatever the SOP class: 12-lead, general, ambulatory or hemodynamic.
+"""DICOM waveforms (PS3.3 C.10.9) of any SOP class: 12-lead, general, ambulatory or hemodynamic.
 
-pydicom parses, and is kept within bounds: it reads nothing but the Waveform Sequence, as few elements as a
-recording has, and says nothing, because its warnings quote what a header holds. Nobody's name or number is read.
+pydicom parses them within bounds: it reads only the Waveform Sequence, no more elements than a recording has, and its
+warnings are silenced because they quote the header. No patient data are read.
 
-Samples are the file's integers, `raw x sensitivity x correction factor + baseline` in the channel's own unit.
-Which leads are there is said by codes of SCP-ECG or MDC, and by text only where there is no such code.
+A sample is `raw x sensitivity x correction factor + baseline` in the unit of its channel. The leads are identified by
+their SCP-ECG or MDC codes, and by text only where there is no such code.
 """
 
 import io
@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -20,26 +20,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.errors import UnreadableRecording
 from lsemvae.formats.counts import naming
 from lsemvae.formats.leadwise import LeadCounts, to_record
-from lsemvae.formats.limits import MAX_SAMPLES, MAX_SIGNALS, UV_PER_UNIT
-from lsemvae.leads import canonical
+from lsemvae.formats.limits import GIVE_STEP, MAX_SAMPLES, MAX_SIGNALS, UV_PER_UNIT
+from lsemvae.leads import identify, unknown_lead_flag
 from lsemvae.record import Record
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 MAX_READS = 50_000
-"""Each element of a file takes pydicom two or three; real recordings 700 to 3,600 in all."""
+"""pydicom needs two or three reads an element; real recordings take 700 to 3,600 in all."""
 MAX_CHANNELS_BYTES = 2**18
-"""Of one group's channel definitions; twelve leads have 5,000."""
+"""Size of the channel definitions of one group; those of twelve leads take 5,000."""
 
 _META = b"\x02\x00\x00\x00UL\x04\x00"
-"""How a file begins that lacks the preamble: File Meta Information Group Length, as every file has it first."""
+"""Beginning of a file without preamble: File Meta Information Group Length, the first element of every file."""
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 
-# Both number the leads as SCP-ECG does.
+# Both schemes number the leads as SCP-ECG does.
 _CODE = re.compile(r"(?:5\.6\.3-9-|2:)(\d{1,3})", re.ASCII)
 _SCHEMES = ("SCPECG", "MDC", "")
 _LEADS = {1: "I", 2: "II", 61: "III", 62: "aVR", 63: "aVL", 64: "aVF"} | {n: f"V{n - 2}" for n in range(3, 9)}
@@ -53,7 +53,10 @@ _ONE_BEAT = re.compile(r"MEDIAN|AVERAGE|REPRESENTATIVE|TEMPLATE|BEAT")
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """One multiplex group: channels sampled together. `leads` are its channels that are one."""
+    """One multiplex group: channels sampled together. `leads` maps each lead to its channel.
+
+    `flags` name the channels that are no lead.
+    """
 
     item: "Dataset"
     original: bool
@@ -63,13 +66,15 @@ class _Group:
     samples: int
     channels: int
     leads: dict[str, tuple[int, "Dataset"]]
+    flags: tuple[str, ...]
 
-    def rank(self) -> tuple:
+    def rank(self) -> tuple[bool, int, bool, int]:
+        """Sorts the group to read last: recorded rather than computed, most leads, longest."""
         return self.original, len(self.leads), self.rhythm, self.samples
 
 
 class _Stream(io.BytesIO):
-    """Ends where a file has more elements than a recording: every one of 8 bytes would cost 650 in memory."""
+    """Stops a file with more elements than a recording has: an element of 8 bytes would take 650 in memory."""
 
     reads = 0
 
@@ -81,7 +86,7 @@ class _Stream(io.BytesIO):
 
 
 def recognise(head: bytes) -> bool:
-    """The preamble of 128 bytes and `DICM`, or, where a file lost those, the first element of every file."""
+    """Whether it begins with 128 bytes and `DICM`, or, without those, with the first element of every file."""
     return head[128:132] == b"DICM" or head.startswith(_META)
 
 
@@ -102,12 +107,12 @@ def may_hold_waveform(head: bytes) -> bool:
 
 
 def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
-    """`content`, the DICOM file `name` -> Record of what was recorded, never of a median beat. `fetch` is not used.
+    """`content` is the DICOM file `name` -> Record of what was recorded, never of a median beat. `fetch` is not used.
 
-    Channels that are none of the twelve leads are left out. Where leads are spread over several groups of one
-    rate, they are put on one time axis by the groups' offsets; so are channels with a skew of a sample or more
-    (less is ignored): what a lead lacks is NaN, as are samples of the padding value. `uv_per_lsb` replaces
-    sensitivity, correction, baseline and unit. 3 to 12 ms. Raises UnreadableRecording.
+    Channels that are none of the twelve leads are left out and flagged `unknown_lead:NAME`. Leads in several groups of
+    one rate are put on one time axis by the offsets of the groups, and channels by a skew of a sample or more.
+    Where a lead has no sample, and where its sample is the padding value, it is NaN. `uv_per_lsb` replaces sensitivity,
+    correction, baseline and unit. Takes 3 to 12 ms. Raises UnreadableRecording.
     """
     with naming(name):
         try:
@@ -115,23 +120,24 @@ def read(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb
             if not groups:
                 raise UnreadableRecording(
                     "no_ecg_lead",
-                    "none of its groups of waveforms is a recording with ECG leads: give the rhythm",
+                    "none of its groups of waveforms is a recording with ECG leads: export the rhythm",
                 )
             best, *others = sorted(groups, key=_Group.rank, reverse=True)
-            leads = _leads(best, uv_per_lsb)
+            leads, flags = _leads(best, uv_per_lsb), [*best.flags]
             for group in others:
                 alike = (group.original, group.rate_hz) == (best.original, best.rate_hz)
                 if alike and group.leads.keys().isdisjoint(lead.lead for lead in leads):
                     leads += _leads(group, uv_per_lsb)
-            return to_record(name, leads, best.rate_hz)
+                    flags += group.flags
+            return to_record(name, leads, best.rate_hz, flags=tuple(flags))
         except UnreadableRecording:
             raise
-        except Exception as error:  # pydicom converts on access, and what it raises is not to be foreseen
-            if isinstance(error.__context__, UnreadableRecording):  # it turns whatever a stream raises into OSError
+        except Exception as error:  # pydicom converts values on access and may raise anything
+            if isinstance(error.__context__, UnreadableRecording):  # it turns every error of a stream into OSError
                 raise error.__context__ from None
             code, reason = "header", f"it cannot be parsed as DICOM ({type(error).__name__}): export it again"
             if isinstance(error, (OSError, EOFError)):
-                code, reason = "truncated", "it ends before its waveforms do, or is damaged: copy it again, whole"
+                code, reason = "truncated", "it ends before its waveforms do, or is damaged: copy the whole file again"
             raise UnreadableRecording(code, reason) from None
 
 
@@ -144,13 +150,13 @@ def _waveforms(content: bytes) -> "list[Dataset]":
         content = bytes(128) + b"DICM" + content
     sequence = pydicom.dcmread(_Stream(content), specific_tags=["WaveformSequence"]).get_item("WaveformSequence")
     if sequence is None or not sequence.value:
-        raise UnreadableRecording("no_ecg_lead", "it holds no waveform: give an ECG, not its report or its image")
+        raise UnreadableRecording("no_ecg_lead", "it holds no waveform: give the ECG, not its report or image")
     if isinstance(sequence, pydicom.dataelem.DataElement):
         return list(sequence.value)
     if len(sequence.value) < sequence.length:
         raise UnreadableRecording(
             "truncated",
-            f"its waveforms have {len(sequence.value)} bytes, {sequence.length} are declared: copy it again, whole",
+            f"its waveforms have {len(sequence.value)} of {sequence.length} declared bytes: copy the whole file again",
         )
     return list(
         pydicom.filereader.read_sequence(
@@ -164,7 +170,7 @@ def _waveforms(content: bytes) -> "list[Dataset]":
 
 
 def _group(item: "Dataset") -> _Group | None:
-    """None for a beat that was computed from the recording, and for what holds no lead."""
+    """None for a beat that was computed from the recording, and for a group without a lead."""
     label = str(item.get("MultiplexGroupLabel") or "").upper()
     original = str(item.get("WaveformOriginality") or "ORIGINAL").strip().upper() == "ORIGINAL"
     rhythm = "RHYTHM" in label
@@ -172,17 +178,19 @@ def _group(item: "Dataset") -> _Group | None:
         return None
     definitions = item.get_item("ChannelDefinitionSequence")
     if definitions is None:
-        raise UnreadableRecording("header", "a group of its waveforms does not define its channels: export it again")
-    if not isinstance(definitions, _pydicom().dataelem.DataElement) and definitions.length > MAX_CHANNELS_BYTES:
+        raise UnreadableRecording("header", "a group of its waveforms lacks channel definitions: export it again")
+    if getattr(definitions, "length", 0) > MAX_CHANNELS_BYTES:  # a DataElement has been parsed and has no length
         raise _too_many()
     channels = _count(item, "NumberOfWaveformChannels", MAX_SIGNALS)
     defined = list(item.ChannelDefinitionSequence)
     if len(defined) != channels:
-        raise UnreadableRecording("header", f"{channels} channels declared, {len(defined)} defined: export it again")
-    named = [(_lead(channel), index, channel) for index, channel in enumerate(defined)]
+        raise UnreadableRecording(
+            "header", f"{channels} channels are declared, {len(defined)} defined: export it again"
+        )
+    named = list(zip(_identified(defined), range(channels), defined, strict=True))
     names = [lead for lead, _, _ in named if lead]
     if twice := sorted({lead for lead in names if names.count(lead) > 1}):
-        raise UnreadableRecording("duplicate_lead", f"lead {', '.join(twice)} is there twice: give each lead once")
+        raise UnreadableRecording("duplicate_lead", f"lead {', '.join(twice)} occurs twice: give each lead once")
     if not names:
         return None
     return _Group(
@@ -194,6 +202,11 @@ def _group(item: "Dataset") -> _Group | None:
         samples=_count(item, "NumberOfWaveformSamples", MAX_SAMPLES),
         channels=channels,
         leads={lead: (index, channel) for lead, index, channel in named if lead},
+        flags=tuple(
+            unknown_lead_flag(_texts(channel)[0], index)
+            for lead, index, channel in named
+            if lead is None and _is_voltage(channel)
+        ),
     )
 
 
@@ -212,69 +225,76 @@ def _leads(group: _Group, uv_per_lsb: float | None) -> list[LeadCounts]:
             skew = _number(channel, "ChannelTimeSkew", 0.0) * rate_hz
         step_uv, offset_uv = _scale(lead, channel) if uv_per_lsb is None else (uv_per_lsb, 0.0)
         if not abs(start + skew) < MAX_SAMPLES:
-            raise UnreadableRecording("header", f"lead {lead} begins {start + skew:g} samples off: mend its skew")
+            raise UnreadableRecording("header", f"lead {lead} begins at sample {start + skew:g}: correct its skew")
         leads.append(LeadCounts(lead, counts_T, step_uv, offset_uv, round(start + skew)))
     return leads
 
 
 def _raw(group: _Group) -> np.ndarray:
-    """The integers as stored, [samples, channels]; no copy is made."""
+    """The integers as stored, [samples, channels], without a copy."""
     bits, kind = _count(group.item, "WaveformBitsAllocated", 64), str(group.item.get("WaveformSampleInterpretation"))
     if kind in _COMPANDED:
         raise UnreadableRecording("format", f"its samples are in 8-bit {_COMPANDED[kind]}: export them as 16 bits")
     if (bits, kind) not in _FORMATS:
         known = ", ".join(f"{bits} {kind}" for bits, kind in _FORMATS)
-        raise UnreadableRecording("format", f"its samples are {bits} bits {kind[:4]!r}: {known} can be read")
+        raise UnreadableRecording("format", f"its samples have {bits} bits {kind[:4]!r}: {known} can be read")
     _, is_little_endian = group.item.original_encoding
     dtype = np.dtype(("<" if is_little_endian else ">") + _FORMATS[bits, kind])
     data = group.item.get("WaveformData") or b""
     needed = group.samples * group.channels * dtype.itemsize
     if len(data) < needed:
         raise UnreadableRecording(
-            "truncated", f"its waveform has {len(data)} bytes, {needed} are declared: copy it again, whole"
+            "truncated", f"its waveform has {len(data)} bytes, {needed} are declared: copy the whole file again"
         )
     raw_T = np.frombuffer(data, dtype=dtype, count=group.samples * group.channels)
     return raw_T.reshape(group.samples, group.channels)
 
 
 def _padding(group: _Group, dtype: np.dtype) -> int | None:
-    """The count that stands for "nothing was recorded": a sample's bytes, or a number where the VR is wrong."""
+    """The count that means "nothing was recorded": bytes of a sample, or a number where the VR is wrong."""
     value = group.item.get("WaveformPaddingValue")
     if isinstance(value, bytes):
         return int(np.frombuffer(value, dtype=dtype, count=1)[0]) if len(value) >= dtype.itemsize else None
     return None if value is None else int(value)
 
 
-def _lead(channel: "Dataset") -> str | None:
-    sources = channel.get("ChannelSourceSequence")
-    meaning = None
-    if sources:
-        match = _CODE.fullmatch(str(sources[0].get("CodeValue") or "").strip())
+def _identified(channels: "Sequence[Dataset]") -> list[str | None]:
+    """The lead of each channel: by its code, else by the meaning of its source, else by its label."""
+    by_meaning, by_label = (identify(texts) for texts in zip(*map(_texts, channels), strict=True))
+    found = []
+    for channel, meaning, label in zip(channels, by_meaning, by_label, strict=True):
+        sources = channel.get("ChannelSourceSequence")
+        match = _CODE.fullmatch(str(sources[0].get("CodeValue") or "").strip()) if sources else None
         if match and str(sources[0].get("CodingSchemeDesignator") or "").strip() in _SCHEMES:
-            return _LEADS.get(int(match[1]))
-        meaning = sources[0].get("CodeMeaning")
-    for text in (meaning, channel.get("ChannelLabel")):
-        try:
-            name = re.sub(r"\(.*\)", "", str(text or "")).strip()  # "Lead I (Einthoven)"
-            if not name.startswith("-"):  # -aVR is aVR upside down
-                return canonical(name)
-        except LsemvaeError:
-            continue
-    return None
+            found.append(_LEADS.get(int(match[1])))
+        else:
+            found.append(meaning or label)
+    return found
+
+
+def _texts(channel: "Dataset") -> tuple[str, str]:
+    """Meaning of the source, and label, both without remarks in brackets such as "Lead I (Einthoven)"."""
+    sources = channel.get("ChannelSourceSequence")
+    texts = (sources[0].get("CodeMeaning") if sources else None, channel.get("ChannelLabel"))
+    meaning, label = (re.sub(r"\(.*\)", "", str(text or "")).strip() for text in texts)
+    return meaning, label
+
+
+def _is_voltage(channel: "Dataset") -> bool:
+    units = channel.get("ChannelSensitivityUnitsSequence")
+    return bool(units) and str(units[0].get("CodeValue") or "").strip().casefold() in UV_PER_UNIT
 
 
 def _scale(lead: str, channel: "Dataset") -> tuple[float, float]:
-    """Microvolts a count, and of the count 0."""
+    """Microvolts a count, and microvolts at the count 0."""
     sensitivity = _number(channel, "ChannelSensitivity")
     if math.isnan(sensitivity):
-        raise UnreadableRecording(
-            "gain", f"lead {lead} has no ChannelSensitivity: export it again, or give the step (uv_per_lsb)"
-        )
+        raise UnreadableRecording("gain", f"lead {lead} has no ChannelSensitivity: export it again; {GIVE_STEP}")
     units = channel.get("ChannelSensitivityUnitsSequence")
     unit = str(units[0].get("CodeValue") or "").strip() if units else "absent"
     if unit.casefold() not in UV_PER_UNIT:
         raise UnreadableRecording(
-            "unit", f"the unit of lead {lead} is {unit[:20]!r}: V, mV, uV or nV can be read; or give uv_per_lsb"
+            "unit", f"the unit of lead {lead} is {unit[:20]!r}: V, mV, uV or nV can be read; {GIVE_STEP}"
         )
     uv = UV_PER_UNIT[unit.casefold()]
     correction = _number(channel, "ChannelSensitivityCorrectionFactor", 1.0)
@@ -282,7 +302,7 @@ def _scale(lead: str, channel: "Dataset") -> tuple[float, float]:
 
 
 def _number(item: "Dataset", keyword: str, default: float = math.nan) -> float:
-    """`default` where it is absent or empty; NaN where it is not one number."""
+    """`default` if the element is absent or empty; NaN if it is not one number."""
     try:
         value = item.get(keyword)
         return default if value is None or value == "" else float(value)
@@ -300,12 +320,12 @@ def _count(item: "Dataset", keyword: str, limit: int) -> int:
 
 
 def _too_many() -> UnreadableRecording:
-    return UnreadableRecording("too_large", "it has more elements than any recording: give the ECG alone")
+    return UnreadableRecording("too_large", "it has more elements than any recording: export the ECG alone")
 
 
 @cache
 def _pydicom() -> ModuleType:
-    """pydicom, imported when the first file is read (0.2 s) and silent: neither warnings nor log lines."""
+    """pydicom, imported when the first file is read (0.2 s), without its warnings and log lines."""
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE

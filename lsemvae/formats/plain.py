@@ -1,20 +1,21 @@
-"""Recordings without a format of their own, CSV and NPY, with rate and unit declared beside the numbers.
+"""Recordings as CSV and NPY, with rate and unit declared beside the numbers.
 
-CSV: a header row of lead names, then a row for each sample, separated by commas, semicolons or tabs, with decimal
-points; an empty cell or `nan` where nothing was recorded. Rate and unit stand in comment lines above the header:
+CSV: a header row of lead names, then a row for each sample. Cells are separated by commas, semicolons, tabs or blanks;
+numbers have decimal points. A cell is empty or `nan` where nothing was recorded. Comment lines above the header declare
+rate and unit:
 
     # rate_hz: 500
     # unit: mV
     I,II,V1
     0.005,0.010,-0.020
 
-or, for files that shall stay as they are, in NAME.json beside NAME.csv: `{"rate_hz": 500, "unit": "mV"}`.
+A file that must not be changed has NAME.json beside NAME.csv instead: `{"rate_hz": 500, "unit": "mV"}`.
 
-NPY: an array of integers or floats, a row for each lead (or a column), NaN where nothing was recorded, and
-beside NAME.npy a NAME.json that names the leads too: `{"rate_hz": 500, "unit": "mV", "leads": ["I", "II", "V1"]}`.
+NPY: an array of integers or floats with a row (or a column) for each lead, NaN where nothing was recorded. NAME.json
+beside NAME.npy also names the leads: `{"rate_hz": 500, "unit": "mV", "leads": ["I", "II", "V1"]}`.
 
-The unit is V, mV, uV or nV. Recorder's counts have `uv_per_lsb` instead, microvolts a count: `# uv_per_lsb: 4.88`.
-Whole numbers come back from shards exactly; others to 1/32767 of the largest.
+The unit is V, mV, uV or nV. For the counts of a recorder, give `uv_per_lsb` instead of the unit, in microvolts a count:
+`# uv_per_lsb: 4.88`. Shards keep whole numbers exactly, and others to 1/32767 of the largest.
 """
 
 import io
@@ -28,21 +29,22 @@ from typing import Any
 
 import numpy as np
 
-from lsemvae.errors import LsemvaeError, UnreadableRecording
+from lsemvae.errors import UnreadableRecording
 from lsemvae.formats import strict_json
 from lsemvae.formats.counts import naming, to_record
 from lsemvae.formats.limits import MAX_TOTAL_SAMPLES, UV_PER_UNIT
-from lsemvae.leads import canonical
+from lsemvae.leads import canonical, identify
 from lsemvae.record import Record
 
 MAX_CSV_BYTES = 2**26
 
 _MAGIC = b"\x93NUMPY"
-_LARGEST = 1e30  # in the largest unit still far within float32
-_SEPARATORS = "\t;,"
+_LARGEST = 1e30  # far within float32, even in the largest unit
+_SEPARATORS = "\t;, "  # the first of these that the header row holds
 _DECLARED = re.compile(r"#\s*(rate_hz|unit|uv_per_lsb)\s*[:=]\s*(.*?)[\s,;]*", re.IGNORECASE)
 _COMMENTS = re.compile(r"(?:[ \t]*(?:#.*)?\n)*+")
-_MAX_HEADER = 4096  # as much as is looked at to recognise it
+_MAX_HEADER = 4096  # characters; no more are read to recognise the file
+_DECIMAL_COMMA = re.compile(r"\d,\d")
 _EMPTY_CELL = re.compile(r"(?:(?<=[\t;,])|^)[ ]*(?=[\t;,]|$)", re.MULTILINE)
 
 
@@ -50,39 +52,49 @@ _EMPTY_CELL = re.compile(r"(?:(?<=[\t;,])|^)[ ]*(?=[\t;,]|$)", re.MULTILINE)
 class _Declaration:
     rate_hz: float
     uv_per_unit: float
-    leads: tuple[str, ...] | None
+    leads: tuple[str, ...] = ()
 
 
 def recognise_csv(head: bytes) -> bool:
-    """The first line that is no comment is a row of names, at least one of them a lead."""
-    lines = (line.strip() for line in _text(head).splitlines())
+    """Whether the first line that is no comment is a row of names, and a lead is among them.
+
+    Above a table that declares no rate, at least half of the names must be leads: a table of results may have a column
+    "I" too.
+    """
+    lines = [line.strip() for line in _text(head).splitlines()]
     header = next((line for line in lines if line and not line.startswith("#")), "")
     if not header.expandtabs().isprintable() or header.startswith(("{", "[", "<")):  # a side file names leads too
         return False
-    return any(_is_lead(cell) for cell in _cells(header))
+    cells = _cells(header)
+    n_leads = sum(lead is not None for lead in identify(cells))
+    is_declared = any(_DECLARED.fullmatch(line) for line in lines)
+    return n_leads > 0 and (is_declared or 2 * n_leads >= len(cells))
 
 
 def read_csv(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
-    """`content`, the CSV file `name` -> Record; `fetch` is asked for NAME.json where no comment declares anything.
+    """`content` is the CSV file `name` -> Record. `fetch` gives NAME.json if no comment declares anything.
 
-    `uv_per_lsb` replaces the unit. Raises UnreadableRecording: nothing declared, a column that is no lead, a cell
-    that is no number, rows of unequal length.
+    `uv_per_lsb` replaces the unit. Raises UnreadableRecording if rate or unit is not declared, a column is no lead, a
+    cell is no number, or rows differ in length.
     """
     with naming(name):
         if len(content) > MAX_CSV_BYTES:
-            raise UnreadableRecording("too_large", f"{len(content)} bytes of CSV: {MAX_CSV_BYTES} are the limit")
+            raise UnreadableRecording("too_large", f"it has {len(content)} bytes of CSV: {MAX_CSV_BYTES} are the limit")
         text = _text(content).replace("\r\n", "\n").replace("\r", "\n")
-        start = _COMMENTS.match(text).end()
+        comments_end = _COMMENTS.match(text)
+        start = comments_end.end() if comments_end else 0
         header, _, rest = text[start:].partition("\n")
         if start > _MAX_HEADER or len(header) > _MAX_HEADER:
-            raise UnreadableRecording("header", f"no header row in its first {_MAX_HEADER} characters: name the leads")
+            raise UnreadableRecording(
+                "header", f"it has no header row in its first {_MAX_HEADER} characters: name the leads"
+            )
         declared = (_DECLARED.fullmatch(line.strip()) for line in text[:start].splitlines())
         pairs = [(match[1].lower(), match[2]) for match in declared if match]
         if len(comments := dict(pairs)) < len(pairs):
-            raise UnreadableRecording("undeclared", "its comments declare something twice: leave one of the two out")
+            raise UnreadableRecording("undeclared", "its comments declare something twice: remove one of the two")
         leads = _cells(header)
-        if unknown := [cell for cell in leads if not _is_lead(cell)]:
-            raise UnreadableRecording("no_ecg_lead", f"column {unknown[0][:40]!r} is no lead: leave it out")
+        if unknown := [cell for cell, lead in zip(leads, identify(leads), strict=True) if lead is None]:
+            raise UnreadableRecording("no_ecg_lead", f"column {unknown[0][:40]!r} is no lead: remove it")
         declaration = _declaration(name, comments, fetch, uv_per_lsb)
         values_TL = _table(rest, _separator(header), len(leads))
         return _record(name, leads, values_TL.T, declaration)
@@ -93,10 +105,10 @@ def recognise_npy(head: bytes) -> bool:
 
 
 def read_npy(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per_lsb: float | None = None) -> Record:
-    """`content`, the NPY file `name`, with the NAME.json that `fetch` gives -> Record.
+    """`content` is the NPY file `name`, `fetch` gives its NAME.json -> Record.
 
-    Only plain integers and floats are read: nothing is unpickled, and nothing is allocated that the file does not
-    hold. `uv_per_lsb` replaces the unit. Raises UnreadableRecording.
+    Only integers and floats are read. Nothing is unpickled, and no more is allocated than the file holds. `uv_per_lsb`
+    replaces the unit. Raises UnreadableRecording.
     """
     with naming(name):
         values_LT = _array(content)
@@ -106,19 +118,21 @@ def read_npy(name: str, content: bytes, fetch: Callable[[str], bytes], *, uv_per
             values_LT = values_LT.T
         if values_LT.shape[0] != n_leads:
             raise UnreadableRecording(
-                "length", f"its array has shape {values_LT.shape}, {n_leads} leads are declared: one row for each lead"
+                "length", f"its array has shape {values_LT.shape} and {n_leads} leads are declared: give a row a lead"
             )
         return _record(name, declaration.leads, values_LT, declaration)
 
 
 def _record(name: str, leads: tuple[str, ...], values_LT: np.ndarray, declaration: _Declaration) -> Record:
     if len(set(map(canonical, leads))) < len(leads):
-        raise UnreadableRecording("duplicate_lead", "a lead is named twice: give each lead once")
+        raise UnreadableRecording("duplicate_lead", "it names a lead twice: give each lead once")
     if not leads:
         raise UnreadableRecording("no_ecg_lead", "it names no lead: name at least one")
     values_LT = values_LT.astype(np.float64)
     if (np.abs(values_LT) > _LARGEST).any():
-        raise UnreadableRecording("sample", "a number is infinite or beyond 1e30: use NaN where nothing was recorded")
+        raise UnreadableRecording(
+            "sample", "it has a number that is infinite or beyond 1e30: use NaN where nothing was recorded"
+        )
     is_whole = bool(np.all((values_LT == np.rint(values_LT)) | np.isnan(values_LT)))
     rows = dict(zip(leads, values_LT, strict=True))
     return to_record(name, rows, declaration.rate_hz, declaration.uv_per_unit, step_known=is_whole)
@@ -152,21 +166,21 @@ def _declaration(
     if uv_per_unit is None:
         raise UnreadableRecording(
             "undeclared",
-            f"unit is declared as {_shown(declared.get('unit'))}, uv_per_lsb as {_shown(declared.get('uv_per_lsb'))}, "
-            f"and it must be one of them, the unit V, mV, uV or nV: {mend}",
+            f"unit is declared as {_shown(declared.get('unit'))}, uv_per_lsb as {_shown(declared.get('uv_per_lsb'))}: "
+            f"declare one of the two, the unit as V, mV, uV or nV; {mend}",
         )
     if not with_leads:
-        return _Declaration(rate_hz, uv_per_unit, None)
+        return _Declaration(rate_hz, uv_per_unit)
     leads = declared.get("leads")
     if not isinstance(leads, list) or not all(isinstance(lead, str) for lead in leads):
         raise UnreadableRecording("undeclared", f"leads are declared as {_shown(leads)}: {mend}")
-    if unknown := [lead for lead in leads if not _is_lead(lead)]:
+    if unknown := [name for name, lead in zip(leads, identify(leads), strict=True) if lead is None]:
         raise UnreadableRecording("no_ecg_lead", f"{beside!r} names {unknown[0][:40]!r}, which is no lead: {mend}")
     return _Declaration(rate_hz, uv_per_unit, tuple(leads))
 
 
 def _uv_per_unit(declared: Mapping[str, Any]) -> float | None:
-    """None unless the unit or the step is declared, and only one of them."""
+    """Microvolts a number; None unless exactly one of unit and step is declared."""
     unit, step = declared.get("unit"), declared.get("uv_per_lsb")
     if (unit is None) == (step is None):
         return None
@@ -174,7 +188,7 @@ def _uv_per_unit(declared: Mapping[str, Any]) -> float | None:
 
 
 def _positive(value: object) -> float | None:
-    """A positive, finite number, from JSON or from a comment."""
+    """The positive, finite number in JSON or a comment; None for anything else."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
@@ -192,38 +206,38 @@ def _shown(value: object) -> str:
 def _text(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError:  # a µ of another age, or a head that ends within a character
+    except UnicodeDecodeError:  # a µ in Latin-1, or a head that ends within a character
         return content.decode("latin-1")
 
 
 def _separator(header: str) -> str:
+    if identify([header])[0]:  # a single column such as "Lead I"
+        return ","
     return next((mark for mark in _SEPARATORS if mark in header), ",")
 
 
 def _cells(header: str) -> tuple[str, ...]:
-    return tuple(cell.strip().strip("\"'") for cell in header.split(_separator(header)))
-
-
-def _is_lead(name: str) -> bool:
-    try:
-        canonical(name)
-    except LsemvaeError:
-        return False
-    return True
+    separator = _separator(header)
+    cells = header.split() if separator == " " else header.split(separator)
+    return tuple(cell.strip().strip("\"'").strip() for cell in cells)
 
 
 def _table(text: str, separator: str, n_leads: int) -> np.ndarray:
     text = text.rstrip("\n ")
     if not text:
         raise UnreadableRecording("length", "no row follows its header: give a row for each sample")
-    text = _EMPTY_CELL.sub("nan", text)
+    if separator != " ":  # blanks cannot leave a cell empty
+        text = _EMPTY_CELL.sub("nan", text)
     try:
-        values_TL = np.loadtxt(io.StringIO(text), delimiter=separator, comments=None, ndmin=2)
+        delimiter = None if separator == " " else separator
+        values_TL = np.loadtxt(io.StringIO(text), delimiter=delimiter, comments=None, ndmin=2)
     except ValueError as error:
+        if separator != "," and _DECIMAL_COMMA.search(text):
+            raise UnreadableRecording("sample", "its numbers have decimal commas: write decimal points") from None
         raise UnreadableRecording("sample", f"below its header: {' '.join(str(error).split())[:120]}") from None
     if values_TL.shape[1] != n_leads:
         raise UnreadableRecording(
-            "length", f"its rows have {values_TL.shape[1]} cells, its header {n_leads}: give each lead a column"
+            "length", f"its rows have {values_TL.shape[1]} cells and its header {n_leads}: give each lead a column"
         )
     return values_TL
 
@@ -262,15 +276,17 @@ def _array(content: bytes) -> np.ndarray:
     shape, dtype = layout.shape, layout.dtype
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise UnreadableRecording(
-            "format", f"its numbers are {str(dtype)[:40]}: save integers or floats, 64 bits at most"
+            "format", f"its numbers are {str(dtype)[:40]}: save integers or floats of at most 64 bits"
         )
     if len(shape) not in (1, 2) or not 0 < math.prod(shape) <= MAX_TOTAL_SAMPLES or min(shape) < 1:
         code = "too_large" if math.prod(shape) > MAX_TOTAL_SAMPLES else "length"
         raise UnreadableRecording(
-            code, f"its array has shape {str(shape)[:80]}: leads x samples can be read, {MAX_TOTAL_SAMPLES} in all"
+            code, f"its array has shape {str(shape)[:80]}: give leads x samples, at most {MAX_TOTAL_SAMPLES} in all"
         )
     there, needed = len(content) - layout.start, math.prod(shape) * dtype.itemsize
     if there != needed:
-        raise UnreadableRecording("truncated", f"{there} bytes of numbers, {needed} are declared: copy it again, whole")
+        raise UnreadableRecording(
+            "truncated", f"it has {there} bytes of numbers, {needed} are declared: copy the whole file again"
+        )
     values = np.frombuffer(content, dtype=dtype, offset=layout.start)
     return np.atleast_2d(values.reshape(shape, order="F" if layout.is_fortran else "C"))

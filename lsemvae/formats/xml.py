@@ -1,4 +1,4 @@
-"""XML that recorders write, parsed so that a hostile document reaches nothing and costs little."""
+"""Parses the XML of recorders so that a hostile document opens nothing and costs little memory."""
 
 import re
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder
@@ -10,11 +10,11 @@ from lsemvae.errors import UnreadableRecording
 
 MAX_BYTES = 2**24
 MAX_MARKUP = 200_000
-"""Of "<" and of "=" in a document: more elements or attributes it cannot have, and they are what costs memory."""
+"""The most "<" and the most "=" in a document: they bound its elements and attributes, which cost the memory."""
 MAX_DEPTH = 100
 
-# The encoding that the declaration names, reduced to letters and digits (CardioSoft spells it ISO8859-1), and
-# what to parse it as. Whoever reads the declaration as bytes knows that it is no UTF-16, whatever it claims.
+# Declared encoding, as letters and digits alone (CardioSoft spells it ISO8859-1) -> encoding to parse with. A document
+# whose declaration can be read as bytes is not UTF-16, even if it declares so.
 _ENCODINGS = {
     "utf8": "utf-8",
     "utf16": "utf-8",
@@ -37,7 +37,7 @@ class _BoundedBuilder(TreeBuilder):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise UnreadableRecording(
-                "too_large", f"its elements are nested deeper than {MAX_DEPTH}: no recorder does that"
+                "too_large", f"its elements are nested deeper than {MAX_DEPTH}, as in no recording: export it again"
             )
         return super().start(tag, attributes)
 
@@ -49,11 +49,11 @@ class _BoundedBuilder(TreeBuilder):
 def parse(name: str, content: bytes, *, named_dtd: bool = False) -> Element:
     """The root element of the document in the file `name`.
 
-    Refused before anything is expanded, opened or fetched: a DTD, entities, external references; documents of
-    more than `MAX_BYTES`, `MAX_MARKUP` or `MAX_DEPTH`; encodings other than UTF-8, UTF-16, Latin-1 and their
-    like. With `named_dtd` a DOCTYPE may name an external DTD, as GE MUSE's does; it is not read, and one that
-    holds declarations is refused all the same. The gate before formats whose library parses for itself
-    (clinical.py) too: what has passed here is harmless to any parser. Raises UnreadableRecording.
+    Before anything is expanded, opened or fetched, it refuses a DTD, entities and external references, documents beyond
+    `MAX_BYTES`, `MAX_MARKUP` or `MAX_DEPTH`, and encodings other than UTF-8, UTF-16, Latin-1 and similar ones. With
+    `named_dtd` a DOCTYPE may name an external DTD, as in GE MUSE files; it is not read, and a DOCTYPE that holds
+    declarations is still refused. clinical.py also uses this function as a check: a document that passes is harmless to
+    any parser. Raises UnreadableRecording.
     """
     try:
         return _parse(content, named_dtd)
@@ -62,7 +62,7 @@ def parse(name: str, content: bytes, *, named_dtd: bool = False) -> Element:
 
 
 def root_name(head: bytes) -> str | None:
-    """Name of the root element, or of that which the DOCTYPE names, without its prefix; None if this is no XML."""
+    """Name of the root element, or the one that the DOCTYPE names, without prefix; None if this is not XML."""
     encoding = "utf-16" if head.startswith(_UTF16_MARKS) else "latin-1"
     match = _ROOT.match(head.removeprefix(b"\xef\xbb\xbf").decode(encoding, "ignore"))
     return match[1] if match else None
@@ -70,9 +70,9 @@ def root_name(head: bytes) -> str | None:
 
 def _parse(content: bytes, named_dtd: bool) -> Element:
     if len(content) > MAX_BYTES:
-        raise UnreadableRecording("too_large", f"{len(content)} bytes of XML: {MAX_BYTES} are the limit")
+        raise UnreadableRecording("too_large", f"it has {len(content)} bytes of XML: {MAX_BYTES} are the limit")
     if (markup := max(content.count(b"<"), content.count(b"="))) > MAX_MARKUP:
-        raise UnreadableRecording("too_large", f"{markup} elements or attributes: {MAX_MARKUP} are the limit")
+        raise UnreadableRecording("too_large", f"it has {markup} elements or attributes: {MAX_MARKUP} are the limit")
 
     def refuse_declarations(doctype: str, system: str | None, public: str | None, has_subset: bool) -> None:
         if has_subset or not named_dtd:
@@ -88,11 +88,11 @@ def _parse(content: bytes, named_dtd: bool) -> Element:
     except (ParseError, ValueError, LookupError) as error:
         if isinstance(error, UnreadableRecording):
             raise
-        raise UnreadableRecording("xml", f"it is no well-formed XML ({str(error)[:100]}): export it again") from None
+        raise UnreadableRecording("xml", f"it is not well-formed XML ({str(error)[:100]}): export it again") from None
 
 
 def _unsafe(what: str) -> UnreadableRecording:
-    return UnreadableRecording("unsafe_xml", f"its XML has {what}, which no recorder needs: remove the DOCTYPE")
+    return UnreadableRecording("unsafe_xml", f"its XML has {what}, which no recording needs: remove the DOCTYPE")
 
 
 def _encoding(content: bytes) -> str:
@@ -105,4 +105,4 @@ def _encoding(content: bytes) -> str:
     try:
         return _ENCODINGS[re.sub(r"[^a-z0-9]", "", spelled.lower())]
     except KeyError:
-        raise UnreadableRecording("xml", f"its encoding is {spelled!r}: save it as UTF-8") from None
+        raise UnreadableRecording("xml", f"its encoding is {spelled!r}, unknown here: save it as UTF-8") from None

@@ -286,3 +286,14 @@ def test_kardia_object_is_needed() -> None:
     with pytest.raises(UnreadableRecording) as caught:
         alivecor.read_kardia("a.json", b"[1]", {}.__getitem__)
     assert caught.value.code == "json"
+
+
+def test_all_checksums_wrong_is_refused() -> None:
+    """One wrong checksum is a flag; without one that is right, nothing says that these are samples."""
+    content = bytearray(EXAMPLE["six.atc"])
+    for kind in (b"ecg ", b"ecg2", b"ecg3", b"ecg4", b"ecg5", b"ecg6"):
+        start = content.index(kind) + 8
+        content[start] ^= 0x55
+    with pytest.raises(UnreadableRecording, match="checksums of all its leads") as caught:
+        read_record("six.atc", lambda name: bytes(content))
+    assert caught.value.code == "checksum"

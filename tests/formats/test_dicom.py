@@ -469,3 +469,14 @@ def test_damaged_bytes_raise_nothing_else(content: bytes, data) -> None:
     with contextlib.suppress(UnreadableRecording):
         record = dicom.read("a.dcm", bytes(damaged[:cut]), no_fetch)
         assert set(record.leads) <= set(LEADS) and record.rate_hz > 0
+
+
+def test_leads_named_by_text_alone_and_those_unknown() -> None:
+    """Names that other standards use, where no code says which lead it is; a voltage of another name is flagged."""
+    names = ["ECG I", "DII", "C1", "Lead V2 (Wilson)", "X", "Muster"]
+    channels = [channel("I", source=code("", "", name)) for name in names]
+    channels += [channel("I", source=code("", "", "ABP"), unit="mm[Hg]")]
+    raw = dict(zip([*names, "ABP"], random_raw("I", "II", "III", "V1", "V2", "V3", "V4").values(), strict=True))
+    record = dicom.read("a.dcm", dicom_bytes(group(raw, channels)), no_fetch)
+    assert [lead for lead in record.leads if lead not in record.derived] == ["I", "II", "V1", "V2"]
+    assert record.flags == ("unknown_lead:X", "unknown_lead:signal 6")

@@ -256,3 +256,36 @@ def test_malformed_npy(content: bytes, side: object, code: str) -> None:
     assert error.code == code
     if code == "undeclared":
         assert '"leads": ["I", "II"]' in str(error)
+
+
+# --- tables that other programs write ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "I, II, V1\n1, 2, 3\n4, 5, 6\n",
+        " I ; II ; V1 \n1 ; 2 ; 3\n4 ; 5 ; 6\n",
+        "I II V1\n1 2 3\n4 5 6\n",
+        "  I   II  V1\n  1    2   3\n  4    5   6\n",
+        "I\tII\tV1\n1\t2\t3\n4\t5\t6\n",
+        '" I" , "II " , "V1"\n1,2,3\n4,5,6\n',
+        "ECG I,DII,C1\n1,2,3\n4,5,6\n",
+    ],
+)
+def test_separators_blanks_and_other_names(rows: str) -> None:
+    record = read_csv(DECLARED + rows)
+    assert record.signal_for(["I", "II", "V1"]).tolist() == [[1, 4], [2, 5], [3, 6]]
+
+
+def test_a_single_column_may_have_a_blank_in_its_name() -> None:
+    assert read_csv(DECLARED + "Lead I\n1\n2\n").signal_for(["I"]).tolist() == [[1, 2]]
+
+
+def test_decimal_commas_are_named() -> None:
+    assert "decimal commas: write decimal points" in str(refusal({"a.csv": f"{DECLARED}I;II\n1,5;2,5\n".encode()}))
+
+
+@pytest.mark.parametrize("header", ["record_id,score,I", "C3,C4,Cz", "model,D1,D2", "fold;auroc;V1"])
+def test_a_table_of_results_is_no_recording(header: str) -> None:
+    assert not plain.recognise_csv(f"{header}\n1,2,3\n".encode())

@@ -550,6 +550,7 @@ def test_links_stay_in_the_folder(recording: Path) -> None:
 
 def test_what_is_no_regular_file_is_absent(recording: Path) -> None:
     data = recording.with_suffix(".dat")
+    samples = data.read_bytes()
     data.unlink()
     os.mkfifo(data)  # reading it would wait for ever
     with pytest.raises(UnreadableRecording) as caught:
@@ -557,7 +558,7 @@ def test_what_is_no_regular_file_is_absent(recording: Path) -> None:
     assert caught.value.code == "missing_file"
     recording.with_suffix("").mkdir()  # a folder of the record's name does not hide its header
     data.unlink()
-    data.write_bytes(ZEROS)
+    data.write_bytes(samples)
     assert read(recording.with_suffix("")).leads == LEADS
 
 
@@ -648,3 +649,64 @@ def test_any_bytes_as_signal(data: bytes, layout: str) -> None:
 @given(st.text(max_size=40))
 def test_any_name(name: str) -> None:
     reads_or_refuses(VALID, name)
+
+
+# --- what hospitals' copies look like ------------------------------------------------------------------------
+
+
+def test_a_header_with_a_byte_order_mark() -> None:
+    files = record_files({"II": np.arange(20)})
+    files["r.hea"] = b"\xef\xbb\xbf" + files["r.hea"]
+    assert formats.wfdb.recognise(files["r.hea"])
+    np.testing.assert_allclose(read_files(files).signal_for(["II"])[0], np.arange(20) / 200, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["r.DAT", "R.DAT", "R.dat"])
+def test_a_signal_file_in_other_case(name: str) -> None:
+    """Windows tools write X.DAT beside a header that names X.dat."""
+    files = record_files({"II": np.arange(20)}, file="R.dat" if name != "R.dat" else "r.dat")
+    files[name if name != "R.dat" else "R.DAT"] = files.pop("r.dat")
+    assert read_files(files).leads == ("II",)
+
+
+def test_signal_files_that_differ_in_case_alone_are_ambiguous() -> None:
+    files = record_files({"II": np.arange(20)}, file="r.Dat")
+    data = files.pop("r.dat")
+    with pytest.raises(UnreadableRecording, match=r"may be any of 'r\.DAT', 'r\.dat'") as caught:
+        read_files(files | {"r.dat": data, "r.DAT": data})
+    assert caught.value.code == "missing_file"
+    assert read_files(files | {"r.dat": data, "r.Dat": data}).leads == ("II",)  # the name itself is not ambiguous
+
+
+def test_samples_of_which_no_lead_has_its_checksum_are_refused() -> None:
+    raw = {lead: np.arange(20) * 7 for lead in LEADS}
+    files = record_files(raw)
+    noise = np.random.default_rng(0).integers(-1000, 1000, (20, 12)).astype("<i2")
+    with pytest.raises(UnreadableRecording, match="samples of all 12 leads contradict") as caught:
+        read_files(files | {"r.dat": noise.tobytes()})
+    assert caught.value.code == "checksum"
+    noise[:, 3] = raw["aVR"]
+    assert len(read_files(files | {"r.dat": noise.tobytes()}).flags) == 11  # one lead is intact: flagged, not refused
+    # A writer that fills in 0 has computed nothing, and one lead alone is no pattern.
+    assert len(read_files(record_files(raw, checksums=[0] * 12)).flags) == 12
+    assert read_files(record_files({"II": np.arange(20)}, checksums=[1])).flags == ("checksum:II",)
+
+
+def test_leads_under_other_names_are_read_and_unknown_ones_flagged() -> None:
+    names = ["DI", "ECG II", "C1", "V2 (Wilson)", "V7", "patient Smith"]
+    record = read_files(record_files({name: np.arange(20) + n for n, name in enumerate(names)}))
+    assert [lead for lead in record.leads if lead not in record.derived] == ["I", "II", "V1", "V2"]
+    assert record.flags == ("unknown_lead:V7", "unknown_lead:signal 6")
+
+
+def test_a_signal_in_another_unit_is_no_unknown_lead() -> None:
+    files = record_files({"II": np.arange(20), "ABP": np.arange(20)})
+    files["r.hea"] = files["r.hea"].replace(b"/mV 16 0 0 190 0 ABP", b"/mmHg 16 0 0 190 0 ABP")
+    assert b"mmHg" in files["r.hea"]
+    assert read_files(files).flags == ()
+
+
+def test_an_impossible_gain_hints_at_its_unit() -> None:
+    with pytest.raises(UnreadableRecording, match="1000 per mV is 1 per uV") as caught:
+        read_files(record_files({"II": np.arange(20)}, gain="2e10(0)/mV"))
+    assert caught.value.code == "gain"
