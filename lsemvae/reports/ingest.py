@@ -1,11 +1,10 @@
-"""What a data set holds, as one page that needs nothing else: for whoever ingested it, and their colleagues.
+"""What a data set holds, as one page for the person who ingested it and for colleagues.
 
-The page names no recording, subject or file of the source: it may be mailed. A recording is where it lies in the
-shards, so that the owner of the data can find it. Counts are of all recordings; heart rates and amplitudes are of a
+The page names no recording, subject or file of the source, so it may be mailed. A recording is identified by its shard
+and row, so that the owner of the data can find it. Counts are of all recordings; heart rates and amplitudes are of a
 seeded sample where there are many. Memory stays flat: shards are read one by one, and signals only of the sample.
 """
 
-import base64
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from lsemvae.data.shards import SCHEMA, UNREADABLE, Shard, ShardedDataset, unpack
+from lsemvae.data.shards import SCHEMA, UNREADABLE, Shard, ShardedDataset, flag_kind, unpack
 from lsemvae.leads import LEADS
 from lsemvae.plots.curves import histogram
 from lsemvae.plots.ecg_paper import ecg_paper
 from lsemvae.quality import FLAGS, heart_rate_bpm
 from lsemvae.record import Record
+from lsemvae.reports.page import chart, page, share, table
 from lsemvae.storage import Storage
 
 EXAMPLES = 12
 SAMPLE = 4096
-"""With more recordings than this, distributions are of about so many, from row groups drawn at random."""
+"""With more recordings than this, distributions are of about this many, from row groups drawn at random."""
 GROUPS = 64
 THREADS = 8
 
@@ -58,14 +58,14 @@ def ingest_report(data: ShardedDataset, unreadable: Sequence[Mapping[str, str]],
         f"<h1>{title}</h1>",
         f"<p>Cohort {escape(manifest.cohort)} from <code>{escape(manifest.source)}</code>, data set "
         f"<code>{manifest.digest}</code>. This page names no recording and no subject. For research, not for "
-        "anybody's care.</p>",
+        "patient care.</p>",
         "<h2>Counts</h2>",
         _counts(data, flagged),
         "<h2>Unreadable</h2>",
         _unreadable(unreadable),
         "<h2>Flags</h2>",
-        "<p>A flag says what is doubtful. Nothing is left out at ingest because of it: what a model refuses, its "
-        "preprocessing decides. A recording can have several.</p>",
+        "<p>A flag marks a doubt. No recording is left out at ingest because of a flag; the preprocessing of a model "
+        "decides what that model refuses. A recording can have several flags; counts are of recordings.</p>",
         _flags(flags, manifest.records),
         "<h2>Labels</h2>",
         _labels(manifest.labels),
@@ -81,7 +81,7 @@ def ingest_report(data: ShardedDataset, unreadable: Sequence[Mapping[str, str]],
         "<p>The recordings with most flags.</p>" if worst else "<p>No recording has a flag.</p>",
         *(_figure(data.storage, place) for place in worst),
     ]
-    return _PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))
+    return page(f"Ingest: {title}", parts)
 
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -91,19 +91,15 @@ def _number_of_flags(place: _Place) -> int:
     return len(place.flags)
 
 
-def _kind(flag: str) -> str:
-    """What `FLAGS` calls it."""
-    return flag if flag in FLAGS else flag.split(":")[0]
-
-
 def _scan(storage: Storage, shard: Shard) -> tuple[Counter[tuple[str, str]], int, list[_Place]]:
     """How many recordings have each kind of flag, (kind, ""), and each flag; how many have any; those with most."""
-    counts, flagged, worst = Counter(), 0, []
+    counts: Counter[tuple[str, str]] = Counter()
+    flagged, worst = 0, []
     with storage.filesystem.open_input_file(storage.path(shard.path)) as stream:
         column = pq.read_table(stream, columns=["flags"]).column("flags")
     for row, flags in enumerate(column.to_pylist()):
         if flags:
-            counts.update({(_kind(flag), "") for flag in flags} | {(_kind(flag), flag) for flag in flags})
+            counts.update({(flag_kind(flag), "") for flag in flags} | {(flag_kind(flag), flag) for flag in flags})
             flagged += 1
             worst.append(_Place(shard.path, row, flags))
     return counts, flagged, heapq.nlargest(EXAMPLES, worst, key=_number_of_flags)
@@ -144,7 +140,8 @@ def _distributions(
     storage: Storage, shards: Sequence[Shard], rng: np.random.Generator
 ) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
     """Size of the sample, heart rates (NaN where none can be estimated), peak to peak of each measured lead in mV."""
-    rates_bpm, sizes_mv = [], {lead: [] for lead in LEADS}
+    rates_bpm: list[float] = []
+    sizes_mv: dict[str, list[float]] = {lead: [] for lead in LEADS}
     for record in _sample(storage, shards, rng):
         rates_bpm.append(heart_rate_bpm(record))
         high_mv_L = np.fmax.reduce(record.signal_mv_LT, axis=1)
@@ -158,23 +155,6 @@ def _distributions(
 # --- writing -------------------------------------------------------------------------------------------------
 
 
-def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column heads its row; cells are HTML, those that begin with a digit stand at the right."""
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    body = ""
-    for first, *others in rows:
-        cells = "".join(f"<td{' class=n' if cell[:1].isdigit() else ''}>{cell}</td>" for cell in others)
-        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
-    return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{caption}"><table><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _share(count: int, of: int) -> str:
-    return f"{100 * count / of:.1f} %" if of else "–"
-
-
 def _counts(data: ShardedDataset, flagged: int) -> str:
     manifest = data.manifest
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
@@ -183,11 +163,11 @@ def _counts(data: ShardedDataset, flagged: int) -> str:
         ("to train on", f"{manifest.rows_in('train'):,}"),
         ("to validate", f"{manifest.rows_in('val'):,}"),
         ("subjects", f"{manifest.subjects:,}"),
-        ("with a flag", f"{flagged:,} ({_share(flagged, manifest.records)})"),
+        ("with a flag", f"{flagged:,} ({share(flagged, manifest.records)})"),
         ("unreadable", f"{manifest.unreadable:,}"),
         ("shards", f"{len(manifest.shards):,} ({megabytes:,.1f} MB)"),
     ]
-    return _table("What is in the shards", ["what", "count"], rows)
+    return table("What is in the shards", ["what", "count"], rows)
 
 
 def _unreadable(unreadable: Sequence[Mapping[str, str]]) -> str:
@@ -196,7 +176,7 @@ def _unreadable(unreadable: Sequence[Mapping[str, str]]) -> str:
     reasons = Counter(row["code"] for row in unreadable).most_common()
     rows = [(escape(code.replace("_", " ")), f"{count:,}") for code, count in reasons]
     return (
-        _table("Why recordings could not be read", ["reason", "recordings"], rows)
+        table("Why recordings could not be read", ["reason", "recordings"], rows)
         + f"<p>Which they are, and the reason in full: {UNREADABLE} beside the shards.</p>"
     )
 
@@ -213,8 +193,8 @@ def _flags(counts: Counter[tuple[str, str]], records: int) -> str:
         }
         leads = ", ".join(f"{lead} {n:,}" for lead, n in sorted(of_leads.items(), key=_by_lead))
         meaning = FLAGS.get(kind, "Noticed by the reader.")
-        rows.append((escape(kind), f"{number:,}", _share(number, records), escape(meaning), escape(leads)))
-    return _table("Flags", ["flag", "recordings", "share", "meaning", "by lead"], rows)
+        rows.append((escape(kind), f"{number:,}", share(number, records), escape(meaning), escape(leads)))
+    return table("Flags", ["flag", "recordings", "share", "meaning", "by lead"], rows)
 
 
 def _by_lead(item: tuple[str, int]) -> int:
@@ -223,14 +203,14 @@ def _by_lead(item: tuple[str, int]) -> int:
 
 def _labels(labels: Mapping[str, Mapping[str, int]]) -> str:
     if not labels:
-        return "<p>None came with the recordings.</p>"
+        return "<p>The data set has no labels.</p>"
     rows = []
     for name, counts in labels.items():
         binary = counts["0"] + counts["1"] if not counts["other"] else 0
         numbers = [f"{counts[key]:,}" for key in ("1", "0", "other", "null")]
-        rows.append((escape(name), _share(counts["1"], binary), *numbers))
+        rows.append((escape(name), share(counts["1"], binary), *numbers))
     header = ["label", "prevalence", "at 1", "at 0", "other values", "absent"]
-    return _table("Labels; the prevalence is of the recordings that have the label", header, rows)
+    return table("Labels; the prevalence is of the recordings that have the label", header, rows)
 
 
 def _spread(values: np.ndarray, digits: int) -> list[str]:
@@ -243,7 +223,7 @@ def _heart_rates(rates_bpm: np.ndarray) -> str:
         return "<p>No heart rate can be estimated.</p>"
     middle, low, high = _spread(known, 0)
     words = f"Heart rate: median {middle} a minute, 5 to 95 % of the recordings from {low} to {high}"
-    return _chart(
+    return chart(
         histogram(known, np.arange(20, 221, 5.0), "heart rate, a minute (estimate)"),
         f"{words}. An estimate from the steepness of all leads, not a measurement; "
         f"{len(rates_bpm) - len(known):,} recordings give none.",
@@ -258,15 +238,9 @@ def _amplitudes(sizes_mv: Mapping[str, np.ndarray]) -> str:
     words = f"Amplitude of a lead, peak to peak: median {middle} mV, 5 to 95 % of the leads from {low} to {high} mV."
     rows = [(lead, f"{len(sizes):,}", *_spread(sizes, 2)) for lead, sizes in sizes_mv.items()]
     header = ["lead", "recordings", "median, mV", "5 %", "95 %"]
-    return _chart(
+    return chart(
         histogram(together_mv, np.arange(0, 8.01, 0.2), "peak to peak, mV (the last bar: and more)"), words
-    ) + _table("Amplitude by lead, peak to peak, of measured leads", header, rows)
-
-
-def _chart(svg: str, words: str) -> str:
-    source = base64.b64encode(svg.encode()).decode()
-    image = f'<img alt="{escape(words)}" src="data:image/svg+xml;base64,{source}">'
-    return f'<figure class="chart">{image}<figcaption>{escape(words)}</figcaption></figure>'
+    ) + table("Amplitude by lead, peak to peak, of measured leads", header, rows)
 
 
 def _figure(storage: Storage, place: _Place) -> str:
@@ -280,45 +254,3 @@ def _figure(storage: Storage, place: _Place) -> str:
         + (f'Flags: <ul class="flags">{flags}</ul>' if flags else "No flags.")
         + "</figcaption></figure>"
     )
-
-
-# The policy forbids what the page does not need: scripts, and requests of any kind.
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Ingest: TITLE</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 276mm; margin: 0 auto;
-       padding: 0 1rem 3rem }
-h1 { font-size: 1.6rem; margin: 1.5rem 0 .5rem }
-h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #bbb }
-h3 { font-size: 1rem; margin: 0 0 .3rem }
-h2, h3, caption { break-after: avoid }
-code { overflow-wrap: anywhere }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; margin: .5rem 0 }
-caption { text-align: left; color: #444; padding-bottom: .2rem }
-th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd }
-tbody th { font-weight: 600; white-space: nowrap }
-td:not(.n) { min-width: 9em }
-td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-figure { margin: 1.5rem 0; break-inside: avoid }
-figure .wide svg { display: block }
-.chart { display: inline-block; max-width: 130mm; margin-right: 1rem; vertical-align: top }
-.chart img { max-width: 100%; height: auto }
-.flags { display: inline; list-style: none; margin: 0; padding: 0 }
-.flags li { display: inline-block; border: 1px solid #888; border-radius: 3px; padding: 0 .4rem; margin: .15rem .1rem }
-@page { size: A4 landscape; margin: 12mm }
-@media print { body { max-width: none; padding: 0 } .wide { overflow: visible } }
-</style>
-</head>
-<body>
-<main>
-BODY
-</main>
-</body>
-</html>
-"""

@@ -209,7 +209,7 @@ def test_many_recordings_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sampled in {64 * a + 36 * b + 26 * c for a in (0, 1, 2) for b in (0, 1) for c in (0, 1)} - {0}
     assert "No heart rate can be estimated." in page.text
     assert "Every recording of the source could be read." in page.text
-    assert "None came with the recordings." in page.text
+    assert "The data set has no labels." in page.text
 
 
 def test_one_recording_without_flags(tmp_path: Path) -> None:
