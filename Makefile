@@ -1,6 +1,9 @@
-# make demo      the whole way on simulated recordings, or DATA=<folder or s3:// URI> LABELS=<csv> [TASK=<label>]
-# make test      all tests        make lint   ruff        make ui   the MLflow UI of the last demo
-# Everything sets itself up: a virtual environment in .venv, made once, made again when the pins change.
+# make demo      all steps on simulated recordings, or DATA=<folder or s3:// URI> LABELS=<csv> [TASK=<label>]
+# make test      all tests; ARGS= passes options to pytest
+# make check     lint, types and the tests that need neither Ray nor a server: at most five minutes
+# make lint      ruff and mypy        make format   let ruff rewrite the files
+# make ui        the MLflow UI of the last demo
+# The first target that you run makes the virtual environment .venv; changed pins make it install again.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,11 +11,11 @@ RUN := $(CURDIR)/$(VENV)/bin
 DEMO ?= demo
 export PATH := $(RUN):$(PATH)
 
-.PHONY: demo test lint format ui clean
+.PHONY: demo test check lint format ui clean
 
 $(VENV)/.installed: pyproject.toml infra/constraints.txt
 	@echo "Installing into $(VENV) (once, about two minutes) …"
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here: install Python 3.11 or give PYTHON=…"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11 or give PYTHON=…"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --progress-bar on --editable '.[dev]' --constraint infra/constraints.txt
 	@touch $@
@@ -23,9 +26,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest $(ARGS)
 
+check: lint
+	$(RUN)/python -m pytest -m "not ray and not server" $(ARGS)
+
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/mypy
 
 format: $(VENV)/.installed
 	$(RUN)/ruff check --fix .
@@ -35,4 +42,4 @@ ui: $(VENV)/.installed
 	$(RUN)/python workflows/demo.py --folder $(DEMO) --ui
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache *.egg-info

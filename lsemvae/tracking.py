@@ -1,53 +1,57 @@
-"""MLflow, and nothing else: runs, metrics, pictures, bundles as model versions, aliases. Only this file imports it.
+"""MLflow: runs, metrics, pictures, bundles as model versions, aliases. No other file imports it.
 
-A model version is the bundle's directory, stored as the run's artefact; nothing is pickled. Training never dies
-because tracking is down: what cannot be logged is said once and left out. Registering and promoting do fail.
+A model version is the bundle's directory, stored as an artefact of the run; nothing is pickled. Training continues
+when the tracking server is down: it warns once and drops what it cannot log. Registering and promoting raise an error.
+
+Functions import mlflow when they run, not this module: the import reads MLFLOW_DISABLE_TELEMETRY, which a command sets
+first.
 """
 
 import logging
 import math
 import os
 import re
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts, list_artifacts
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, Any
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.storage import Storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 log = logging.getLogger(__name__)
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 BUNDLE_FOLDER = "bundle"
 
-_METRICS_A_CALL = 1000  # what a server takes at once
-_OUTBOX = 100_000
-_PAUSE_S = 10.0  # before a server that was away is tried again
+_METRICS_A_CALL = 1000  # MLflow accepts no more in one request
+_OUTBOX = 100_000  # metrics that wait at most
+_PAUSE_S = 10.0  # before the next attempt after a failure
 
 
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or a SQLite file in the current folder."""
+    """`MLFLOW_TRACKING_URI`, or a SQLite file in the current folder where it is not set."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
 def shown(text: str) -> str:
-    """The text, for people and logs, without the user and password of a URL in it."""
+    """The text without the user and password of any URL in it: for messages and logs."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
-def _client() -> MlflowClient:
-    # MLflow itself tries for minutes by default; a user should hear sooner that no server is there.
+def _client() -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    # By default MLflow retries for minutes; a user should learn sooner that the server does not answer.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     return MlflowClient(tracking_uri=tracking_uri(), registry_uri=tracking_uri())
@@ -55,6 +59,8 @@ def _client() -> MlflowClient:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
     try:
         yield
     except MlflowException as error:
@@ -62,7 +68,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 class Run:
-    """One MLflow run, written to by one process at a time; its id travels to whoever continues it."""
+    """One MLflow run. One process writes to it at a time; another process can continue it by its id."""
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
@@ -82,10 +88,13 @@ class Run:
         resume: str | None = None,
         parent: str | None = None,
     ) -> "Run":
-        """A new run, or the unfinished or finished one with the id `resume` if it is still there.
+        """Start a new run, or reopen the run with the id `resume` if it still exists.
 
-        It is shown below the run with the id `parent`.
+        `parent` is the id of the run below which MLflow shows this one.
         """
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
         client = _client()
         with _explained("starting an MLflow run"):
             if resume:
@@ -105,10 +114,12 @@ class Run:
         return cls(run.info.run_id)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Finite numbers only; NaN means not measured and is left out. They are sent by a thread, in batches.
+        """Queue the finite values; NaN means not measured and is skipped. A thread sends them in batches.
 
-        While the server is away up to a hundred thousand numbers wait for it, and nobody waits for them.
+        The caller never waits. While the server is down, up to 100,000 values stay in the queue.
         """
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         self._outbox += [Metric(key, float(v), now, step) for key, v in values.items() if math.isfinite(float(v))]
         while len(self._outbox) > _OUTBOX:
@@ -118,31 +129,33 @@ class Run:
             self._sender.start()
 
     def _send(self) -> None:
-        """What waits, until nothing waits or the server cannot be written to; the next number tries again."""
+        """Send the queue until it is empty or a request fails; the next value to be queued tries again."""
         if time.monotonic() < self._not_before:
             return
         while self._outbox:
             entries = [self._outbox.popleft() for _ in range(min(len(self._outbox), _METRICS_A_CALL))]
-            if not self._try(lambda entries=entries: self._client.log_batch(self.run_id, metrics=entries)):
+            if not self._try(partial(self._client.log_batch, self.run_id, metrics=entries)):
                 self._outbox.extendleft(reversed(entries))
                 self._not_before = time.monotonic() + _PAUSE_S
                 return
 
     def flush(self) -> None:
-        """Send what waits, as far as the server takes it."""
+        """Send the queue now, and drop what the server does not accept."""
         if self._sender is not None:
             self._sender.join()
         self._not_before = 0.0
         self._send()
         if self._outbox:
-            log.warning(f"MLflow is away: {len(self._outbox)} numbers of run {self.run_id} are lost")
+            log.warning(f"MLflow does not answer: {len(self._outbox)} metric values of run {self.run_id} are lost")
             self._outbox.clear()
 
     def tags(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
         self._try(lambda: self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()]))
 
     def status(self, status: str) -> None:
-        """RUNNING, SCHEDULED …; for those that end a run see `end`."""
+        """Set RUNNING or SCHEDULED; `end` sets a final status."""
         self._try(lambda: self._client.update_run(self.run_id, status))
 
     def file(self, path: Path, folder: str = "") -> None:
@@ -153,7 +166,7 @@ class Run:
             self._client.log_artifacts(self.run_id, str(folder), BUNDLE_FOLDER)
 
     def register(self, name: str, tags: Mapping[str, str], alias: str | None = CANDIDATE) -> int:
-        """The run's bundle as a new version of the model `name` -> its number; `alias` points to it."""
+        """Register the run's bundle as a new version of the model `name`, with `alias` -> the version's number."""
         with _explained(f"registering {name}"):
             if not self._client.search_registered_models(filter_string=f"name='{name}'"):
                 self._client.create_registered_model(name)
@@ -176,11 +189,13 @@ class Run:
         return f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
 
     def _try(self, call: Callable[[], Any]) -> bool:
+        from mlflow.exceptions import MlflowException
+
         try:
             call()
         except (MlflowException, OSError) as error:
             if not self._quiet:
-                log.warning(f"MLflow cannot be written to, going on without: {shown(str(error).splitlines()[0][:200])}")
+                log.warning(f"cannot write to MLflow, continuing without it: {shown(str(error).splitlines()[0][:200])}")
             self._quiet = True
             return False
         self._quiet = False
@@ -189,10 +204,10 @@ class Run:
 
 @contextmanager
 def system_metrics(run_id: str) -> Iterator[None]:
-    """MLflow's own record of processors, memory, disk, network and GPUs of this machine, while the block runs."""
+    """Log this machine's CPU, memory, disk, network and GPU use to the run, with MLflow's own monitor."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # a line of its own would cut a progress bar
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # its lines would break up a progress bar
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri())
     monitor.start()
     try:
@@ -201,9 +216,9 @@ def system_metrics(run_id: str) -> Iterator[None]:
         monitor.finish()
 
 
-def _create_experiment(client: MlflowClient, name: str) -> str:
+def _create_experiment(client: "MlflowClient", name: str) -> str:
     uri = tracking_uri()
-    if uri.startswith("sqlite:///"):  # else MLflow would put artefacts below whatever folder it runs in
+    if uri.startswith("sqlite:///"):  # by default MLflow would put artefacts below its current folder
         place = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns"
         return client.create_experiment(name, artifact_location=place.as_uri())
     return client.create_experiment(name)
@@ -222,7 +237,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FetchedBundle:
-    """A bundle on this machine, and the registered version it is, if it came from MLflow."""
+    """A bundle's folder on this machine, with the registered name and version if it came from MLflow."""
 
     folder: Path
     name: str | None = None
@@ -231,9 +246,10 @@ class FetchedBundle:
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version. `source` is where its files are: unlike the number, no other server has the same.
+    """A registered version.
 
-    `digest` is what it was registered with, None where that was not by `Run.register`.
+    `source` is the address of its files; it is unique across MLflow servers, which the number is not. `digest` is the
+    bundle's digest at registration, or None if something other than `Run.register` registered it.
     """
 
     name: str
@@ -250,12 +266,14 @@ def parse_model(model: str) -> tuple[str, str | None, int | None]:
         return name, alias, None
     name, _, number = reference.partition("/")
     if not name or not number.isdecimal():
-        raise LsemvaeError(f"{model!r} is no model: write models:/NAME@alias or models:/NAME/VERSION")
+        raise LsemvaeError(f"{model!r} does not name a model: write models:/NAME@alias or models:/NAME/VERSION")
     return name, None, int(number)
 
 
 def locate(model: str) -> Version:
-    """The version that `models:/NAME@alias` or `models:/NAME/3` is now; raises LsemvaeError naming what is absent."""
+    """Look up `models:/NAME@alias` or `models:/NAME/3`; raises LsemvaeError that names what does not exist."""
+    from mlflow.exceptions import MlflowException
+
     name, alias, number = parse_model(model)
     client = _client()
     try:
@@ -270,22 +288,24 @@ def locate(model: str) -> Version:
                 f"`python workflows/promote.py --name {name}`, or set the alias in the MLflow UI"
             ) from None
         raise LsemvaeError(f"{shown(tracking_uri())} has no version {number} of model {name!r}") from None
-    return Version(name, int(found.version), found.source, found.tags.get("digest"))
+    return Version(name, int(found.version), found.source or "", found.tags.get("digest"))
 
 
 def resolve(model: str) -> tuple[str, int]:
-    """`models:/NAME@alias` or `models:/NAME/3` -> (name, version); raises LsemvaeError naming what is absent."""
+    """`models:/NAME@alias` or `models:/NAME/3` -> (name, version); raises LsemvaeError like `locate`."""
     version = locate(model)
     return version.name, version.number
 
 
 def download(version: Version, folder: Path) -> Path:
-    """The version's bundle, in `folder`.
+    """Download the version's bundle into `folder`.
 
-    Raises BundleError, before anything is fetched, when the version is not exactly the two files of a bundle: what
-    else is there, pickles for one, is never on this machine. And when its digest is not what was registered.
+    Raises BundleError before it downloads anything if the version holds other files than the two of a bundle, so that
+    a pickle never reaches this machine; and after the download if the digest is not the registered one.
     """
-    from lsemvae.bundle import CONFIG, WEIGHTS, describe  # torch, which promoting needs not
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    from lsemvae.bundle import CONFIG, WEIGHTS, describe  # imports torch, which promotion does not need
 
     what = f"models:/{version.name}/{version.number}"
     with _explained(f"fetching {what}"):
@@ -293,40 +313,40 @@ def download(version: Version, folder: Path) -> Path:
         files = {item.path.rsplit("/", 1)[-1] for item in list_artifacts(source, tracking_uri=tracking_uri())}
         if files != {CONFIG, WEIGHTS}:
             raise BundleError(
-                f"{what} is no bundle: it holds {', '.join(sorted(files)[:10]) or 'nothing'}, must hold {CONFIG} and "
-                f"{WEIGHTS} and nothing else"
+                f"{what} is no bundle: it holds {', '.join(sorted(files)[:10]) or 'nothing'}, must hold only "
+                f"{CONFIG} and {WEIGHTS}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG, WEIGHTS):
             download_artifacts(f"{source}/{name}", dst_path=str(folder), tracking_uri=tracking_uri())
     digest = describe(folder).digest
     if version.digest not in (None, digest):
-        raise BundleError(f"{what} has digest {digest}, was registered with {version.digest}: its {CONFIG} was altered")
+        raise BundleError(
+            f"{what} has digest {digest} but was registered with {version.digest}: its {CONFIG} was altered"
+        )
     return folder
 
 
-def fetch(model: str, folder: Path | None = None) -> FetchedBundle:
-    """A bundle from `models:/NAME@alias`, `models:/NAME/3`, a folder or an s3:// URI; downloaded if need be.
+def fetch(model: str, folder: Path) -> FetchedBundle:
+    """Make the bundle `models:/NAME@alias`, `models:/NAME/3` or `s3://…` available as a folder on this machine.
 
-    `folder` is where to download to (by default a temporary folder). Raises LsemvaeError when it is not there.
+    A local folder is used where it is; everything else is downloaded into `folder`, about 1 GB at full size, which the
+    caller removes. Raises LsemvaeError if the bundle does not exist.
     """
     if not model.startswith("models:/"):
         storage = Storage.open(model).require()
         if storage.is_local:
             return FetchedBundle(Path(storage.base))
-        target = folder or Path(tempfile.mkdtemp(prefix="lsemvae-"))
         for path in storage.list():
-            (target / path).parent.mkdir(parents=True, exist_ok=True)
-            (target / path).write_bytes(storage.read_bytes(path))
-        return FetchedBundle(target)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(storage.read_bytes(path))
+        return FetchedBundle(folder)
     version = locate(model)
-    return FetchedBundle(
-        download(version, folder or Path(tempfile.mkdtemp(prefix="lsemvae-"))), version.name, version.number
-    )
+    return FetchedBundle(download(version, folder), version.name, version.number)
 
 
 def promote(name: str, source: str = CANDIDATE, target: str = CHAMPION) -> tuple[int, int | None]:
-    """Points `target` at the version that `source` (an alias or a number) names -> (version, the one before)."""
+    """Point the alias `target` at the version `source` (an alias or a number) -> (version, previous version)."""
     reference = f"models:/{name}/{source}" if source.isdigit() else f"models:/{name}@{source}"
     _, version = resolve(reference)
     try:

@@ -6,6 +6,7 @@ batch in `scoring.py`, who may ask in `security.py`, which versions answer in `r
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import ray
@@ -58,7 +59,8 @@ def make_service(config: Config) -> Service:
     reconstructor, problem = None, ""
     if config.encoder:
         try:
-            reconstructor = Reconstructor(fetch(config.encoder).folder, device)
+            with tempfile.TemporaryDirectory() as temporary:
+                reconstructor = Reconstructor(fetch(config.encoder, Path(temporary)).folder, device)
         except LsemvaeError as error:  # scoring goes on without it
             problem = str(error)
             log.error(f"{config.encoder}: {problem}")

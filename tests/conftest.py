@@ -14,10 +14,12 @@ from pathlib import Path
 import boto3
 import pytest
 import servers
+from command import prepare_environment
 from support import swift_server
 from support.session import AUTHENTICATION, SHARED_DATA, Cluster, Trained, end_group, wait_for, workflow
 
 os.environ.update(AUTHENTICATION)
+prepare_environment()
 
 
 @pytest.fixture(scope="session")

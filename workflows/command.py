@@ -1,4 +1,4 @@
-"""What every workflow does the same way: parse, log, and turn a user's mistake into one line and status 2."""
+"""What all workflows share: the environment, the command line, logging, Ray, and how a user's mistake is reported."""
 
 import json
 import logging
@@ -14,35 +14,68 @@ import tyro
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.recipes import read_recipe
+from lsemvae.tracking import shown, tracking_uri
 
 Args = TypeVar("Args")
 
-# Quieter and quicker Ray, where the user has not said otherwise; measured on small runs.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):  # on one machine of one's own nothing is preempted
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints boxes even when told to be silent
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a command, at once
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# Have glibc keep freed memory: every step allocates its gradients anew, and the page faults are a third of it. In one
-# pool, for those that threads have of their own are given back whatever else is set.
-os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31))
-
+log = logging.getLogger(__name__)
 
 LEAST_OBJECT_STORE_BYTES = 2 * 2**30
 
+# Settings that make Ray and MLflow quieter and quicker on small runs, as measured. What the user has set wins.
+DEFAULTS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_DATA_USE_DATASOURCE_V2": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints boxes even with verbose=0
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a command at once
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # glibc keeps freed memory in one pool: each training step allocates its gradients again, and returning them to the
+    # kernel costs a third of the step in page faults. Pools of single threads would be returned whatever else is set.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+}
+
+# The variables that a driver passes to its workers. None may hold a secret, because Ray's dashboard shows them; the
+# nodes have their own credentials.
+WORKERS_NEED = (
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+    "RAY_DATA_USE_DATASOURCE_V2",
+    "RAY_DATA_LOG_LEVEL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_DISABLE_TELEMETRY",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_MAX_ATTEMPTS",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+)
+
+
+def prepare_environment() -> None:
+    """Set `DEFAULTS` where the user has set nothing. Call it before Ray is imported: Ray reads some of them then."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if _is_local():  # nobody preempts the user's own machine
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
 
 def run_command(main: Callable[[Args], None], args_type: type[Args], default: Args | None = None) -> None:
-    """Parse `sys.argv` into `args_type` and call `main`; exits with status 2 on a user's mistake."""
+    """Parse `sys.argv` into `args_type` and call `main`; a user's mistake is one line and exit status 2."""
+    prepare_environment()
     _quiet_logs()
     args = tyro.cli(args_type, default=default, description=sys.modules[main.__module__].__doc__)
     try:
@@ -61,9 +94,10 @@ def _say_and_exit(error: LsemvaeError) -> NoReturn:
 def run_recipe_command(
     main: Callable[[Args], None], args_type: type[Args], recipes: Mapping[str, Any], **fixed: Any
 ) -> None:
-    """Like `run_command`, with the recipe as the first word: `COMMAND RECIPE [--field value …]`.
+    """Like `run_command`, with a recipe as the first word: `COMMAND RECIPE [--field value …]`.
 
-    It is a recipe's name, or the path or s3:// URI of a recipe's JSON file.
+    The recipe is one of the names in `recipes`, or the path or s3:// URI of a recipe's JSON file. `fixed` are the
+    defaults of the other arguments.
     """
     names = ", ".join(recipes)
     name = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -87,49 +121,69 @@ def run_recipe_command(
 
 
 def start_ray(cpus: int = 4) -> None:
-    """Joins the cluster that `RAY_ADDRESS` names (inside a Ray job: its own), or starts a local one.
+    """Join the cluster that `RAY_ADDRESS` names (in a Ray job: the job's cluster), or start a local one.
 
-    A local one gets at least four logical CPUs: training workers and the data tasks that feed them each need
-    one, and on two they would wait for each other for ever.
+    A local cluster gets at least four logical CPUs. Training workers and the data tasks that feed them need one each;
+    with two CPUs they would wait for each other for ever.
     """
     import ray
     import ray.data
 
-    from lsemvae.tracking import tracking_uri
-
     if ray.is_initialized():
         return
-    # What the job's own environment holds already must not be given again, Ray refuses even equal values.
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
-    needed = set(_WORKERS_NEED) - set(job.get("env_vars") or {})
-    runtime_env = {"env_vars": {key: value for key, value in os.environ.items() if key in needed}}
+    environment = workers_environment()
     where: dict[str, Any] = {}
-    if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
-        # Said outright, else Ray would join whatever cluster it finds traces of on this machine.
+    if _is_local():
+        # Without an address Ray would join any cluster that has left its address on this machine.
         where = {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
         where |= {"object_store_memory": _object_store_bytes()}
-        # Ray Train's clean-up looks for the cluster itself, and would find another one that runs on this machine.
+        # Ray Train's clean-up looks for the cluster by itself, and would find another one that runs on this machine.
         os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
-        runtime_env["env_vars"]["RAY_ADDRESS"] = f"127.0.0.1:{os.environ['RAY_GCS_SERVER_PORT']}"
-        # Workers have folders of their own, and would each make a file of MLflow's there.
-        runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] = tracking_uri()
+        environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ['RAY_GCS_SERVER_PORT']}"
+        # Local workers inherit this variable. Unset, each would make a SQLite file in its own folder.
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     try:
-        ray.init(logging_level="ERROR", runtime_env=runtime_env, **where)
+        ray.init(logging_level="ERROR", runtime_env={"env_vars": environment}, **where)
     except ConnectionError as error:
         raise LsemvaeError(
-            f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: check the address, and "
-            "RAY_AUTH_MODE=token with the token if it wants one"
+            f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: check the address, and set "
+            "RAY_AUTH_MODE=token and the token if the cluster requires one"
         ) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
+def workers_environment() -> dict[str, str]:
+    """The variables of `WORKERS_NEED` that this driver passes to its workers, without secrets.
+
+    A tracking URI with a user or password is left out: Ray's dashboard and state API show what is passed. Workers
+    then use the `MLFLOW_TRACKING_URI` of their own node, which on a local cluster is the driver's.
+    """
+    # Ray refuses a variable that the job's own runtime environment sets too, even to the same value.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    passed = set(WORKERS_NEED) - set(job.get("env_vars") or {})
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if shown(uri) != uri:
+        passed.discard("MLFLOW_TRACKING_URI")
+        if not _is_local():
+            log.warning(
+                "MLFLOW_TRACKING_URI holds a password, so it is not passed to Ray: each worker uses the "
+                "MLFLOW_TRACKING_URI of its node. Or give the URI without it and set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD on the nodes."
+            )
+    return {name: value for name, value in os.environ.items() if name in passed}
+
+
+def _is_local() -> bool:
+    return os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+
+
 def _object_store_bytes() -> int:
-    """A twelfth of the memory: on a machine of many cores 2 GiB hold what a few tasks give, and the others wait."""
-    from ray._common.utils import get_system_memory  # a container's, where it has less than its machine
+    """A twelfth of the memory: with 2 GiB on a machine of many cores, most tasks would wait for room."""
+    from ray._common.utils import get_system_memory  # in a container: its limit
 
     try:
-        free_bytes = shutil.disk_usage("/dev/shm").free  # what is beyond it Ray would put on a disk
-    except FileNotFoundError:  # Linux alone has it
+        free_bytes = shutil.disk_usage("/dev/shm").free  # Ray puts what exceeds it on a disk
+    except FileNotFoundError:  # only Linux has /dev/shm
         return LEAST_OBJECT_STORE_BYTES
     return max(LEAST_OBJECT_STORE_BYTES, min(get_system_memory() // 12, free_bytes))
 
@@ -138,28 +192,6 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("", 0))
         return found.getsockname()[1]
-
-
-# No secret is among them: a job's environment is shown in Ray's dashboard. Nodes hold their own credentials.
-_WORKERS_NEED = (
-    "MALLOC_ARENA_MAX",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
-    "RAY_DATA_USE_DATASOURCE_V2",
-    "RAY_DATA_LOG_LEVEL",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH",
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_DISABLE_TELEMETRY",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_MAX_ATTEMPTS",
-    "AWS_REQUEST_CHECKSUM_CALCULATION",
-)
 
 
 def _quiet_logs() -> None:

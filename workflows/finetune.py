@@ -69,7 +69,8 @@ def main(args: Args) -> None:
     column = data.require_label(args.task)
     labelled = data.read(["subject_id", column]).drop_null().to_pandas()
     require_subjects(labelled[column].to_numpy(), labelled["subject_id"].to_numpy(), recipe.folds)
-    bundle, encoder = load(fetch(args.encoder).folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle, encoder = load(fetch(args.encoder, Path(temporary)).folder)
     if not isinstance(encoder, LSEMVAE):
         raise LsemvaeError(f"{args.encoder} is a {bundle.architecture}: --encoder takes a pre-trained lsemvae")
     absent = [lead for lead in leads if lead not in bundle.leads]

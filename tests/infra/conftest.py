@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Puts `os.environ` back (importing a workflow sets defaults), and keeps AWS and the home folder out of reach."""
+    """Puts `os.environ` back (a workflow sets defaults), and keeps AWS and the home folder out of reach."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""What surrounds the code: the cluster's file, the image, compose, jobs' environment, and the README's promises."""
+"""Everything around the code: the cluster file, the image, compose, the jobs' environment, and what the README says."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -116,6 +117,47 @@ def test_every_node_authenticates_by_token_and_the_file_holds_none(cluster: dict
     assert target == f"{home}/.ray/auth_token"
 
 
+MODELS = {"p4d": 8 * ["Amazon EC2 NVMe Instance Storage"], "root": ["Amazon Elastic Block Store"]}
+
+
+@pytest.mark.parametrize(
+    ("mounted", "done"),
+    [
+        ([], ["mdadm --create /dev/md0 --level=0 --raid-devices=8 D", "mkfs.ext4 -q /dev/md0", "mount /dev/md0 M"]),
+        (["/opt/dlami/nvme"], ["mount --bind /opt/dlami/nvme M"]),
+        (["/opt/dlami/nvme", "/mnt/nvme"], []),
+        (["/mnt/nvme"], []),
+    ],
+    ids=["bare drives", "joined by AWS's image", "joined, and set up before", "set up before"],
+)
+def test_gpu_nodes_mount_their_nvme_drives_for_the_cache(
+    cluster: dict, tmp_path: Path, mounted: list[str], done: list[str]
+) -> None:
+    """The commands themselves, with programs in place of those that change a machine."""
+    node_type = cluster["available_node_types"]["a100"]
+    (command,) = node_type["initialization_commands"]
+    target = re.search(r"--cache (\S+)", README)[1]
+    assert node_type["docker"]["worker_run_options"] == [f"--volume {target}:{target}"]
+    assert re.search(rf"mkdir -p .*{target}\b", DOCKERFILE)  # where it is no mount, it belongs to the image's user
+    drives = [f"/dev/nvme{n}n1 {model}" for n, model in enumerate(MODELS["root"] + MODELS["p4d"])]
+    programs = {
+        "sudo": 'echo "$*" >> "$LOG"',
+        "lsblk": "cat <<'END'\n" + "\n".join(drives) + "\nEND",
+        "mountpoint": 'case " $MOUNTED " in *" $2 "*) ;; *) exit 1;; esac',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "LOG": str(log), "MOUNTED": " ".join(mounted)}
+    # As Ray's launcher runs it: `bash -c "… && (COMMAND)"`.
+    subprocess.run(["bash", "-c", f"true && ({command})"], check=True, env=environment)
+    joined = " ".join(f"/dev/nvme{n}n1" for n in range(1, 9))
+    done = [line.replace(" M", f" {target}").replace(" D", f" {joined}") for line in done]
+    assert log.read_text().splitlines() == [f"mkdir -p {target}", *done, f"chown 1000:1000 {target}"]
+
+
 def test_setup_commands_check_the_pinned_versions(cluster: dict) -> None:
     """The commands themselves are run, in this environment, which has the pinned versions."""
     text = " ".join(cluster["setup_commands"])
@@ -156,10 +198,12 @@ def test_image_is_pinned_and_runs_as_a_user() -> None:
 
 
 def test_image_installs_what_pyproject_names_at_the_pinned_versions() -> None:
-    """The command in the image, on this pyproject.toml; each name it gives has a pin."""
+    """Run the image's command on this pyproject.toml: it prints the dependencies and the readers; each has a pin."""
     code = re.search(r'python -c "([^"]+)"', DOCKERFILE)[1]
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["formats"]
+    assert any(line.startswith("ecgdatakit") for line in wanted)
     assert printed.splitlines() == wanted
     pinned = {name.lower().replace("_", "-") for name in PINS}
     without_pin = {re.match(r"[\w-]+", line)[0].lower() for line in wanted} - pinned
@@ -331,17 +375,17 @@ def test_job_uploads_the_code_and_little_else(with_file: bool, tmp_path: Path) -
     code = {
         str(p.relative_to(ROOT)) for folder in ("lsemvae", "workflows", "serve") for p in (ROOT / folder).rglob("*.py")
     }
-    assert code | {"serve/config.yaml"} <= names
+    assert "lsemvae/data/feed.py" in code and code | {"serve/config.yaml"} <= names
     if with_file:
         assert not [name for name in names if re.match(r"docs/|tests/|infra/|data/", name)]
 
 
 def test_job_and_workflow_name_different_variables(environment: None) -> None:
     """Ray refuses a job when its driver names a variable again that the job's environment has."""
-    from command import _WORKERS_NEED
+    from command import WORKERS_NEED
     from ray.runtime_env.runtime_env import _merge_runtime_env
 
-    drivers = {"env_vars": dict.fromkeys(_WORKERS_NEED, "x")}
+    drivers = {"env_vars": dict.fromkeys(WORKERS_NEED, "x")}
     assert _merge_runtime_env(load("infra/runtime_env.yaml"), drivers) is not None
 
 
@@ -360,7 +404,11 @@ def test_readme_commands_for_a_cluster_are_all_there(environment: None) -> None:
             assert "--working-dir . --runtime-env infra/runtime_env.yaml -- python" in line
             jobs[re.search(r"workflows/(\w+)\.py", line)[1]] = parse_command(shlex.split(line))
     assert jobs.keys() == {"ingest", "pretrain", "finetune", "score"}
-    assert jobs["pretrain"].recipe == PRETRAIN["paper"]
+    paper, pretraining = PRETRAIN["paper"], jobs["pretrain"].recipe
+    batch = {name: getattr(pretraining.optim, name) for name in ("batch_size", "learning_rate", "warmup_steps")}
+    assert pretraining == replace(paper, optim=replace(paper.optim, **batch), streams=pretraining.streams)
+    assert pretraining.optim.batch_size == 8 * paper.optim.batch_size  # 128 a GPU
+    assert pretraining.streams % 8 == 0 and pretraining.optim.warmup_steps > 0
     assert jobs["pretrain"].use_gpu and str(jobs["pretrain"].num_workers) == "8"
     # Each takes what the one before gives.
     sources = {

@@ -155,7 +155,8 @@ def test_pod_runs_as_a_user_with_no_more_rights_than_it_needs(pod: dict) -> None
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == int(user)
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert not {"hostNetwork", "hostPID", "hostIPC", "volumes"} & pod.keys()
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    assert [set(volume) - {"name"} for volume in pod.get("volumes", [])] in ([], [{"emptyDir"}])  # none of the host's
     for container in pod["containers"]:
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         asked, allowed = container["resources"]["requests"], container["resources"]["limits"]
@@ -164,6 +165,8 @@ def test_pod_runs_as_a_user_with_no_more_rights_than_it_needs(pod: dict) -> None
             assert asked["nvidia.com/gpu"] == allowed["nvidia.com/gpu"]  # Kubernetes shares no GPU
             assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
             assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "p4d.24xlarge"}
+            (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+            assert mount == {"name": volume["name"], "mountPath": re.search(r"--cache (\S+)", README)[1]}
         else:
             assert "tolerations" not in pod  # no machine with GPUs is taken for work without
 
@@ -267,7 +270,7 @@ def test_service_sends_requests_only_to_pods_that_answer() -> None:
 
 
 def test_job_is_the_readmes_pretraining(environment: None) -> None:
-    from command import _WORKERS_NEED
+    from command import WORKERS_NEED
     from ray.runtime_env import RuntimeEnv
     from ray.runtime_env.runtime_env import _merge_runtime_env
 
@@ -279,7 +282,7 @@ def test_job_is_the_readmes_pretraining(environment: None) -> None:
     assert vars(args) == vars(parse_command(shlex.split(line)))
     brought = yaml.safe_load(spec["runtimeEnvYAML"])
     assert brought == {"env_vars": load("infra/runtime_env.yaml")["env_vars"]}
-    assert _merge_runtime_env(RuntimeEnv(**brought), {"env_vars": dict.fromkeys(_WORKERS_NEED, "x")}) is not None
+    assert _merge_runtime_env(RuntimeEnv(**brought), {"env_vars": dict.fromkeys(WORKERS_NEED, "x")}) is not None
     assert spec["shutdownAfterJobFinishes"] is True  # GPUs cost nothing after it
     assert "clusterSelector" not in spec
 

@@ -1,4 +1,4 @@
-"""The README's commands and infra's files, parsed as their own programs parse them."""
+"""Parse the README's commands and the files in infra/ as their own programs parse them."""
 
 import re
 import runpy
@@ -42,14 +42,15 @@ def blocks(language: str) -> list[str]:
 def shell_commands() -> list[str]:
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     inline = re.findall(
-        r"`((?:python|make|ray|serve) [^` ]+[ ][^`]+|make [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+        r"`((?:[A-Z_]+=\S+ )*(?:python|make|ray|serve) [^` ]+[ ][^`]+|make [^`]+)`",
+        re.sub(r"```.*?```", "", README, flags=re.DOTALL),
     )
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines() + inline]
     return [line for line in dict.fromkeys(lines) if line and "…" not in line]
 
 
 def click_context(command, words: list[str]):
-    """Parses as `command words…` would, without running anything."""
+    """Parse as `command words…` would, without running anything."""
     context = None
     while True:
         context = command.make_context(command.name, list(words), parent=context)
@@ -60,7 +61,7 @@ def click_context(command, words: list[str]):
 
 
 def parse_workflow(script: str, words: list[str]) -> object:
-    """What `python SCRIPT WORDS…` parses its words to: the file runs as it would, up to its first work."""
+    """The result of parsing `python SCRIPT WORDS…`: the script runs up to its call of tyro."""
 
     class Parsed(Exception):
         pass
@@ -81,7 +82,7 @@ def parse_workflow(script: str, words: list[str]) -> object:
 
 
 def endpoint_paths() -> set[str]:
-    """What the endpoint answers to."""
+    """The paths that the endpoint answers."""
     from serve.api import Service, make_api
 
     api = make_api(Service(registry=None, metrics=None))
@@ -89,8 +90,10 @@ def endpoint_paths() -> set[str]:
 
 
 def parse_command(words: list[str]) -> object:
-    """Checks a command against the program's own parser; returns what a workflow would be given."""
+    """Check a command against the program's own parser -> the arguments that a workflow would get, else None."""
     words = words[:-1] if words[-1] == "&" else words
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     match words:
         case ["python", script, *rest]:
             return parse_workflow(script, rest)

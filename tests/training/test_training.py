@@ -64,7 +64,9 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
 
 
 @pytest.mark.ray
-def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(s3: str, shards: Path, pretrained: Trained):
+def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(
+    s3: str, shards: Path, pretrained: Trained, tmp_path: Path
+):
     """At a reconstruction weight of zero nothing but the prior is left. Preprocessed on the device."""
     client = boto3.client("s3")
     for path in shards.iterdir():
@@ -79,7 +81,7 @@ def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(s3: str, sha
         split: on_cpu[f"{split}.records"] for split in ("train", "val")
     }
     assert "warning: the posterior has collapsed" in done.stdout
-    assert bundles.load(fetch("s3://ecg/pretrain/runs/s3/bundle").folder)[0].leads == LEADS
+    assert bundles.load(fetch("s3://ecg/pretrain/runs/s3/bundle", tmp_path / "bundle").folder)[0].leads == LEADS
     keys = {item["Key"] for item in client.list_objects_v2(Bucket="ecg", Prefix="pretrain/runs/s3/")["Contents"]}
     assert any("checkpoint_" in key and key.endswith("optimizer.safetensors") for key in keys)
 
@@ -139,7 +141,9 @@ def test_the_same_file_runs_as_a_ray_job(ray_cluster: Cluster, shards: Path, tmp
 
 @pytest.mark.ray
 @pytest.mark.parametrize("leads", ["6", "12"])
-def test_fine_tuning_is_out_of_fold_and_registered(shards: Path, finetuned: dict[str, Trained], leads: str):
+def test_fine_tuning_is_out_of_fold_and_registered(
+    shards: Path, finetuned: dict[str, Trained], leads: str, tmp_path: Path
+):
     folder, printed = finetuned[leads].folder, finetuned[leads].printed
     scores = pd.read_csv(folder / "scores.csv", dtype={"record_id": str, "subject_id": str})
     data = ShardedDataset.open(str(shards))
@@ -165,7 +169,7 @@ def test_fine_tuning_is_out_of_fold_and_registered(shards: Path, finetuned: dict
     assert 0 < bundle.threshold < 1
     assert not any("logvar" in name or "decoder" in name for name in model.state_dict())
     name, version = resolve(f"models:/ph-{leads}L@candidate")
-    fetched = fetch(f"models:/{name}/{version}")
+    fetched = fetch(f"models:/{name}/{version}", tmp_path)
     assert bundles.describe(fetched.folder).digest == bundle.digest
     assert resolve(f"models:/ph-{leads}L@champion") == (name, version)
     assert (folder / "curves.png").stat().st_size > 10_000

@@ -14,7 +14,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from command import start_ray
+from command import prepare_environment, start_ray
 
 from benchmarks.measure import Row, more_is_better
 from lsemvae.data.feed import Feed, read_here
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench_train(args: argparse.Namespace) -> list[Row]:
     """Records per second of all workers together, over steps in turn: from memory, from shards, from memory, …"""
+    prepare_environment()
     start_ray()
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -1,0 +1,31 @@
+"""Bundles that are fetched from elsewhere."""
+
+import tempfile
+from pathlib import Path
+
+import boto3
+import pytest
+from support import bundles
+
+from serve.app import Config, make_service
+
+
+def test_a_replica_with_a_fetched_encoder_leaves_nothing_in_the_temporary_folder(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bundles.save(tmp_path / "encoder", bundles.SMALL)
+    bundles.save(tmp_path / "model")
+    for path in (tmp_path / "encoder").iterdir():
+        boto3.client("s3").upload_file(str(path), "ecg", f"encoder/{path.name}")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    config = Config(
+        models=[str(tmp_path / "model")],
+        encoder="s3://ecg/encoder",
+        bundles=tmp_path / "kept",
+        allow_anonymous=True,
+    )
+    service = make_service(config)
+    assert service.reconstructor is not None and not service.reconstructor_problem
+    assert list(temporary.iterdir()) == []
