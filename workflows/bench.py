@@ -1,10 +1,10 @@
-"""Measure our way and the baseline in turn, several times in one process. A ratio above 1: ours is better.
+"""Time this project's code and a baseline in turn, in one process. A ratio above 1 means that this project is better.
 
 python workflows/bench.py model [--device cuda] [--batch 128 1024] [--json FILE]
 
-Each case is a function in workflows/benchmarks. Case `model` needs torch and numpy alone; from a bare checkout run
-it with PYTHONPATH=. in front. On a CPU that others use as well, OMP_WAIT_POLICY=PASSIVE keeps waiting threads from
-spinning, and the ratios steady.
+Each case is a function in workflows/benchmarks. The case `model` needs only torch and numpy; from a bare checkout, run
+it with PYTHONPATH=. in front. On a shared CPU, OMP_WAIT_POLICY=PASSIVE keeps waiting threads from spinning, which makes
+the ratios steadier.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from benchmarks.measure import Row
 from lsemvae.errors import LsemvaeError
 from lsemvae.memory import keep_freed_memory
 
-# Case -> module, which has `add_arguments(parser)`, its function, and what is measured. A module is imported when its
-# case is asked for: `model` must run where neither Ray nor MLflow is installed.
+# Case -> module (with its `add_arguments(parser)`), function, and what it measures. The module of a case is imported
+# only when that case is run, because `model` must run without Ray and MLflow.
 CASES = {
     "model": ("benchmarks.model", "bench_model", "training step and forward pass against the paper's loop over leads"),
     "infer": ("benchmarks.infer", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
@@ -35,12 +35,12 @@ CASES = {
     "ingest": ("benchmarks.ingest", "bench_ingest", "recordings into shards and model input, against NeuroKit2"),
     "feed": ("benchmarks.ingest", "bench_feed", "shards into batches against reading and NeuroKit2 lead by lead"),
     "pace": ("benchmarks.pace", "bench_pace", "whether the cache keeps up with a GPU's rate, without the GPU"),
-    "collapse": ("benchmarks.collapse", "bench_collapse", "what the reconstruction weight does to the posterior"),
+    "collapse": ("benchmarks.collapse", "bench_collapse", "how the reconstruction weight changes the posterior"),
 }
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What was measured on."""
+    """The machine and versions of a measurement."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -52,7 +52,7 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def show(rows: list[Row]) -> None:
-    """The table."""
+    """Print the table."""
     width = max(len(row.case) for row in rows)
     print(f"{'case':<{width}} {'ours':>10} {'baseline':>10} {'ratio':>7}  unit")
     for row in rows:
@@ -60,12 +60,12 @@ def show(rows: list[Row]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The case, what every case takes, and what this one does."""
+    """Parse the case, the options of all cases, and those of this case."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     common.add_argument("--json", type=Path, help="also write the rows to this file")
-    common.add_argument("--rounds", type=int, help="how often each side is timed")
-    common.add_argument("--threads", type=int, help="of torch on the CPU")
+    common.add_argument("--rounds", type=int, help="how many times each side is timed")
+    common.add_argument("--threads", type=int, help="number of torch threads on the CPU")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases = parser.add_subparsers(dest="case", required=True, metavar="CASE")
     for name, (module, _, subject) in CASES.items():
@@ -81,7 +81,7 @@ def main() -> None:
     module, function, _ = CASES[args.case]
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
-            raise LsemvaeError("torch sees no CUDA device here: leave out --device cuda")
+            raise LsemvaeError("torch finds no CUDA device: leave out --device cuda")
         if args.device == "cpu":
             keep_freed_memory()
         if args.threads:

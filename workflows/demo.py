@@ -1,6 +1,6 @@
-"""The whole way on one machine, with the commands a user would type: recordings in, scores out.
+"""Run all steps on one machine, from recordings to scores, with the commands that a user would type.
 
-Without --data it simulates a cohort whose best achievable AUROC is known. What an earlier run finished is kept.
+Without --data it simulates a cohort whose best achievable AUROC is known. It skips what an earlier run finished.
 """
 
 import json
@@ -33,19 +33,19 @@ PREFERRED_TASKS = ("ph", "norm")
 @dataclass(frozen=True)
 class Args:
     folder: Path = Path("demo")
-    """Everything the demo makes goes here."""
+    """Folder for everything that the demo makes."""
     data: str | None = None
-    """Real recordings: a folder or s3:// URI; by default a cohort is simulated."""
+    """Real recordings, a folder or s3:// URI; by default the demo simulates a cohort."""
     labels: str | None = None
-    """A CSV of labels for them (see workflows/ingest.py --help)."""
+    """A CSV with labels for --data; workflows/ingest.py --help explains it."""
     task: str | None = None
-    """The label to predict; by default ph, else norm, else the first with two classes."""
+    """Label to predict; by default ph, otherwise norm, otherwise the first label with two classes."""
     subjects: int = 160
-    """Subjects to simulate."""
+    """Number of subjects to simulate."""
     pretrain_recipe: str = "small"
     finetune_recipe: str = "paper"
     ui: bool = False
-    """Only open the MLflow UI of the last run, until Ctrl-C."""
+    """Only open the MLflow UI of the last run; Ctrl-C ends it."""
 
 
 def main(args: Args) -> None:
@@ -85,7 +85,7 @@ def walk(args: Args, folder: Path, place: Path) -> None:
         output = place / f"{task}-{leads}L"
         names[leads] = f"{place.name}-{task}-{leads}L"
         if finished(output, encoder):
-            print(f"{names[leads]} was fine-tuned before:\n")
+            print(f"{names[leads]} is already fine-tuned:\n")
             print(pd.read_csv(output / "results.csv").fillna("").to_string(index=False))
             continue
         workflow(
@@ -116,7 +116,7 @@ def walk(args: Args, folder: Path, place: Path) -> None:
         print(f"{task}, {leads} leads, out of fold:\n{results.to_string(index=False)}\n")
     if args.data is None:
         truth = json.loads((place / "cohort" / "truth.json").read_text())
-        print(f"best expected of any reader of these simulated ECGs: AUROC {truth['cohort_auroc']:.3f}\n")
+        print(f"best AUROC that any reader of these simulated ECGs can expect: {truth['cohort_auroc']:.3f}\n")
     print(f"tables, curves:    {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results.csv, scores.csv, curves.png)")
     print(f"pre-training:      {json.loads((place / 'pretrain' / 'result.json').read_text())['run']}")
     print(f"scores:            {scores}   (scores-*.parquet, scores-*.csv, summary.json)")
@@ -128,7 +128,7 @@ def step(text: str) -> None:
 
 
 def workflow(name: str, *arguments: object) -> None:
-    """Runs a command as a user would, after showing it; ends the demo with its status when it fails."""
+    """Print a command and run it as a user would; if it fails, end the demo with its exit status."""
     words = [f"workflows/{name}.py", *map(str, arguments)]
     print("$ python " + " ".join(word.replace(f"{Path.cwd()}/", "") for word in words), flush=True)
     status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
@@ -137,14 +137,14 @@ def workflow(name: str, *arguments: object) -> None:
 
 
 def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Serves the champions with serve/config.yaml's settings and asks for one recording with 6 and with 12 leads."""
+    """Serve the champions with the settings of serve/config.yaml and score one recording with 6 and with 12 leads."""
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     config["http_options"]["port"] = port = free_port(8000)
     application = config["applications"][0]
     application["args"] |= {
         "models": [f"models:/{name}@champion" for name in names.values()],
         "bundles": str(place / "served"),
-        "allow_anonymous": True,  # on this machine's own address, for as long as the demo asks
+        "allow_anonymous": True,  # on 127.0.0.1, while the demo runs
     }
     application["runtime_env"] = {"env_vars": {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}}
     path, log = place / "serve.yaml", place / "serve.log"
@@ -152,7 +152,7 @@ def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> di
     serve = Path(sys.executable).with_name("serve")
     print(f"$ serve run {path}      (log: {log})", flush=True)
     with log.open("w") as stream:
-        environment = {"RAY_ADDRESS": "local"} | os.environ  # a cluster of its own, unless one is named
+        environment = {"RAY_ADDRESS": "local"} | os.environ  # start a new Ray unless the user names a cluster
         server = subprocess.Popen(
             [serve, "run", path], cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
@@ -177,7 +177,7 @@ def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> di
 
 
 def choose_task(data: ShardedDataset) -> str:
-    """The label to demonstrate; raises LsemvaeError when none has two classes."""
+    """Choose the label to predict; raises LsemvaeError if no label has two classes."""
     usable = [name for name, n in data.manifest.labels.items() if n["0"] and n["1"] and not n["other"]]
     if not usable:
         raise LsemvaeError("no label has both 0 and 1: give LABELS=<csv> with a key column and a 0/1 column")

@@ -1,6 +1,6 @@
-"""Point an alias of a registered model at a version: by default `champion` at what `candidate` names.
+"""Promote a model: point an alias at a version, by default `champion` at the version that `candidate` names.
 
-The MLflow UI does the same on the model's page. Serve answers with whatever `champion` names, as soon as it has
+You can do the same on the model's page in the MLflow UI. The endpoint answers with the new `champion` as soon as it has
 loaded and checked it.
 """
 
@@ -14,9 +14,9 @@ from lsemvae.tracking import CANDIDATE, CHAMPION, promote, shown, tracking_uri
 @dataclass(frozen=True)
 class Args:
     name: str
-    """The registered model, such as ph-6L."""
+    """Name of the registered model, such as ph-6L."""
     source: str = CANDIDATE
-    """An alias, or a version's number (to go back, give the number that was printed before)."""
+    """The version to promote: an alias or a number. To go back, give the previous number, which promote prints."""
     alias: str = CHAMPION
     """The alias to move."""
 
@@ -26,7 +26,7 @@ def main(args: Args) -> None:
     was = f"before: version {before}" if before else "before: none"
     print(f"models:/{args.name}@{args.alias} is version {version} ({was}) at {shown(tracking_uri())}")
     if args.alias == CHAMPION:
-        print("What serves it follows within 30 s; /readyz says why if it does not.")
+        print("Running endpoints switch to it within 30 s; if one does not, its /readyz gives the reason.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a pre-training run costs: the model's arithmetic over the hardware's published peaks, at assumed shares of them.
+"""Estimate what a pre-training run costs: the model's arithmetic at assumed shares of the hardware's published peaks.
 
 python workflows/scale.py --gpus 8                                  MIMIC-IV-ECG, 100 epochs, one p4d.24xlarge
-python workflows/scale.py --gpus 8 --feed-records-per-core-s RATE   … and how many cores feed it, RATE being measured
 
-Nothing here is a measurement but what is given as one. The time of a step is the GPU's work (the longer of arithmetic
-and memory traffic) and then the exchange of gradients, of which DistributedDataParallel hides a part behind the
-backward pass. docs/scale.md has the tables and what follows from them.
+python workflows/scale.py --gpus 8 --feed-records-per-core-s RATE   … and how many cores feed it, at a measured RATE
+
+All results are estimates; only RATE is measured. A step takes the GPU's work (the longer of arithmetic and memory
+traffic) plus the exchange of gradients; DistributedDataParallel hides part of the exchange behind the backward pass.
+docs/scale.md has the tables and their consequences.
 """
 
 import math
@@ -17,7 +18,7 @@ from command import run_command
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS
-from lsemvae.models.lsemvae import LSEMVAE
+from lsemvae.models import build
 from lsemvae.recipes import PRETRAIN
 
 PAPER = PRETRAIN["paper"]
@@ -35,56 +36,56 @@ class Args:
     epochs: int = PAPER.optim.epochs
     gpus: int = 1
     batch: tuple[int, ...] = (PAPER.optim.batch_size, 1024, 8192)
-    """Recordings in a step, over all GPUs. Gradient accumulation counts as a larger batch."""
+    """Recordings in a step, over all GPUs; gradient accumulation counts as a larger batch."""
     share: tuple[float, ...] = (0.1, 0.3, 1.0)
-    """ASSUMED shares of a GPU's peaks that a step attains; 1 is a bound that nothing beats."""
+    """ASSUMED shares of a GPU's peaks that a step attains; 1 is the upper bound."""
     matrix_tflops: float = 312.0
-    """A100, bf16 tensor cores, published."""
+    """Peak arithmetic of a GPU. Published for the A100's tensor cores in bf16."""
     memory_tb_s: float = 1.555
-    """A100 of 40 GB, published; the one of 80 GB (p4de) has about 2.0."""
+    """Peak memory bandwidth of a GPU. Published for the A100 with 40 GB; with 80 GB (p4de) it is about 2.0."""
     gpu_link_gb_s: float = 300.0
-    """Between GPUs of a node, each way: NVLink of the A100, published as 600 both ways."""
+    """Bandwidth between GPUs of a node, each way: the A100's NVLink, published as 600 for both ways together."""
     node_link_gbit_s: float = 400.0
-    """Between nodes: p4d.24xlarge with EFA, published. ray_cluster.yaml attaches no EFA: its nodes have less."""
+    """Bandwidth between nodes, published for p4d.24xlarge with EFA. ray_cluster.yaml attaches no EFA."""
     gpus_per_node: int = 8
     gradient_bytes: int = 4
-    """Of one gradient on the wire: 4 for float32 as here, 2 with a bf16 compression hook."""
+    """Bytes sent for one gradient: 4 for float32, which this project uses, or 2 with a bf16 compression hook."""
     record_bytes: float = 28_800.0
-    """Of a recording in the shards: 24 % of its 120,000, measured on PTB-XL (lsemvae/data/shards.py)."""
+    """Bytes of a recording in the shards: 24 % of its 120,000, measured on PTB-XL (lsemvae/data/shards.py)."""
     feed_records_per_core_s: float | None = None
-    """Measured on the machines that feed, by `workflows/bench.py feed`. Without it no number of cores is given."""
+    """What `workflows/bench.py feed` measured on the feeding machines; needed to estimate the number of cores."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One row of the answer."""
+    """One row of the table."""
 
-    gpu_s: float  # a step's work on each GPU
-    exchange_s: float  # a step's exchange of gradients, none of it hidden
+    gpu_s: float  # work of a step on each GPU
+    exchange_s: float  # exchange of gradients in a step, if none of it is hidden
     records_per_s: float
     hours: float
 
 
 def parameters() -> int:
-    """Of the model that the recipe `paper` trains."""
+    """The number of parameters of the model that the recipe `paper` trains."""
     with torch.device("meta"):
-        return sum(p.numel() for p in LSEMVAE(PAPER.model).parameters())
+        return sum(p.numel() for p in build(PAPER.model, PAPER.leads).parameters())
 
 
 def exchanged_bytes(gpus: int, gradient_bytes: int) -> float:
-    """What each GPU sends (and receives) in one ring all-reduce of all gradients: 2 (n - 1) / n of their size."""
+    """Bytes that each GPU sends (and receives) in a ring all-reduce of all gradients: 2 (n - 1) / n of their size."""
     return 2 * (gpus - 1) / gpus * parameters() * gradient_bytes
 
 
 def plan(args: Args, batch: int, share: float) -> Plan:
-    """Raises LsemvaeError when the batch cannot be dealt out or a share is not within 0 and 1."""
+    """Estimate a run; raises LsemvaeError if a GPU gets no recording or the share is not in (0, 1]."""
     if args.gpus < 1 or batch < args.gpus or not 0 < share <= 1:
         raise LsemvaeError(
-            f"gpus={args.gpus}, batch={batch}, share={share}: give each GPU a recording, and 0 < share <= 1"
+            f"gpus={args.gpus}, batch={batch}, share={share}: give each GPU at least one recording, and 0 < share <= 1"
         )
     flops, moved = model_work(PAPER.model, math.ceil(batch / args.gpus), DECODES, True, BF16)
     gpu_s = max(flops / (args.matrix_tflops * 1e12), moved / (args.memory_tb_s * 1e12)) / share
-    # A ring crosses into and out of each node once, so the slowest link carries what each GPU sends.
+    # The ring enters and leaves each node once, so the slowest link carries as much as each GPU sends.
     link_bytes_s = args.gpu_link_gb_s * 1e9
     if args.gpus > args.gpus_per_node:
         link_bytes_s = min(link_bytes_s, args.node_link_gbit_s / 8 * 1e9)

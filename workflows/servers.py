@@ -1,4 +1,4 @@
-"""Servers that a command starts beside itself, and ends again."""
+"""Start, await and stop servers that a command needs while it runs."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from lsemvae.errors import LsemvaeError
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """A real MLflow server on SQLite in the folder, for as long as the context lasts."""
+    """Run an MLflow server on SQLite in the folder while the context lasts -> its URI."""
     port, log = free_port(5000), folder / "mlflow.log"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
@@ -41,7 +41,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 def free_port(preferred: int = 0) -> int:
-    """The preferred port of this machine if it is free, else any that is."""
+    """The preferred port on 127.0.0.1 if it is free, otherwise any free port."""
     for port in (preferred, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -54,7 +54,7 @@ def free_port(preferred: int = 0) -> int:
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
-    """Returns when the URL answers 200; raises LsemvaeError when the server ends, fails, or takes minutes."""
+    """Return when the URL answers 200; raise LsemvaeError if the server ends, fails, or needs more than minutes."""
     for _ in range(240):
         if server.poll() is not None:
             break
@@ -67,11 +67,11 @@ def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise LsemvaeError(f"{url} did not come up: see {log}")
+    raise LsemvaeError(f"{url} did not start: see {log}")
 
 
 def end(server: subprocess.Popen) -> None:
-    """Interrupts the server's whole group, and kills it if that does not end it soon."""
+    """Interrupt the server's process group, and kill it if it has not ended after 15 s."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)

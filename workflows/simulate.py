@@ -23,7 +23,7 @@ class Args:
     """A new folder for the cohort."""
     cohort: tyro.conf.OmitArgPrefixes[CohortConfig] = field(default_factory=CohortConfig)
     pictures: Path | None = None
-    """Also draw an average heart on ECG paper, healthy and overloaded: two SVG files in this folder."""
+    """Also draw the ECG of an average heart, healthy and overloaded, as two SVG files in this folder."""
 
 
 def main(args: Args) -> None:
@@ -31,16 +31,16 @@ def main(args: Args) -> None:
         summary = simulate_cohort(args.cohort, args.output, progress=bar.update)
     if args.pictures:
         draw(args.pictures)
-    print(f"The cohort is in {summary.folder}, its labels in labels.csv, its best AUROC in truth.json")
+    print(f"Wrote {summary.folder}: labels are in labels.csv, the best AUROC in truth.json")
     print(
         f"{summary.records} records of {summary.subjects} subjects: {summary.ph_records} with PH, "
         f"{summary.nan_records} with NaN, {summary.flat_records} with a flat lead; "
-        f"best AUROC {summary.best_auroc:.3f}, on these records {summary.cohort_auroc:.3f}"
+        f"best expected AUROC {summary.best_auroc:.3f}, on these records {summary.cohort_auroc:.3f}"
     )
 
 
 def draw(folder: Path) -> None:
-    """An average heart at mPAP 14 mmHg and at 69 mmHg, each as it would be printed."""
+    """Draw an average heart at an mPAP of 14 mmHg and of 69 mmHg on ECG paper."""
     from lsemvae.plots.ecg_paper import ecg_paper
 
     folder.mkdir(parents=True, exist_ok=True)

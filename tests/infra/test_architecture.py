@@ -1,4 +1,4 @@
-"""Who may import whom (design.md), and what must never be in the code."""
+"""Who may import whom, and what must never be in the code. CONTRIBUTING.md has the rules in words."""
 
 import ast
 import subprocess

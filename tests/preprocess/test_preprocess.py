@@ -44,7 +44,7 @@ def test_what_each_scale_keeps(scale: str):
     einthoven_T = x_LT[LEADS.index("I")] + x_LT[LEADS.index("III")] - x_LT[LEADS.index("II")]
     if scale == "lead":
         np.testing.assert_allclose(std_L, 1, rtol=1e-5)
-        assert np.abs(einthoven_T).max() > 0.1  # the relation is lost, as method.md says
+        assert np.abs(einthoven_T).max() > 0.1  # a factor for each lead breaks the relation
     else:
         assert np.abs(einthoven_T).max() < 0.02 * std_L.max()
         assert std_L.max() / std_L.min() > 1.5

@@ -100,7 +100,7 @@ def test_a_slower_link_counts_only_between_nodes() -> None:
 def test_no_row_beats_its_bounds(gpus: int, batch: int, share: float) -> None:
     args = scale.Args(gpus=gpus)
     if batch < gpus:
-        with pytest.raises(LsemvaeError, match="give each GPU a recording"):
+        with pytest.raises(LsemvaeError, match="give each GPU at least one recording"):
             scale.plan(args, batch, share)
         return
     row, bound = scale.plan(args, batch, share), scale.plan(args, batch, 1.0)

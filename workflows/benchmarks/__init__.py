@@ -1,1 +1,1 @@
-"""What `workflows/bench.py` measures: one module a subject, and `measure`, which all of them use."""
+"""The cases of `workflows/bench.py`, one module a subject; `measure` holds what they share."""

@@ -1,6 +1,6 @@
-"""What `serve` is measured against: the least that people write to serve a model. Both use the same `Scorer`.
+"""The baselines of `serve`: the shortest code that people write to serve a model. They use the same `Scorer`.
 
-As a file of its own, since `mlflow models serve` runs it as the model's code, and uvicorn as an application.
+This is a file of its own because `mlflow models serve` runs it as the model's code, and uvicorn as an application.
 """
 
 import io
@@ -18,7 +18,7 @@ from lsemvae.record import Record
 
 
 def app() -> FastAPI:
-    """A minimal server, `uvicorn --factory`: one process, one recording at a time. `BUNDLE` names the model."""
+    """A minimal server for `uvicorn --factory`: one process, one recording at a time. BUNDLE names the model."""
     scorer = Scorer(Path(os.environ["BUNDLE"]))
     api = FastAPI()
 
@@ -41,7 +41,7 @@ def app() -> FastAPI:
 
 
 class Model(PythonModel):
-    """The bundle as MLflow serves it: mV in, [B, L, T] with the bundle's leads at 500 Hz, scores out."""
+    """The bundle as an MLflow model: mV_BLT with the bundle's leads at 500 Hz -> score_B."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self._scorer = Scorer(Path(context.artifacts["bundle"]))

@@ -1,4 +1,4 @@
-"""`collapse`: what the reconstruction weight does to the posterior, on real or simulated recordings."""
+"""`collapse`: how the reconstruction weight changes the posterior, on real or simulated recordings."""
 
 import argparse
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ from lsemvae.training.validation import validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the sweep."""
+    """Add the options of this case."""
     parser.add_argument("--data", nargs="+", required=True, help="shards, made by workflows/ingest.py")
     parser.add_argument("--weights", type=float, nargs="+", default=[1, 10, 100, 1000, 10000])
-    parser.add_argument("--epochs", type=int, help="of each training run (by default the recipe's)")
+    parser.add_argument("--epochs", type=int, help="epochs of each training run (default: the recipe's)")
     parser.add_argument("--plot", type=Path, help="also draw the curves into this PNG file")
 
 
 def bench_collapse(args: argparse.Namespace) -> list[Row]:
-    """What the reconstruction weight does on the recordings of `--data`; the baseline is the recipe's own weight.
+    """Train the `small` recipe with several reconstruction weights; the baseline is the recipe's own weight.
 
-    The `small` recipe's model and schedule on training subjects, measured on validation subjects.
+    It trains on the training subjects of `--data` and measures on the validation subjects.
     """
     from matplotlib.figure import Figure
 

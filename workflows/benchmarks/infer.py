@@ -20,13 +20,13 @@ from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the case."""
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (1, 32 and 1024)")
-    parser.add_argument("--size", default="full", choices=SIZES, help="of the model")
+    """Add the options of this case."""
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 1, 32 and 1024)")
+    parser.add_argument("--size", default="full", choices=SIZES, help="size of the model")
 
 
 def bench_infer(args: argparse.Namespace) -> list[Row]:
-    """Scorer on a 6-lead bundle against a bare loop over the leads with the same weights, both from int16."""
+    """Time `Scorer` on a 6-lead bundle and a bare loop over the leads with the same weights, both from int16."""
     config = ClassifierConfig(encoder=SIZES[args.size])
     torch.manual_seed(0)
     model = Classifier(config, LIMB_LEADS).eval()
@@ -79,9 +79,6 @@ def bench_infer(args: argparse.Namespace) -> list[Row]:
 
 
 def mean_of(encoder: PaperEncoder, x_B1T: Tensor) -> Tensor:
-    """One lead's mean alone, as the loop computes it."""
+    """The mean of one lead, without its log-variance, as the loop computes it."""
     h = F.relu(encoder.conv3(F.relu(encoder.conv2(F.relu(encoder.conv1(x_B1T)))))).flatten(1)
     return encoder.fc_mu(h)
-
-
-# ------------------------------------------------------------------------------------------------- collapse

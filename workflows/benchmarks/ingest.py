@@ -1,6 +1,6 @@
 """`ingest` and `feed`: from recordings to shards, and from shards to model input, on one core.
 
-The baseline is the usual loop: `wfdb.rdrecord`, then NeuroKit2's `ecg_clean` and a z-score lead by lead.
+The baseline is the usual loop: `wfdb.rdrecord`, then NeuroKit2's `ecg_clean` and a z-score for each lead.
 """
 
 import argparse
@@ -37,14 +37,14 @@ ALL_OF_MIMIC = 800_035
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of both cases."""
+    """Add the options of both cases."""
     parser.add_argument("--data", required=True, help="a folder of WFDB recordings at 500 Hz, such as PTB-XL")
-    parser.add_argument("--records", type=int, default=128, help="how many of them")
+    parser.add_argument("--records", type=int, default=128, help="how many recordings to use")
 
 
 @threadpool_limits.wrap(limits=1)
 def bench_ingest(args: argparse.Namespace) -> list[Row]:
-    """Recordings into shards, and into model input without them."""
+    """Time recordings -> shards, and recordings -> model input without shards."""
     table, job = _recordings(args)
     paths = [Path(args.data, path) for path in table["path"]]
     _check_equal(_prepare_ours(paths), _prepare_usual(paths))
@@ -76,7 +76,7 @@ def bench_ingest(args: argparse.Namespace) -> list[Row]:
 
 @threadpool_limits.wrap(limits=1)
 def bench_feed(args: argparse.Namespace) -> list[Row]:
-    """Shards into batches of model input, in the process that asks for them."""
+    """Time shards -> batches of model input, in the process that asks for them."""
     table, job = _recordings(args)
     paths = [Path(args.data, path) for path in table["path"]]
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def bench_feed(args: argparse.Namespace) -> list[Row]:
 
 
 def _recordings(args: argparse.Namespace) -> tuple[pd.DataFrame, Job]:
-    """Recordings that the usual loop can read, and whose leads are all usable, for it knows no others."""
+    """Recordings that the usual loop can read, with twelve usable leads: it does not handle others."""
     source = Storage.open(args.data).require()
     cohort = COHORTS[detect(source)]
     table = cohort.recordings(source, None)[["path", "record_id", "subject_id"]]
@@ -146,7 +146,7 @@ def _prepare_usual(paths: list[Path]) -> np.ndarray:
 
 
 def _pack(table: pd.DataFrame, job: Job, output: Storage) -> list[Shard]:
-    """As ingest does it, one shard after another, anew each time."""
+    """Write the shards as ingest does, one after another, again at each call."""
     recordings = table.to_dict("records")
     job, shards = replace(job, output=output), []
     for number, start in enumerate(range(0, len(recordings), SHARD_RECORDS)):
@@ -165,7 +165,7 @@ def _pack_usual(path: Path) -> int:
 
 
 def _listed(rows: int) -> pd.DataFrame:
-    """A table like that of MIMIC-IV-ECG, of so many recordings."""
+    """A table like MIMIC-IV-ECG's, with `size` recordings."""
     numbers = np.arange(rows)
     table = pd.DataFrame({"record_id": (40_000_000 + numbers).astype(str)})
     table["subject_id"] = (10_000_000 + numbers // 5).astype(str)
@@ -174,7 +174,7 @@ def _listed(rows: int) -> pd.DataFrame:
 
 
 def _growth(case: str, sizes: Sequence[tuple[int, Callable[[], object]]]) -> list[Row]:
-    """Seconds a record, and memory taken on top, for several times as many records as at first."""
+    """Rows: seconds a record and additional memory, for several numbers of records, against the smallest."""
     (first, smallest), *larger = sizes
     smallest()
     once_s = statistics.median(timed(smallest, "cpu") for _ in range(5)) / first

@@ -1,6 +1,6 @@
-"""The load of `serve`, from a process of its own: each line of its input is a `Run`, each of its output a `Found`.
+"""The load generator of `serve`, a process of its own: each line of input is a `Run`, each line of output a `Found`.
 
-It costs little beside what it measures: requests are made once, and sent as they are on connections that are kept.
+It uses little CPU time beside what it measures: requests are built once and sent unchanged on open connections.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked for: closed loop, or with `rate` open: so many requests a second whatever comes back.
+    """One measurement. The loop is closed, or with `rate` open: `rate` requests a second, whatever the answers.
 
-    port      of 127.0.0.1
-    requests  files with whole HTTP/1.1 requests, sent in turn
-    clients   connections; each waits for its answer before it asks again
-    seconds   of counting, after `warm_s` without
+    port      on 127.0.0.1
+    requests  files with complete HTTP/1.1 requests, sent in turn
+    clients   connections; each waits for its answer before it sends again
+    seconds   of counting, after `warm_s` seconds that are not counted
     """
 
     port: int
@@ -38,10 +38,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Found:
-    """Answers with status 200 a second, and milliseconds until the 50th, 95th and 99th of a hundred was there.
+    """Answers with status 200 a second, and the 50th, 95th and 99th percentile of their latency in milliseconds.
 
-    In an open loop time counts from when the request was due, so that waiting for a free connection is in it.
-    `failed`: other answers by status. `answers` were there in the whole run, and cost this process `cpu_s`.
+    In an open loop, latency counts from the moment when the request was due, so it includes the wait for a free
+    connection. `failed` counts other answers by status. `answers` is their number in the whole run, `cpu_s` the CPU
+    time of this process.
     """
 
     per_s: float
@@ -54,7 +55,7 @@ class Found:
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time over one connection. Answers must have a Content-Length."""
+    """A connection with one request at a time. Answers must have a Content-Length."""
 
     def __init__(self) -> None:
         self._received = b""
@@ -64,7 +65,7 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     async def ask(self, request: bytes) -> int:
-        """The status of the answer; its body is read and dropped."""
+        """Send a request -> the status of its answer; the body is read and dropped."""
         self._received, self._answer = b"", asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return await self._answer
@@ -86,7 +87,7 @@ class Connection(asyncio.Protocol):
 
 
 async def measure(run: Run) -> Found:
-    """Asks, and counts what came back between `warm_s` and `warm_s + seconds`."""
+    """Send requests, and count the answers between `warm_s` and `warm_s + seconds`."""
     requests = itertools.cycle([Path(name).read_bytes() for name in run.requests])
     began = time.perf_counter()
     counting, end = began + run.warm_s, began + run.warm_s + run.seconds
@@ -125,7 +126,7 @@ async def measure(run: Run) -> Found:
 
 
 class Generator:
-    """This file as a process, for the one that measures."""
+    """This file as a child process of the benchmark."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -138,7 +139,7 @@ class Generator:
 
 @contextmanager
 def generator() -> Iterator[Generator]:
-    """Runs for as long as the context lasts."""
+    """Run the process while the context lasts."""
     command = [sys.executable, __file__]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield Generator(process)

@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same thing in turn, and what comes out as a row."""
+"""Time two implementations in turn, and turn the results into rows."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ from lsemvae.errors import LsemvaeError
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the answer. `ratio` above 1 means that ours is better, whatever the unit."""
+    """One line of the table. A `ratio` above 1 means that ours is better, whatever the unit."""
 
     case: str
     ours: float
@@ -26,19 +26,19 @@ class Row:
 
 
 def less_is_better(case: str, ours: float, baseline: float, unit: str) -> Row:
-    """A row of times or of memory."""
+    """A row for times or memory."""
     return Row(case, ours, baseline, baseline / ours, unit)
 
 
 def more_is_better(case: str, ours: float, baseline: float, unit: str) -> Row:
-    """A row of rates or of shares of what the machine can do."""
+    """A row for rates, or for shares of the machine's peaks."""
     return Row(case, ours, baseline, ours / baseline, unit)
 
 
 def alternate(
     ours: Callable[[], object], baseline: Callable[[], object], rounds: int, device: str
 ) -> tuple[float, float]:
-    """Median seconds of a call of each, called in turn so that a busy machine is busy for both."""
+    """Median seconds of a call of each. Calls alternate, so that other load on the machine affects both."""
     for call in (ours, baseline):  # compilation, first allocations
         call()
         call()
@@ -47,7 +47,7 @@ def alternate(
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds until the device has done the call."""
+    """Seconds until the device has finished the call."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -56,13 +56,13 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def roofs(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """The best this machine gives: matrix products in FLOP/s at `dtype`, and copies in byte/s."""
+    """The measured peaks of this machine: matrix products in FLOP/s at `dtype`, and copies in byte/s."""
     size = 8192 if device == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     product = torch.empty_like(a)
@@ -74,7 +74,7 @@ def roofs(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def peak_bytes(call: Callable[[], object], static: int, device: str) -> int:
-    """The most memory that a call holds at once; `static` is its weights and optimiser state in bytes."""
+    """Peak memory of a call in bytes; `static` is the size of its weights and optimiser state."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -85,7 +85,7 @@ def peak_bytes(call: Callable[[], object], static: int, device: str) -> int:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     call()
     return _resident_bytes("VmHWM") - before + static
 
@@ -94,4 +94,4 @@ def _resident_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
-    raise LsemvaeError(f"/proc/self/status has no {key}: memory is measured on Linux alone")
+    raise LsemvaeError(f"/proc/self/status has no {key}: memory can be measured only on Linux")

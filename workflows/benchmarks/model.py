@@ -1,4 +1,4 @@
-"""`model`: the model against the loop over leads that the paper describes. Torch and numpy are all it needs."""
+"""`model`: the model against the loop over leads that the paper describes. It needs only torch and numpy."""
 
 import argparse
 from collections.abc import Callable
@@ -19,15 +19,17 @@ SIZES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the case."""
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (64, on a GPU 128 and 1024)")
-    parser.add_argument("--size", default="full", choices=SIZES, help="of the model")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="float32, on a GPU bfloat16")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile ours (GPU: yes)")
+    """Add the options of this case."""
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 64, on a GPU 128 and 1024)")
+    parser.add_argument("--size", default="full", choices=SIZES, help="size of the model")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile for ours (default on a GPU)"
+    )
 
 
 class PaperEncoder(nn.Module):
-    """One lead's encoder, as section 2.1 of the paper describes it."""
+    """The encoder of one lead, as in section 2.1 of the paper."""
 
     def __init__(self, config: LSEMVAEConfig) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class PaperEncoder(nn.Module):
 
 
 class PaperDecoder(nn.Module):
-    """The shared decoder, called once a lead."""
+    """The shared decoder, called once for each lead."""
 
     def __init__(self, config: LSEMVAEConfig) -> None:
         super().__init__()
@@ -63,9 +65,9 @@ class PaperDecoder(nn.Module):
 
 
 class PaperLoop(nn.Module):
-    """The baseline: the model lead by lead, twelve encoder modules and twelve decoder calls.
+    """The baseline: one lead after another, with twelve encoder modules and twelve decoder calls.
 
-    Its formulas are the paper's as printed, with the same gate as ours; all leads are observed.
+    It uses the paper's formulas as printed, with the same gate as ours; all leads are observed.
     """
 
     def __init__(self, config: LSEMVAEConfig) -> None:
@@ -97,12 +99,12 @@ class PaperLoop(nn.Module):
 
 
 def model_work(config: LSEMVAEConfig, batch: int, decodes: int, train: bool, width: int) -> tuple[int, int]:
-    """The least FLOPs and bytes of a forward pass or a training step, without any waste.
+    """The smallest number of FLOPs and bytes that a forward pass or a training step needs.
 
-    `width` is the bytes of an activation. A training step does every matrix product three times (forward,
-    and the gradients of input and of weight), reads each weight twice and writes its gradient, and AdamW
-    reads four and writes three float32 numbers a parameter. Activations are written once and read once going
-    forward; going back they are read once more, and their gradient is written once and read twice.
+    `width` is the size of an activation in bytes. A training step computes every matrix product three times (forward,
+    gradient of the input, gradient of the weight), reads each weight twice and writes its gradient; AdamW reads four
+    and writes three float32 numbers for each parameter. The forward pass writes and reads each activation once; the
+    backward pass reads it again, writes its gradient once and reads that twice.
     """
     first, second, third = config.channels
     samples, latent, leads = config.samples, config.latent, len(LEADS)
@@ -122,7 +124,7 @@ def model_work(config: LSEMVAEConfig, batch: int, decodes: int, train: bool, wid
 
 
 def bench_model(args: argparse.Namespace) -> list[Row]:
-    """Training step and forward pass against the loop over leads that the paper describes."""
+    """Time a training step and a forward pass against the loop over leads that the paper describes."""
     config, device, rounds = (
         SIZES[args.size],
         args.device,
@@ -136,7 +138,7 @@ def bench_model(args: argparse.Namespace) -> list[Row]:
     model = LSEMVAE(config).to(device)
     loop = PaperLoop(config).to(device)
     compiled = device == "cuda" if args.compile is None else args.compile
-    # Each batch size for itself: one graph for both would be slower at either.
+    # Compile once for each batch size: one graph for both would be slower at each.
     ours = torch.compile(model, dynamic=False) if compiled else model
     our_adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loop_adamw = torch.optim.AdamW(loop.parameters(), lr=1e-4, foreach=False, fused=False)
@@ -164,7 +166,7 @@ def bench_model(args: argparse.Namespace) -> list[Row]:
             peaks = [peak_bytes(call, static, device) / 2**30 for call in pair]
             measured.append((name, batch, train, seconds, peaks))
 
-    # The roofs at the start or at the end, whichever found the machine less busy.
+    # Measured at the start and at the end; the machine was less busy for the larger of the two.
     flops_s, bytes_s = (max(pair) for pair in zip(before, roofs(device, dtype), strict=True))
     print(f"matrix products {flops_s / 1e12:.3g} TFLOP/s ({precision}), copies {bytes_s / 1e9:.3g} GB/s")
     rows = []

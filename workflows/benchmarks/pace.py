@@ -1,6 +1,6 @@
-"""`pace`: whether the cache keeps up with a device that takes batches at a given rate, without having the device.
+"""`pace`: whether the cache keeps up with a device that takes batches at a given rate, measured without the device.
 
-Whoever trains on a GPU leaves the processors alone most of the time, so it is a pause here.
+Training on a GPU leaves the CPUs idle most of the time, so a pause takes the place of the device's step.
 """
 
 import argparse
@@ -22,14 +22,16 @@ DEVICE = torch.device("cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the case."""
-    parser.add_argument("--data", required=True, help="shards, better of several shuffle buffers of the recipe")
+    """Add the options of this case."""
+    parser.add_argument("--data", required=True, help="shards, preferably several times the recipe's shuffle buffer")
     parser.add_argument("--recipe", default="paper", choices=PRETRAIN)
-    parser.add_argument("--records-per-s", type=float, nargs="+", default=[9400.0], help="what the device takes")
+    parser.add_argument(
+        "--records-per-s", type=float, nargs="+", default=[9400.0], help="records/s that the device takes"
+    )
 
 
 def bench_pace(args: argparse.Namespace) -> list[Row]:
-    """Records/s that come, against what a device would take: in the median epoch, its first step left out."""
+    """Records/s that arrive, against the device's rate: the median epoch, without its first step."""
     data, recipe = ShardedDataset.open(args.data), PRETRAIN[args.recipe]
     size = recipe.optim.batch_size
     data.require_rows("train", at_least=2 * size)
@@ -42,7 +44,7 @@ def bench_pace(args: argparse.Namespace) -> list[Row]:
         for rate in args.records_per_s:
             epochs = [list(_waits_s(feed, epoch, size / rate)) for epoch in range(1 + (args.rounds or 3))]
             begins_s = [waits_s[0] for waits_s in epochs[1:]]
-            # Memory is taken in the first epoch.
+            # The first epoch also allocates memory, so it is not counted.
             wait_s = statistics.median(statistics.mean(waits_s[1:]) for waits_s in epochs[1:])
             reached = size / (size / rate + wait_s)
             print(f"at {rate:g}/s: an epoch begins after {statistics.median(begins_s):.2f} s", flush=True)
@@ -51,7 +53,7 @@ def bench_pace(args: argparse.Namespace) -> list[Row]:
 
 
 def _waits_s(feed: Feed, epoch: int, step_s: float) -> Iterator[float]:
-    """How long each step of an epoch waits for its batch."""
+    """Seconds that each step of an epoch waits for its batch."""
     batches = batches_ahead(feed.batches(epoch), DEVICE)
     while True:
         asked = time.perf_counter()

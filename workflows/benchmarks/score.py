@@ -1,4 +1,4 @@
-"""`score`: a whole cohort by workflows/score.py against the bare model in a loop in one process."""
+"""`score`: a whole cohort with workflows/score.py against the bare model in a loop in one process."""
 
 import argparse
 import contextlib
@@ -30,19 +30,21 @@ from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 WORKFLOWS = Path(__file__).parents[1]
 UV_PER_LSB = 5
-DIFFERENT = 64  # so many recordings are simulated; the rest are links to them
+DIFFERENT = 64  # recordings that are simulated; the others are links to them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the case."""
-    parser.add_argument("--records", type=int, default=2048, help="recordings, and four times as many")
-    parser.add_argument("--size", default="smoke", choices=SIZES, help="of the model")
-    parser.add_argument("--actors", type=int, default=os.cpu_count(), help="processes that hold the model")
+    """Add the options of this case."""
+    parser.add_argument(
+        "--records", type=int, default=2048, help="number of recordings; four times as many are scored too"
+    )
+    parser.add_argument("--size", default="smoke", choices=SIZES, help="size of the model")
+    parser.add_argument("--actors", type=int, default=os.cpu_count(), help="number of processes that hold the model")
     parser.add_argument("--inputs", nargs="+", default=["shards", "xml"], choices=("shards", "xml"))
 
 
 def bench_score(args: argparse.Namespace) -> list[Row]:
-    """From 20205 XML and from shards: records/s without and with start-up, at one and at four times the number."""
+    """Records/s from UK Biobank 20205 XML and from shards, with and without start-up, for N and 4 N recordings."""
     config = ClassifierConfig(encoder=SIZES[args.size])
     torch.manual_seed(0)
     model = Classifier(config, LEADS).eval()
@@ -61,7 +63,7 @@ def bench_score(args: argparse.Namespace) -> list[Row]:
         for kind in args.inputs:
             loop = {"xml": bare_xml, "shards": bare_shards}[kind]
             small = folder / f"{kind}-1"
-            for _ in bare_xml(folder / "xml-1", scorer, 2 * CHUNK):  # warm
+            for _ in bare_xml(folder / "xml-1", scorer, 2 * CHUNK):  # warm up
                 pass
             before_s = timed(loop, small, scorer)
             ours = {times: cohort(folder, kind, times, args) for times in (1, 4)}
@@ -100,7 +102,7 @@ def bare_shards(folder: Path, scorer: Scorer) -> Iterator[float]:
 
 
 def cohort(folder: Path, kind: str, times: int, args: argparse.Namespace) -> dict[str, float]:
-    """What workflows/score.py says of itself, the wall time, and the most memory of all its processes together."""
+    """Run workflows/score.py -> what it prints about itself, wall time, and peak memory of all its processes."""
     output = folder / f"scores-{kind}-{times}"
     source = ["--data" if kind == "shards" else "--source", folder / f"{kind}-{times}", "--output", output]
     began = time.perf_counter()
@@ -113,7 +115,7 @@ def cohort(folder: Path, kind: str, times: int, args: argparse.Namespace) -> dic
 
 
 def run(name: str, *arguments: object) -> float:
-    """`python workflows/NAME.py …` with a Ray of its own -> the most memory of its processes together, in MB."""
+    """Run `python workflows/NAME.py …` with its own Ray -> peak memory of all its processes together, in MB."""
     command = [sys.executable, WORKFLOWS / f"{name}.py", *map(str, arguments)]
     process = subprocess.Popen(
         command, env=os.environ | {"RAY_ADDRESS": "local"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -136,9 +138,9 @@ def run(name: str, *arguments: object) -> float:
 
 
 def tree_mb(pid: int) -> float:
-    """Memory of a process and all below it, what they share counted once (proportional set sizes)."""
+    """Memory of a process and its descendants; shared memory counts once (proportional set sizes)."""
     total_mb = 0.0
-    with contextlib.suppress(OSError):  # it has ended meanwhile
+    with contextlib.suppress(OSError):  # it has ended in the meantime
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         total_mb += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -147,7 +149,7 @@ def tree_mb(pid: int) -> float:
 
 
 def write_xml(folder: Path, count: int) -> None:
-    """Simulated recordings as UK Biobank has them: CardioSoft's schema, 12 leads of 5,000 samples at 500 Hz."""
+    """Write simulated recordings like UK Biobank's: CardioSoft XML, 12 leads of 5,000 samples at 500 Hz."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(min(count, DIFFERENT)):

@@ -1,8 +1,8 @@
 """`serve`: the endpoint against the bare model in a loop, a minimal FastAPI server and `mlflow models serve`.
 
-All score the same recordings with the same bundle, and share the machine with the process that makes the load. Rows
-are named for the baseline and the number of clients (`c32`, closed loop) or the requests a second (`r40`, open loop).
-Where they do not say `json` ours is asked in the binary form, and so is the baseline, but MLflow, which has JSON alone.
+All score the same recordings with the same bundle, and share the machine with the process that generates the load. The
+name of a row has the baseline and the number of clients (`c32`, closed loop) or requests a second (`r40`, open loop).
+Unless it says `json`, requests are binary, except to MLflow, which accepts only JSON.
 """
 
 import argparse
@@ -44,27 +44,33 @@ WORKFLOWS = Path(__file__).parents[1]
 ROOT = WORKFLOWS.parent
 LEAD_SETS = {"6": LIMB_LEADS, "12": LEADS}
 UV_PER_LSB = 5
-DIFFERENT = 32  # so many recordings are simulated
-FASTEST = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as serve/config.yaml advises
+DIFFERENT = 32  # simulated recordings
+FASTEST = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as serve/config.yaml recommends
 OPEN_CLIENTS = 64
 WARM_S = 1.0
 SETTLE_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the case."""
-    parser.add_argument("--size", default="full", choices=SIZES, help="of the model")
-    parser.add_argument("--leads", default="12", choices=LEAD_SETS, help="of the model and of the recordings")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="of the closed loop")
+    """Add the options of this case."""
+    parser.add_argument("--size", default="full", choices=SIZES, help="size of the model")
+    parser.add_argument("--leads", default="12", choices=LEAD_SETS, help="leads of the model and the recordings")
     parser.add_argument(
-        "--shares", type=float, nargs="*", default=[0.25, 0.5, 0.75], help="of the bare rate, at which the loop is open"
+        "--clients", type=int, nargs="+", default=[1, 8, 32], help="numbers of clients in the closed loop"
     )
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="*",
+        default=[0.25, 0.5, 0.75],
+        help="rates of the open loop, as shares of the bare model's rate",
+    )
+    parser.add_argument("--seconds", type=float, default=4, help="seconds of each measurement")
 
 
 @dataclass(frozen=True)
 class Server:
-    """What answers. `requests` by form: files of whole HTTP requests, one recording each."""
+    """A server under test. `requests` by form: files with complete HTTP requests, one recording each."""
 
     name: str
     port: int
@@ -74,7 +80,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Measured:
-    """Records a second, milliseconds until an answer, and those of a processor that a record costs."""
+    """Records a second, latencies in milliseconds, and CPU milliseconds a record."""
 
     per_s: float
     p50_ms: float = np.nan
@@ -85,7 +91,7 @@ class Measured:
 
 
 def bench_serve(args: argparse.Namespace) -> list[Row]:
-    """Each in turn, several times: what it gives under the same load, and what that costs."""
+    """Measure each server in turn, several times, under the same load."""
     leads, config = LEAD_SETS[args.leads], ClassifierConfig(encoder=SIZES[args.size])
     torch.manual_seed(0)
     model = Classifier(config, leads).eval()
@@ -123,7 +129,7 @@ def bench_serve(args: argparse.Namespace) -> list[Row]:
 
 
 def rows_of(medians: Mapping[tuple[str, str, str], Measured]) -> list[Row]:
-    """Ours against each baseline under the same load."""
+    """Rows of ours against each baseline under the same load."""
     rows = []
     for (name, form, pressure), baseline in medians.items():
         if name not in ("bare", "fastapi", "mlflow"):
@@ -142,7 +148,7 @@ def rows_of(medians: Mapping[tuple[str, str, str], Measured]) -> list[Row]:
 
 
 def show(medians: Mapping[tuple[str, str, str], Measured]) -> None:
-    """What was measured, one line each."""
+    """Print the measurements, one line each."""
     head = ("records/s", "p50 ms", "p95 ms", "p99 ms", "CPU ms a record", "of the load")
     print(f"{'':<24}" + "".join(f"{title:>{max(9, len(title) + 2)}}" for title in head))
     for (name, form, pressure), measured in medians.items():
@@ -154,7 +160,7 @@ def show(medians: Mapping[tuple[str, str, str], Measured]) -> None:
 
 
 class Bare:
-    """The baseline of the rate: int16 to scores in one loop in this process, with the same preprocessing."""
+    """The baseline of the rate: a loop in this process from int16 to scores, with the same preprocessing."""
 
     def __init__(self, folder: Path, counts_NLT: np.ndarray) -> None:
         self._bundle, self._model = load(folder)
@@ -162,7 +168,7 @@ class Bare:
 
     @torch.inference_mode()
     def score(self, counts_BLT: np.ndarray) -> np.ndarray:
-        """score_B."""
+        """counts_BLT -> score_B."""
         signals_mv = list(counts_BLT * np.float32(UV_PER_LSB / 1000))
         prepared = preprocess_signals(
             signals_mv, [RATE_HZ] * len(signals_mv), self._bundle.leads, self._bundle.preprocess
@@ -183,7 +189,7 @@ class Bare:
 
 
 def under_load(server: Server, run: Run, ask: Generator) -> Measured:
-    """Raises LsemvaeError when anything but a score came back in a closed loop."""
+    """Measure a server under a load; raises LsemvaeError if a closed loop gets an answer without a score."""
     before_s = tree_s(server.process.pid)
     found = ask(run)
     cpu_s = tree_s(server.process.pid) - before_s
@@ -198,9 +204,9 @@ def under_load(server: Server, run: Run, ask: Generator) -> Measured:
 
 
 def tree_s(pid: int) -> float:
-    """Processor time of a process and of all below it that live."""
+    """CPU seconds of a process and its living descendants."""
     total_s = 0.0
-    with suppress(OSError):  # it has ended meanwhile
+    with suppress(OSError):  # it has ended in the meantime
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         total_s += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -217,7 +223,7 @@ def recordings(leads: Sequence[str]) -> np.ndarray:
 
 
 def make_bodies(leads: Sequence[str], counts_NLT: np.ndarray) -> dict[str, list[bytes]]:
-    """By form. In JSON millivolts, as many digits as they have."""
+    """Request bodies by form. JSON has millivolts, rounded to the recorder's resolution."""
     bodies: dict[str, list[bytes]] = {"npy": [], "json": [], "mlflow": []}
     for counts_LT in counts_NLT:
         stream = io.BytesIO()
@@ -231,7 +237,7 @@ def make_bodies(leads: Sequence[str], counts_NLT: np.ndarray) -> dict[str, list[
 
 
 def write_requests(folder: Path, path: str, kind: str, bodies: Sequence[bytes], token: str = "") -> list[str]:
-    """Whole requests as files in a new folder -> their names."""
+    """Write complete requests as files into a new folder -> their names."""
     folder.mkdir(parents=True)
     names = []
     for number, body in enumerate(bodies):
@@ -247,7 +253,7 @@ NPY, JSON = "application/x-npy", "application/json"
 
 @contextmanager
 def endpoint(folder: Path, leads: Sequence[str], bodies: Mapping[str, Sequence[bytes]]) -> Iterator[Server]:
-    """`serve run serve/config.yaml` with the bundle as its model."""
+    """Run `serve run serve/config.yaml` with the bundle as its model."""
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     config["http_options"]["port"] = port = free_port(8000)
     config["applications"][0]["args"] |= {"models": [str(folder / "bundle")], "bundles": str(folder / "kept")}
@@ -266,7 +272,7 @@ def endpoint(folder: Path, leads: Sequence[str], bodies: Mapping[str, Sequence[b
 
 @contextmanager
 def plain(folder: Path, leads: Sequence[str], bodies: Mapping[str, Sequence[bytes]]) -> Iterator[Server]:
-    """FastAPI and torch, by uvicorn in one process."""
+    """Run the minimal FastAPI server with uvicorn, in one process."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.baselines:app", "--port", str(port)]
     command += ["--no-access-log", "--log-level", "warning"]
@@ -282,7 +288,7 @@ def plain(folder: Path, leads: Sequence[str], bodies: Mapping[str, Sequence[byte
 
 @contextmanager
 def mlflow_models(folder: Path, leads: Sequence[str], bodies: Mapping[str, Sequence[bytes]]) -> Iterator[Server]:
-    """`mlflow models serve`, the model being code and a bundle."""
+    """Run `mlflow models serve` with a model that consists of code and a bundle."""
     port, samples = free_port(), RATE_HZ * 10
     mlflow.pyfunc.save_model(
         folder / "mlflow-model",
@@ -300,8 +306,8 @@ def mlflow_models(folder: Path, leads: Sequence[str], bodies: Mapping[str, Seque
 
 @contextmanager
 def started(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> Iterator[subprocess.Popen]:
-    """A server in a group of its own, from its first good answer to the end of the context."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `mlflow` looks for uvicorn there
+    """Start a server in its own process group, wait until it answers, and end it with the context."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `mlflow` finds uvicorn through PATH
     with log.open("w") as stream:
         process = subprocess.Popen(
             command,

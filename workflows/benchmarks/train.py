@@ -1,7 +1,7 @@
 """`train`: pre-training from shards, with Ray Data and Ray Train, against the bare step on a batch in memory.
 
-Three ways: preprocessing by Ray Data's tasks on the CPUs; on the training device; and from the cache of prepared
-recordings, as in every epoch but the first.
+It measures three ways: preprocessing in Ray Data tasks on the CPUs, preprocessing on the training device, and reading
+prepared recordings from the cache, as in every epoch after the first.
 """
 
 import argparse
@@ -27,16 +27,18 @@ from lsemvae.training.pretrain import batches_ahead
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the case."""
+    """Add the options of this case."""
     parser.add_argument("--data", required=True, help="shards, made by workflows/ingest.py")
     parser.add_argument("--recipe", default="small", choices=PRETRAIN)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--compile", action="store_true", help="torch.compile, on both sides")
-    parser.add_argument("--steps", type=int, default=12, help="of each measurement, after the first which is not timed")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps of each measurement, after a first step that is not timed"
+    )
 
 
 def bench_train(args: argparse.Namespace) -> list[Row]:
-    """Records per second of all workers together, over steps in turn: from memory, from shards, from memory, …"""
+    """Records/s of all workers together; steps from memory and from shards alternate."""
     prepare_environment()
     start_ray()
     import ray.train
@@ -72,7 +74,7 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
 
 
 def measure(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Runs on each worker -> for each way the median records/s of all workers, from there and from memory."""
+    """Run on each worker -> for each way, median records/s of all workers, fed and from memory."""
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
@@ -98,7 +100,7 @@ def measure(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
             epoch += 1
 
     def rate(batches: Iterable[Batch]) -> float:
-        """Of `steps` steps after one that is not timed."""
+        """Records/s of `steps` steps after one that is not timed."""
         began, records = 0.0, 0
 
         def timed() -> Iterator[Batch]:
