@@ -95,7 +95,7 @@ def test_a_slower_link_counts_only_between_nodes() -> None:
     assert crossed.exchange_s == pytest.approx(scale.exchanged_bytes(16, 4) / 125e6)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(gpus=st.integers(1, 128), batch=st.integers(1, 20_000), share=st.floats(0.01, 0.99))
 def test_no_row_beats_its_bounds(gpus: int, batch: int, share: float) -> None:
     args = scale.Args(gpus=gpus)
