@@ -26,6 +26,8 @@ from support.session import ROOT, workflow
 from support.swift_server import BUCKET, ObjectStore
 
 from lsemvae import storage
+from lsemvae.cohorts import select
+from lsemvae.data.ingest import Job, make_plan, make_shard
 from lsemvae.data.shards import MANIFEST, UNREADABLE, Manifest, Shard, ShardedDataset, pack, shard_bytes
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.leads import LEADS
@@ -178,6 +180,25 @@ def test_wrong_credentials_and_absent_buckets_fail_at_the_first_answer(between, 
     storage._s3_filesystem.cache_clear()
 
 
+def test_a_store_that_says_slow_down_for_longer_than_its_client_waits_is_outlasted(between, place):
+    """The task waits and goes on; nothing is lost, and nothing counts as unreadable."""
+    for number in range(4):
+        samples = "0.0\n0.1\n" * 2500
+        place.write_bytes(f"in/{number}.csv", f"# rate_hz: 500\n# unit: mV\nI\n{samples}".encode())
+    there = through(between, place)
+    table = select(there / "in").table
+    ordered, tasks, plan = make_plan(table, "folder", "x", shard_records=4, val_share=0, seed=0)
+    job = Job(plan, there / "in", there / "out", [], None, threads=2, patience_s=0.0)
+    between.faults = [Fault("503", method="GET", part=".csv")]
+    with pytest.raises(StorageError, match="overloaded") as caught:
+        make_shard(tasks[0], ordered.to_dict("records"), job)
+    assert caught.value.overloaded and not list(place.list("out"))
+    between.faults = [Fault("503", method="GET", part=".csv", times=3 * ATTEMPTS), Fault("503", times=4, method="PUT")]
+    made = make_shard(tasks[0], ordered.to_dict("records"), replace(job, patience_s=60))
+    assert [fault.times for fault in between.faults] == [0, 0]
+    assert (made["shard"]["rows"], made["unreadable"]) == (4, [])
+
+
 # --- ingest ------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +268,7 @@ def test_a_store_that_fails_in_mid_run_is_not_an_unreadable_recording(
     missing = recordings["path"][7]
     object_store.client().delete_object(Bucket=BUCKET, Key=f"{place.base.partition('/')[2]}/source/{missing}.dat")
     between.faults = [Fault("503", method="GET", part=".dat", spared=20)]
-    failed = workflow("ingest", *arguments(between, place, "out"), check=False, AWS_MAX_ATTEMPTS="2")
+    failed = workflow("ingest", *arguments(between, place, "out"), "--patience-s", 1, check=False, AWS_MAX_ATTEMPTS="2")
     assert failed.returncode == 2, failed.stderr
     last = failed.stderr.strip().splitlines()[-1]
     assert last.startswith("error: s3://") and "overloaded" in last and "the same command again goes on" in last

@@ -37,7 +37,7 @@ from lsemvae.leads import LEADS
 from lsemvae.quality import quality_flags
 from lsemvae.scoring import inputs, progress
 from lsemvae.scoring.inputs import open_recordings, open_shards
-from lsemvae.scoring.output import JOB, SUMMARY, claim, finished
+from lsemvae.scoring.output import JOB, SUMMARY, claim, commit, finished
 from lsemvae.scoring.parts import Job, PartScorer, finished_part, part_path
 from lsemvae.scoring.progress import Progress
 from lsemvae.simulate import EcgParameters, simulate_ecg
@@ -168,6 +168,56 @@ def test_shards_and_recordings_give_the_same_scores(few: Path, bundles: dict[int
             row["probability"] = row["probability"] and round(row["probability"], 6)
         assert other.pop("subject_id") == other["record_id"]  # here the shards were made without the cohort's rules
         assert one.pop("subject_id") == one["record_id"].split("_")[0] and one == other
+
+
+def test_missing_and_derived_leads_stand_beside_each_score(bundles: dict[int, Path], tmp_path: Path):
+    """A model of 12 leads gives recordings of two leads other scores: whoever reads the table must see why."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    signal_mv_LT, _ = simulate_ecg(EcgParameters(), np.random.default_rng(3))
+    for name, leads in (("two", ("I", "II")), ("twelve", LEADS)):
+        rows = signal_mv_LT[: len(leads)].T.round(3)
+        text = "\n".join(",".join(f"{value:.3f}" for value in row) for row in rows)
+        (folder / f"{name}.csv").write_text(f"# rate_hz: 500\n# unit: mV\n{','.join(leads)}\n{text}\n")
+    source = open_recordings(str(folder), "auto", None, None, threads=1)
+    shards = open_shards(str(write_shards(tmp_path / "shards", sorted(folder.iterdir(), reverse=True), size=4)))
+    for name, chosen in (("source", source), ("shards", shards)):
+        job = job_for(bundles[12], chosen, tmp_path / name)
+        rows, said = made(job)
+        by_name = {row["record_id"]: row for row in rows}
+        assert by_name["twelve"]["leads_missing"] == by_name["twelve"]["leads_derived"] == ""
+        two = by_name["two"]
+        assert (two["leads_derived"], two["leads_missing"]) == ("III,aVR,aVL,aVF", "V1,V2,V3,V4,V5,V6")
+        assert two["reliability"] == "limited"
+        assert "Missing of the model's 12 leads: V1, V2, V3, V4, V5, V6." in two["reliability_reasons"]
+        assert "Computed from I and II, not measured: III, aVR, aVL, aVF." in two["reliability_reasons"]
+        summary = commit(job, {"plan": job.plan, "model": "ph-12L"}, [part["sha256"] for part in said])
+        with (tmp_path / name / "scores-plan.csv").open() as stream:
+            written = {row["record_id"]: row for row in csv.DictReader(stream)}
+        assert written["two"]["leads_missing"] == two["leads_missing"] and written["two"]["reliability"] == "limited"
+        assert summary["limited"] == sum(row["reliability"] == "limited" for row in rows)
+
+
+def test_unreadable_recordings_are_counted_apart_from_refused_ones(few: Path, bundles: dict[int, Path], tmp_path: Path):
+    job = job_for(bundles[6], ukb_source(few), tmp_path / "out")
+    digests = [part["sha256"] for part in made(job)[1]]
+    summary = commit(job, {"plan": job.plan, "model": "ph-6L"}, digests)
+    assert summary["refused"] == {"leads": 1, "xml": 1}  # everything without a score
+    assert (summary["unreadable"], summary["unreadable_codes"]) == (1, {"xml": 1})
+
+
+def test_who_withdraws_after_ingest_gets_no_score(few: Path, bundles: dict[int, Path], tmp_path: Path):
+    paths = sorted(few.glob("*.xml"))[:6]
+    folder = write_shards(tmp_path / "shards", [path for path in paths if not path.name.startswith(TRUNCATED)], size=2)
+    before = open_shards(str(folder))
+    ids = [row["subject_id"] for row in made(job_for(bundles[6], before, tmp_path / "a"))[0]]
+    assert len(ids) == before.records
+    (folder / "withdrawn.csv").write_text("\n".join(ids[1:4]))  # all of the second shard among them
+    after = open_shards(str(folder))
+    rows, said = made(job_for(bundles[6], after, tmp_path / "b"))
+    assert [row["subject_id"] for row in rows] == [ids[0], *ids[4:]]
+    assert after.records == len(rows) == sum(part["records"] for part in said)
+    assert after.digest != before.digest  # scores of the others are never put beside those with them
 
 
 def test_a_part_is_made_once_and_again_only_where_something_changed(few: Path, bundles, tmp_path: Path):
