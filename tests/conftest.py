@@ -1,6 +1,6 @@
-"""What tests share: one Ray cluster, one MLflow server, and one small simulated cohort taken the whole way.
+"""Fixtures that all tests share: one Ray cluster, one MLflow server, and the models trained on one simulated cohort.
 
-Everything is real and local. Each station's result is made once a session, by the command that a user would run.
+Everything is real and local. Each result is made once a session, by the command that a user would run.
 """
 
 import json
@@ -20,6 +20,16 @@ from support.session import AUTHENTICATION, SHARED_DATA, Cluster, Trained, end_g
 
 os.environ.update(AUTHENTICATION)
 prepare_environment()
+SERVERS = {"mlflow_server", "s3", "object_store", "ray_cluster", "url", "running"}
+"""Fixtures that start a server or a browser."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses a server with `server`, so that `-m "not server"` cannot start one by way of a fixture."""
+    for item in items:
+        if SERVERS & set(item.fixturenames):
+            item.add_marker("server")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +49,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A mock of S3 with the bucket `ecg`, set up in the environment as a user's endpoint would be -> its URL."""
+    """A mock of S3 with the bucket `ecg` -> its URL. The environment names it as it would name a user's endpoint."""
     log, port = tmp_path_factory.mktemp("moto") / "server.log", servers.free_port()
     endpoint = f"http://127.0.0.1:{port}"
     with log.open("w") as stream:
@@ -49,7 +59,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     wait_for(f"{endpoint}/moto-api/", process, log)
     environment = {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": swift_server.ACCESS_KEY,  # the mock takes any
+        "AWS_ACCESS_KEY_ID": swift_server.ACCESS_KEY,  # the mock accepts any
         "AWS_SECRET_ACCESS_KEY": swift_server.SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
@@ -63,7 +73,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def object_store(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[swift_server.ObjectStore]:
-    """A production server with the bucket `ecg` -> use it by `?endpoint=`; `s3` has set the credentials of both."""
+    """A production server with the bucket `ecg`. URIs name it by `?endpoint=`; `s3` has set the credentials of both."""
     store = swift_server.start(tmp_path_factory.mktemp("swift"))
     yield store
     store.end()
@@ -71,7 +81,7 @@ def object_store(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="session")
 def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """`ray start --head` with token authentication, as a user's cluster would have it."""
+    """`ray start --head` with token authentication, as on a user's cluster."""
     port, dashboard_port = servers.free_port(), servers.free_port()
     environment = AUTHENTICATION | {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
@@ -85,7 +95,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
     log = folder / "ray.log"
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
     command += [f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
-    # The default is one for the machine: beside another cluster there would be no agent, and no jobs.
+    # The default port is the same for every cluster of a machine: a second cluster would have no agent and no jobs.
     command += [f"--dashboard-agent-listen-port={servers.free_port()}"]
     command += [f"--object-store-memory={2 * 2**30}", "--node-ip-address=127.0.0.1"]
     start = {key: value for key, value in environment.items() if key not in ("RAY_ADDRESS",)}
@@ -101,7 +111,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
 
     ray.shutdown()
     end_group(process)
-    # A killed head leaves its address behind, and clients that name none would wait for it.
+    # A killed head leaves its address behind; clients that name no address would wait for it.
     traces = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     if traces.is_file() and environment["RAY_ADDRESS"] in traces.read_text():
         traces.unlink()
@@ -111,7 +121,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 simulated subjects in MIMIC-IV-ECG's layout, with NaN and flat leads more often than in life."""
+    """60 simulated subjects in the layout of MIMIC-IV-ECG, with more NaN and flat leads than real recordings have."""
     from lsemvae.cohorts.simulated import CohortConfig, simulate_cohort
 
     folder = tmp_path_factory.mktemp("simulated") / "cohort"
@@ -129,7 +139,7 @@ def shards(ray_cluster: Cluster, cohort: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def pretrained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     storage = tmp_path_factory.mktemp("runs")
-    done = workflow("pretrain", "smoke", "--data", shards, "--storage", storage, "--name", "encoder")
+    done = workflow("pretrain", "smoke", "--data", shards, "--storage", storage, "--name", "encoder", alone=True)
     return Trained(storage / "encoder", done.stdout)
 
 

@@ -10,7 +10,7 @@ from lsemvae.errors import FileTooLarge, LsemvaeError
 from lsemvae.storage import Storage
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.server)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "folder":
         return Storage.open(tmp_path / "place")
