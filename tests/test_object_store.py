@@ -246,7 +246,7 @@ def test_a_killed_ingest_goes_on_and_reads_nothing_twice(ray_cluster, between, p
         Fault("503", times=6, method="GET", part=".dat"),
         Fault("reset in mid-body", times=2, method="GET", part=".hea"),
     ]
-    workflow("ingest", *arguments(between, place, "shards"))
+    workflow("ingest", *arguments(between, place, "shards"), alone=True)
     assert [fault.times for fault in between.faults] == [0, 0]
     assert {name: place.read_bytes(name) for name in finished} == whole
     data = ShardedDataset.open((place / "shards").uri)
@@ -274,6 +274,6 @@ def test_a_store_that_fails_in_mid_run_is_not_an_unreadable_recording(
     assert last.startswith("error: s3://") and "overloaded" in last and "the same command again goes on" in last
     assert not place.exists(f"out/{UNREADABLE}") and not place.exists(f"out/{MANIFEST}")
     between.heal()
-    assert "47 recordings" in workflow("ingest", *arguments(between, place, "out")).stdout
+    assert "47 recordings" in workflow("ingest", *arguments(between, place, "out"), alone=True).stdout
     listed = list(csv.DictReader(place.read_bytes(f"out/{UNREADABLE}").decode().splitlines()))
     assert [(row["path"], row["code"]) for row in listed] == [(missing, "missing_file")]

@@ -1,16 +1,24 @@
-"""How tests run commands and servers: where things are, waiting for a server, ending it with all that it started."""
+"""Run commands and servers in tests: where files are, wait for a server, end it with every process it started."""
 
+import contextlib
+import gc
+import io
 import os
+import runpy
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
+import command  # noqa: F401  sets the environment of Ray and MLflow for all that run here
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +27,21 @@ ROOT = Path(__file__).parents[2]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
-# Ray reads these once, when a test first imports it, which may be long before one asks for the cluster.
+# Ray reads these when it is first imported, which may be long before a test asks for the cluster.
 AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def text_of(path: Path) -> str:
+    """What another process has written to a log so far. Empty where the log is gone; a character may be cut in two."""
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def lines_of(path: Path) -> list[str]:
+    """The whole lines of a file that another process writes; the line that is being written is left out."""
+    return text_of(path).rpartition("\n")[0].splitlines()
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path, attempts: int = 600, headers: dict | None = None) -> None:
@@ -33,7 +54,7 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, attempts: int = 600
                     return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)
-    pytest.fail(f"{url} did not come up:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"{url} did not come up:\n{text_of(log)[-3000:]}")
 
 
 def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
@@ -45,7 +66,7 @@ def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 
 
 def end_serve(process: subprocess.Popen) -> None:
-    """Ends `serve run` and Serve itself: its proxies would keep their port, and the next one get none."""
+    """Ends `serve run` and Serve itself, whose proxies would otherwise keep their port."""
     end_group(process)
     subprocess.run(
         [str(Path(sys.executable).with_name("serve")), "shutdown", "-y"], cwd=ROOT, capture_output=True, check=True
@@ -54,24 +75,73 @@ def end_serve(process: subprocess.Popen) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running head node and what its clients need in their environment (it is set for the session)."""
+    """A running head node, and the environment that its clients need (it is set for the session)."""
 
     dashboard: str
     environment: dict[str, str]
 
 
-def workflow(name: str, *arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `python workflows/NAME.py …` as a user would; with `check` a failure shows what it printed."""
-    command = [sys.executable, str(ROOT / "workflows" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+def workflow(
+    name: str, *arguments: object, check: bool = True, alone: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs `workflows/NAME.py …`; with `check` a failure shows what it printed.
+
+    It runs in this process, which saves the seconds in which a new one imports Ray, MLflow and torch. With `alone`, or
+    an environment of its own, it runs in a process of its own, as a user would start it.
+    """
+    path, words = ROOT / "workflows" / f"{name}.py", list(map(str, arguments))
+    if alone or environment:
+        done = subprocess.run(
+            [sys.executable, str(path), *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        )
+    else:
+        done = _run_here(path, words)
     if check and done.returncode:
         pytest.fail(f"{name} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
     return done
 
 
+def _run_here(path: Path, words: list[str]) -> subprocess.CompletedProcess:
+    """The program as `__main__` of this process; the Ray session that it joins is joined for good."""
+    out, err, status = _Written(sys.stdout), _Written(sys.stderr), 0
+    environment, arguments = dict(os.environ), sys.argv
+    sys.argv = [str(path), *words]
+    try:
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as ended:
+                status = ended.code or 0
+            except Exception:
+                status = 1
+                traceback.print_exc()
+    finally:
+        sys.argv = arguments
+        for name in {name for name, _ in environment.items() ^ os.environ.items()}:
+            if name in environment:
+                os.environ[name] = environment[name]
+            else:
+                del os.environ[name]
+    gc.collect()  # what the program has left would keep its actors, and they their CPUs
+    if not isinstance(status, int):
+        status, _ = 1, err.write(f"{status}\n")
+    return subprocess.CompletedProcess([str(path), *words], status, out.getvalue(), err.getvalue())
+
+
+class _Written(io.StringIO):
+    """What this thread writes. Other threads keep their stream: Ray's bring what workers of earlier tests print."""
+
+    def __init__(self, others: TextIO) -> None:
+        super().__init__()
+        self._thread, self._others = threading.get_ident(), others
+
+    def write(self, text: str) -> int:
+        return super().write(text) if threading.get_ident() == self._thread else self._others.write(text)
+
+
 @dataclass(frozen=True)
 class Trained:
-    """A station's result: where its files are, and what the command printed."""
+    """The result of a command: where its files are, and what it printed."""
 
     folder: Path
     printed: str
