@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +47,7 @@ from serve.cohorts import PREFIXES, allowed, choose
 
 WITHDRAWN, TRUNCATED, FLAT = "1000003", "1000004", "1000005"
 REPEATED = "1000006"
+SCORE = ROOT / "workflows" / "score.py"
 
 
 def xml(seed: int) -> bytes:
@@ -419,10 +420,10 @@ def results(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in paths if path.name != progress.PROGRESS}
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "workflows" / "score.py"), *map(str, arguments)]
+def start(*arguments: object, command: Sequence[object] = (sys.executable, SCORE)) -> subprocess.Popen:
+    words = [*map(str, command), *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -468,7 +469,7 @@ def test_two_commands_at_once_make_one_result(whole, ukb: Path):
 def test_killed_and_given_again_it_ends_with_the_same_bytes(whole, ray_cluster, ukb: Path, bundles, tmp_path: Path):
     output = tmp_path / "out"
     arguments = ("--model", bundles[6], "--source", ukb, "--output", output)
-    process = start(*arguments)
+    process = start(*arguments, command=[sys.executable, ROOT / "tests" / "support" / "watched.py", "score"])
     while not list(output.glob("parts/*.parquet")) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -513,7 +514,7 @@ def test_above_the_error_rate_it_stops_with_status_3_and_goes_on_when_mended(ray
     for number in range(6):
         (source / f"r{number}.xml").write_bytes(xml(number) if number else b"<CardiologyXML>")
     arguments = ("--model", bundles[6], "--source", source, "--output", output, "--max-unreadable", 0.1)
-    stopped = workflow("score", *arguments, check=False)
+    stopped = workflow("score", *arguments, check=False, alone=True)
     assert stopped.returncode == score.TOO_MANY_UNREADABLE
     assert "1 of 6 recordings are unreadable" in stopped.stderr and "Traceback" not in stopped.stderr
     assert not list(output.glob("scores-*")) and not (output / "summary.json").exists()

@@ -19,7 +19,7 @@ import servers
 import torch
 import yaml
 from mlflow import MlflowClient
-from support.session import ROOT, Cluster, end_group, end_serve, wait_for
+from support.session import ROOT, Cluster, end_group, end_serve, lines_of, wait_for
 
 from lsemvae import bundle as bundles
 from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Scorer, example_record
@@ -471,7 +471,7 @@ class Load:
     log: Path
 
     def answers(self) -> list[list]:
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("]")]
+        return [json.loads(line) for line in lines_of(self.log)]
 
     def wait_until(self, version: int) -> None:
         """Until 40 answers one after another, which two replicas share, are this version's."""

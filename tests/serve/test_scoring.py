@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from scipy import signal as sps
-from support.session import ROOT, Cluster, Trained, end_serve, wait_for, workflow
+from support.session import ROOT, Cluster, Trained, end_serve, lines_of, text_of, wait_for, workflow
 
 from lsemvae.bundle import describe
 from lsemvae.formats import read
@@ -448,11 +448,11 @@ def test_logs_are_json_lines_that_name_nobody(service: Service, recordings):
     assert len(logs) == REPLICAS
 
     def answered() -> list[dict]:
-        lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        lines = [json.loads(line) for log in logs for line in lines_of(log)]
         return [line for line in lines if line["message"] == "answered"]
 
     until(lambda: {"/v1/score", "/v1/score/file"} <= {line["endpoint"] for line in answered()}, "requests are logged")
     assert all({"endpoint", "status", "ms"} <= line.keys() for line in answered())
     for log in logs[0].parent.iterdir():  # of proxy and controller too
-        assert mark not in log.read_text(errors="replace"), log
-        assert TOKEN not in log.read_text(errors="replace"), log
+        assert mark not in text_of(log), log
+        assert TOKEN not in text_of(log), log

@@ -1,4 +1,4 @@
-"""A proxy before an object store that injects faults: 503, resets, cut or silent connections, short reads."""
+"""A proxy in front of an object store. It injects faults: 503, resets, cut or silent connections, short reads."""
 
 import http.client
 import socket
@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of a method to a path with `part` in it, after `spared` of them."""
+    """A fault of the next `times` requests with this method and `part` in the path, after `spared` such requests."""
 
     kind: str
     times: int = 10**9
@@ -20,7 +20,7 @@ class Fault:
 
 
 class Between:
-    """A proxy in a thread of this process that passes requests on, and remembers them."""
+    """A proxy in a thread of this process. It passes requests on and remembers them."""
 
     def __init__(self, endpoint: str) -> None:
         self.faults: list[Fault] = []
@@ -30,7 +30,7 @@ class Between:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, endpoint.removeprefix("http://")))
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # clients that are killed
+        self._server.handle_error = lambda *_: None  # of killed clients
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -91,7 +91,7 @@ def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
             content, headers = answer.read(), answer.getheaders()
             upstream.close()
             half = content[: len(content) // 2]
-            if kind == "less":  # and a length that agrees with it
+            if kind == "less":  # with a length that agrees with it
                 return self._answer(answer.status, headers, half)
             if kind in ("cut", "reset in mid-body"):
                 self._answer(answer.status, headers, half, length=len(content))

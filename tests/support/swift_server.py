@@ -1,7 +1,7 @@
 """OpenStack Swift with its S3 interface, in one folder: a production object store for tests.
 
-A proxy, an account, a container and an object server on one "device", without replication. It needs no root and no
-system package, only a file system with extended attributes.
+A proxy, an account, a container and an object server on one "device", without replication. They need a file system
+with extended attributes, but no root and no system package.
 """
 
 import os
@@ -17,6 +17,8 @@ from typing import Any
 import boto3
 import pytest
 import servers
+
+from support.session import text_of
 
 BUCKET = "ecg"
 ACCESS_KEY, SECRET_KEY = "ecg:tester", "tests-only"
@@ -112,10 +114,10 @@ class ObjectStore:
 
 
 def start(folder: Path) -> ObjectStore:
-    """Skips the test with the reason where Swift cannot run."""
+    """Start the servers. Skips the test, with the reason, where Swift cannot run."""
     try:
         from swift.common.ring import RingBuilder
-    except Exception as error:  # absent, or its C library is
+    except Exception as error:  # the package or its C library is absent
         pytest.skip(f"OpenStack Swift cannot be imported: {error}")
     (folder / "devices" / "d1").mkdir(parents=True)
     try:
@@ -148,7 +150,7 @@ def start(folder: Path) -> ObjectStore:
             config = folder / f"{kind}-server.conf"
             config.write_text(text.format(folder=folder, port=port, user=user, kind=kind, secret=SECRET_KEY))
             command = [sys.executable, Path(sys.executable).with_name(f"swift-{kind}-server"), config, "-v"]
-            # Each server makes itself the leader of a session, so each is ended by itself.
+            # Each server makes itself the leader of a session, so each must be ended on its own.
             processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True))
     endpoint = f"http://127.0.0.1:{ports['proxy']}"
     store = ObjectStore(endpoint, processes)
@@ -160,7 +162,7 @@ def start(folder: Path) -> ObjectStore:
         store.client().create_bucket(Bucket=BUCKET)
     except Exception as error:
         store.end()
-        pytest.skip(f"OpenStack Swift does not answer ({error}):\n{log.read_text()[-2000:]}")
+        pytest.skip(f"OpenStack Swift does not answer ({error}):\n{text_of(log)[-2000:]}")
     return store
 
 

@@ -1,12 +1,18 @@
-"""workflows/pretrain.py, with a feed that writes down which records each step was given, and waits where a test says.
+"""Commands that write down what they do and wait where a test says: `python tests/support/watched.py NAME …`.
 
-It is run as a program, so that Ray takes the feed's class along to the workers.
+    pretrain, tune   each step's records; before the step that the limit names they wait
+    score            waits after the first finished part
+
+It is run as a program, so that Ray takes the feed's class along to the workers. A test decides how far a run gets by
+`Attempt.until`; it can then kill the run at that place, however busy the machine is.
 """
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +40,89 @@ class Watched(Feed):
                 yield rows
 
 
-if __name__ == "__main__":
+@dataclass
+class Attempt:
+    """A folder in which a run's feeds write; a test learns the run's progress from it."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.until(10**9)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a watched command needs in its environment."""
+        root = Path(__file__).parents[2]
+        return {"WATCHED": str(self.folder), "PYTHONPATH": f"{root}{os.pathsep}{root / 'workflows'}"}
+
+    def until(self, step: int) -> None:
+        """Let the run go on to this step, counted over all epochs."""
+        written = self.folder / "partial"
+        written.write_text(str(step))
+        written.replace(self.folder / "limit")
+
+    def lines(self) -> list[dict]:
+        """In the order of time; a line that is being written is left out."""
+        lines = [
+            json.loads(line) | {"process": path.name.split("-")[0]}
+            for path in self.folder.glob("*.jsonl")
+            for line in path.read_text().splitlines()
+            if line.endswith("}")
+        ]
+        return sorted(lines, key=lambda line: line["at"])
+
+    def processes(self) -> set[str]:
+        """The workers that there have been."""
+        return {path.name.split("-")[0] for path in self.folder.glob("*.jsonl")}
+
+    def steps(self, after: Iterable[str] = ()) -> list[int]:
+        """The steps that were given, but for those of these workers."""
+        return [line["step"] for line in self.lines() if line["process"] not in after]
+
+    def workers(self, after: Iterable[str] = ()) -> set[int]:
+        """How many of them shared a step, but for those that these did."""
+        return {line["workers"] for line in self.lines() if line["process"] not in after}
+
+
+def _pretrain() -> None:
     import pretrain
     import ray.train
 
     from lsemvae.recipes import PRETRAIN
+    from lsemvae.training import launch
 
-    pretrain.Feed = Watched
+    launch.Feed = Watched
     ray.train.ScalingConfig = partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=1)
     pretrain.run_recipe_command(pretrain.main, pretrain.Args, PRETRAIN, storage=pretrain.tyro.MISSING)
+
+
+def _tune() -> None:
+    import tune
+
+    from lsemvae.recipes import PRETRAIN
+    from lsemvae.training import launch
+
+    launch.Feed = Watched
+    missing = tune.tyro.MISSING
+    tune.run_recipe_command(tune.main, tune.Args, PRETRAIN, storage=missing, grid=missing)
+
+
+def _score() -> None:
+    import score
+
+    from lsemvae.scoring.progress import Progress
+
+    add = Progress.add
+
+    def add_and_wait(progress: Progress, part: dict) -> None:
+        add(progress, part)
+        while True:
+            time.sleep(1)
+
+    Progress.add = add_and_wait
+    score.run_command(score.main, score.Args)
+
+
+if __name__ == "__main__":
+    {"pretrain": _pretrain, "tune": _tune, "score": _score}[sys.argv.pop(1)]()

@@ -1,6 +1,7 @@
 """Pre-training and fine-tuning as commands, on a real cluster with a real MLflow server."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,8 +13,11 @@ import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from sklearn.metrics import roc_auc_score
+from support.checkpoints import newest
 from support.session import ROOT, Cluster, Trained, workflow
+from support.watched import Attempt
 
 from lsemvae import bundle as bundles
 from lsemvae.data.shards import ShardedDataset
@@ -21,12 +25,19 @@ from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.recipes import FINETUNE, PRETRAIN
 from lsemvae.tracking import Run, fetch, promote, resolve
 
+WATCHED = str(ROOT / "tests" / "support" / "watched.py")
+
 
 def logged(run_name: str, experiment: str) -> tuple[MlflowClient, object]:
     client = MlflowClient()
     experiment_id = client.get_experiment_by_name(experiment).experiment_id
     (run,) = [r for r in client.search_runs([experiment_id]) if r.info.run_name == run_name][:1]
     return client, run
+
+
+def losses_of(run_name: str) -> list[Metric]:
+    client, run = logged(run_name, "pretrain")
+    return client.get_metric_history(run.info.run_id, "train.loss")
 
 
 @pytest.mark.ray
@@ -49,7 +60,7 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
     scales = [metric.value for metric in client.get_metric_history(run.info.run_id, "kl_scale")]
     assert scales == sorted(scales) and scales[-1] == 1
     manifest = ShardedDataset.open(str(shards)).manifest
-    for split in ("train", "val"):  # the cohort has recordings without enough leads: they are refused, all others seen
+    for split in ("train", "val"):  # recordings without enough leads are refused; all others are used
         assert 0.9 * manifest.rows_in(split) <= run.data.metrics[f"{split}.records"] <= manifest.rows_in(split)
     assert run.data.params["model.latent"] == "16"
     steps = -(-manifest.rows_in("train") // 32)
@@ -67,7 +78,7 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
 def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(
     s3: str, shards: Path, pretrained: Trained, tmp_path: Path
 ):
-    """At a reconstruction weight of zero nothing but the prior is left. Preprocessed on the device."""
+    """At a reconstruction weight of zero only the prior is left. Preprocessed on the device."""
     client = boto3.client("s3")
     for path in shards.iterdir():
         client.upload_file(str(path), "ecg", f"pretrain/shards/{path.name}")
@@ -95,30 +106,31 @@ def test_the_same_command_again_says_it_is_finished(shards: Path, pretrained: Tr
 
 @pytest.mark.ray
 def test_a_killed_run_goes_on_from_its_checkpoint(ray_cluster: Cluster, shards: Path, tmp_path: Path):
-    """SIGKILL of the driver after the first checkpoint; the same command then trains only the epochs that are left.
+    """SIGKILL of the driver after its first checkpoints; the same command then trains only the epochs that are left.
 
-    Both read from the cache what the first epoch has prepared.
+    Both commands read what the first epoch has prepared from the cache.
     """
-    command = [sys.executable, str(ROOT / "workflows" / "pretrain.py"), "smoke", "--data", str(shards)]
-    command += ["--storage", str(tmp_path), "--name", "killed", "--model-name", "killed", "--optim.epochs", "5"]
-    command += ["--cache", str(tmp_path / "cache")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("killed/checkpoint_*/state.json")):
+    options = ["smoke", "--data", str(shards), "--storage", str(tmp_path), "--name", "killed", "--model-name", "killed"]
+    options += ["--optim.epochs", "5", "--cache", str(tmp_path / "cache")]
+    attempt, steps = Attempt(tmp_path / "watched"), -(-ShardedDataset.open(str(shards)).manifest.rows_in("train") // 32)
+    attempt.until(2 * steps)  # there it waits until it is killed
+    process = subprocess.Popen(
+        [sys.executable, WATCHED, "pretrain", *options], cwd=ROOT, env=os.environ | attempt.environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not newest(tmp_path / "killed", steps) or not losses_of("killed"):
         assert process.poll() is None, "it ended before its first checkpoint"
         time.sleep(0.1)
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "result.json").exists()
-    client, run = logged("killed", "pretrain")
-    before = len(client.get_metric_history(run.info.run_id, "train.loss"))
-    assert 1 <= before < 5
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    client, again = logged("killed", "pretrain")
-    assert again.info.run_id == run.info.run_id  # the same MLflow run goes on
-    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train.loss")]
-    assert sorted(set(steps)) == list(range(5))
-    assert len(steps) <= 6  # at most the epoch that was under way is done twice
+    run = logged("killed", "pretrain")[1]
+    assert 1 <= len(losses_of("killed")) < 5
+    workflow("pretrain", *options)
+    assert logged("killed", "pretrain")[1].info.run_id == run.info.run_id  # the same MLflow run goes on
+    epochs = [metric.step for metric in losses_of("killed")]
+    assert sorted(set(epochs)) == list(range(5))
+    assert len(epochs) <= 6  # at most the epoch that was under way is done twice
     groups = [len(np.load(path, mmap_mode="r")) for path in (tmp_path / "cache").glob("*/*.npy")]
     assert sum(groups) == ShardedDataset.open(str(shards)).manifest.rows_in("all")
     assert bundles.load(tmp_path / "killed" / "bundle")[0].leads == LEADS
@@ -233,7 +245,7 @@ def test_mistakes_are_one_line_and_status_2(command, says, shards, pretrained, f
     }  # fmt: skip
     if command[0] == "finetune":
         command = [*command, "--data", "{shards}"]
-    done = workflow(*[word.format(**words) for word in command], check=False)
+    done = workflow(*[word.format(**words) for word in command], check=False, alone=command[0] == "promote")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and says in line

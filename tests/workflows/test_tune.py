@@ -1,10 +1,12 @@
-"""The grid search: what a grid means, how trials are ranked, and a search that is killed and goes on."""
+"""The grid search: what a grid means, how trials are ranked, and a search that is killed and resumed."""
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import tune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from support.checkpoints import newest
 from support.session import ROOT, Trained, workflow
+from support.watched import Attempt
 
 from lsemvae import bundle as bundles
 from lsemvae.config import PretrainRecipe, recipe_from, with_settings
@@ -27,6 +31,7 @@ from lsemvae.training.grid import make_trials, parse_grid, require_comparable
 from lsemvae.training.trials import Outcome, best_of, make_table
 
 SMOKE = PRETRAIN["smoke"]
+WATCHED = str(ROOT / "tests" / "support" / "watched.py")
 
 
 # ---- recipes as files
@@ -78,7 +83,7 @@ def test_short_and_dotted_names_mean_the_same_fields():
 
 
 def test_a_trial_is_known_by_what_it_does():
-    """1 and 1.0, a value given twice, and another order of words are the same trials; other data are others."""
+    """1 and 1.0, a repeated value, and another order of words give the same trials; other data give others."""
     a = make_trials(SMOKE, parse_grid(SMOKE, ["beta=1,1.0,0.5", "gamma=0"]), "data")
     b = make_trials(SMOKE, parse_grid(SMOKE, ["gamma=0.0", "beta=0.5,1"]), "data")
     other = make_trials(SMOKE, parse_grid(SMOKE, ["gamma=0.0", "beta=0.5,1"]), "other")
@@ -158,8 +163,8 @@ def test_the_best_are_alive_and_finished_whatever_the_loss(select: str, order: l
     }
     entries = {id: {"settings": {"model.beta": number}} for number, id in enumerate(outcomes)}
     table = make_table(entries | {"f": {"settings": {"model.gamma": 1.0}}}, SMOKE, outcomes, select)
-    assert list(table["trial"]) == order  # f was asked for and has not ended
-    assert set(table["model.gamma"]) == {SMOKE.model.gamma}  # which these trials took from the recipe
+    assert list(table["trial"]) == order  # f has not ended
+    assert set(table["model.gamma"]) == {SMOKE.model.gamma}  # from the recipe
     assert best_of(table) == {2: "b", 1: "a"}[order[0]]
     assert best_of(make_table(entries, SMOKE, {"c": outcomes["c"], "d": outcomes["d"]}, select)) is None
 
@@ -167,7 +172,7 @@ def test_the_best_are_alive_and_finished_whatever_the_loss(select: str, order: l
 @given(st.lists(st.integers(0, 64), min_size=1, max_size=6), st.integers(1, 8), st.integers(0, 2**32 - 1))
 @settings(max_examples=100, deadline=None)
 def test_trials_at_a_time_leave_a_cpu_to_read_with(cpus: list[int], workers: int, seed: int):
-    """Wherever drivers and workers are placed, some node has a whole CPU left for a task that reads."""
+    """Wherever drivers and workers are placed, some node keeps a whole CPU for a task that reads."""
     many = tune.room([{"CPU": count} for count in cpus], workers, use_gpu=False)
     rng = np.random.default_rng(seed)
     free = np.array(cpus, dtype=float)
@@ -189,7 +194,7 @@ def test_gpus_bound_the_trials_where_they_are_used():
 
 # ---- a search
 
-# Six epochs of twelve steps are the fewest in which a model of these few recordings comes to life.
+# With these few recordings, six epochs of twelve steps are the fewest after which the posterior does not collapse.
 TINY = (
     "smoke", "--optim.epochs", 6, "--optim.batch-size", 8, "--optim.learning-rate", 5e-3, "--kl-warmup-epochs", 0,
     "--model.beta", 0.01, "--plot-every", 100,
@@ -201,7 +206,7 @@ GRID = ("--grid", "reconstruction_weight=0,1000")
 class Searched(Trained):
     command: tuple[object, ...]
     finished_before: dict[Path, int]
-    """result.json of what had finished when the command was killed, and when it was written."""
+    """The result.json files of the trials that had finished when the command was killed, and when they were written."""
 
     def args(self, **changes: object) -> tune.Args:
         recipe = recipe_from(PretrainRecipe, json.loads((self.folder / "tune.json").read_text())["recipe"])
@@ -212,24 +217,31 @@ class Searched(Trained):
 
 @pytest.fixture(scope="session")
 def searched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
-    """Killed after the first trial and one checkpoint of the second, and given again."""
+    """A search that is killed after the first trial and one checkpoint of the second, and then resumed."""
     storage = tmp_path_factory.mktemp("tune")
     command = (*TINY, "--data", shards, "--storage", storage, "--name", "g", "--max-concurrent", 1, *GRID)
+    steps = -(-ShardedDataset.open(str(shards)).manifest.rows_in("train") // 8)
+    attempt = Attempt(tmp_path_factory.mktemp("watched"))
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "workflows" / "tune.py"), *map(str, command)], cwd=ROOT,
+        [sys.executable, WATCHED, "tune", *map(str, command)], cwd=ROOT, env=os.environ | attempt.environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     trials = storage / "g" / "trials"
-    while not (done := list(trials.glob("*/result.json"))) or not any(
-        path.parent.parent.name != done[0].parent.name for path in trials.glob("*/checkpoint_*/state.json")
-    ):
-        assert process.poll() is None, "it ended before it was killed"
-        time.sleep(0.1)
+
+    def wait_until(condition: Callable[[], object]) -> None:
+        while not condition():
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.1)
+
+    wait_until(lambda: list(trials.glob("*/result.json")))
+    attempt.until(3 * steps)  # the second trial waits there until it is killed
+    (first,) = trials.glob("*/result.json")
+    wait_until(lambda: any(newest(place, steps) for place in trials.iterdir() if place != first.parent))
     process.kill()
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in trials.glob("*/result.json")}
     assert not (storage / "g" / "result.json").exists()
-    return Searched(storage / "g", workflow("tune", *command).stdout, command, before)
+    return Searched(storage / "g", workflow("tune", *command, alone=True).stdout, command, before)
 
 
 @pytest.mark.ray
@@ -251,7 +263,7 @@ def test_a_collapsing_weight_loses_and_the_other_is_chosen(searched: Searched):
 
 @pytest.mark.ray
 def test_a_killed_search_goes_on_where_it_was(searched: Searched):
-    """The finished trial is not run again, the other goes on from its checkpoint, in the same MLflow runs."""
+    """The finished trial is not run again; the other resumes from its checkpoint, in the same MLflow runs."""
     assert len(searched.finished_before) == 1
     for path, written in searched.finished_before.items():
         assert path.stat().st_mtime_ns == written
@@ -315,7 +327,9 @@ def test_mistakes_are_said_before_anything_changes(changes: dict, says: str, sea
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path: Path):
-    done = workflow("tune", tmp_path / "no.json", "--data", tmp_path, "--storage", tmp_path, *GRID, check=False)
+    done = workflow(
+        "tune", tmp_path / "no.json", "--data", tmp_path, "--storage", tmp_path, *GRID, check=False, alone=True
+    )
     assert done.returncode == 2
     assert done.stderr == f"error: there is no recipe {tmp_path / 'no.json'}: check the path\n"
 
@@ -324,7 +338,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path):
 def test_another_grid_adds_trials_of_which_one_is_stopped_and_one_fails(
     searched: Searched, capsys: pytest.CaptureFixture
 ):
-    """ASHA knows the trials that it did not run; a weight whose loss is no float32 fails, and nothing else does."""
+    """ASHA takes earlier trials into account; only the trial whose loss overflows float32 fails."""
     given = searched.command[: searched.command.index("--grid")]
     done = workflow("tune", *given, "--grid", "reconstruction_weight=0,1000,1e-9,1e38", "--asha")
     assert "4 trials, 2 to run" in done.stdout
@@ -340,6 +354,6 @@ def test_another_grid_adds_trials_of_which_one_is_stopped_and_one_fails(
     assert states == ["FINISHED", "FINISHED", "FINISHED", "FAILED"]
     tune.main(searched.args(grid=("beta=0.01", "reconstruction_weight=1000,1e-9")))
     assert "g is finished: nothing to do" in capsys.readouterr().out
-    tune.main(searched.args(select="reconstruction"))  # nothing to run, but another choice to write down
+    tune.main(searched.args(select="reconstruction"))  # nothing to run, but another best trial to write down
     said = capsys.readouterr().out
     assert "2 trials, 0 to run" in said and "best: lowest reconstruction" in said
