@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 from support.faults import Between, Fault
 from support.session import ROOT, workflow
-from support.swift_server import BUCKET, ObjectStore
+from support.swift_server import BUCKET, LISTING_PAGE, ObjectStore
 
 from lsemvae import storage
 from lsemvae.cohorts import select
@@ -68,11 +68,12 @@ def test_files_of_one_part_and_of_several(between, place):
     assert place.read_bytes("a/small") == b"another"
 
 
-def test_a_listing_of_more_than_a_thousand(object_store, place):
-    client, prefix = object_store.client(), place.base.partition("/")[2]
+def test_a_listing_of_more_than_one_page(object_store, place):
+    client, prefix, many = object_store.client(), place.base.partition("/")[2], LISTING_PAGE + 3
+    assert client.list_objects_v2(Bucket=BUCKET)["MaxKeys"] == LISTING_PAGE
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: client.put_object(Bucket=BUCKET, Key=f"{prefix}/{i:04d}.hea", Body=b""), range(1003)))
-    assert list(place.list(suffix=".hea")) == [f"{i:04d}.hea" for i in range(1003)]
+        list(pool.map(lambda i: client.put_object(Bucket=BUCKET, Key=f"{prefix}/{i:04d}.hea", Body=b""), range(many)))
+    assert list(place.list(suffix=".hea")) == [f"{i:04d}.hea" for i in range(many)]
 
 
 WORKS = {

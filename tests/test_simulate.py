@@ -14,7 +14,7 @@ import wfdb
 from scipy.signal import find_peaks
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
-from support.session import ROOT
+from support.session import ROOT, workflow
 
 from lsemvae.cohorts.simulated import FILE_LEADS, CohortConfig, best_auroc, draw_pressures, severity_of, simulate_cohort
 from lsemvae.errors import LsemvaeError
@@ -371,7 +371,7 @@ def test_the_command_writes_a_cohort_and_names_a_mistake_in_one_line(tmp_path):
     assert f"{tmp_path / 'cohort'}" in first.stdout
     with (tmp_path / "cohort" / "labels.csv").open() as file:
         assert len({row["subject_id"] for row in csv.DictReader(file)}) == 4
-    again = command("--output", tmp_path / "cohort", "--subjects", 4)
+    again = workflow("simulate", "--output", tmp_path / "cohort", "--subjects", 4, check=False)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1

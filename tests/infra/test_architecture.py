@@ -1,12 +1,14 @@
 """Who may import whom, and what must never be in the code. CONTRIBUTING.md has the rules in words."""
 
 import ast
+import json
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.session import ROOT
@@ -133,11 +135,22 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_the_model_is_measured_with_torch_and_numpy_alone(tmp_path: Path):
-    python = bare_environment(tmp_path / "bare", "torch", "numpy")
+    python, path = bare_environment(tmp_path / "bare", "torch", "numpy"), tmp_path / "rows.json"
     command = [python, ROOT / "workflows" / "bench.py", "model", "--size", "smoke", "--batch", "4", "--threads", "1"]
-    done = subprocess.run([*command, "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--json", path],
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "train step b4" in done.stdout
+    answer = json.loads(path.read_text())
+    assert answer["machine"]["torch"] == torch.__version__
+    assert {"train step b4", "forward b4"} <= {row["case"] for row in answer["rows"]}
+    for row in answer["rows"]:
+        assert row.keys() == {"case", "ours", "baseline", "ratio", "unit"}
+        better_low = row["unit"] in ("ms", "GiB")
+        expected = row["baseline"] / row["ours"] if better_low else row["ours"] / row["baseline"]
+        assert row["ratio"] == pytest.approx(expected, rel=1e-7)
+        assert row["case"] in done.stdout
 
 
 @pytest.mark.parametrize("folder", ["lsemvae", "workflows", "serve"])

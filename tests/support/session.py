@@ -16,9 +16,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-import command  # noqa: F401  sets the environment of Ray and MLflow for all that run here
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -103,8 +101,9 @@ def workflow(
 
 def _run_here(path: Path, words: list[str]) -> subprocess.CompletedProcess:
     """The program as `__main__` of this process; the Ray session that it joins is joined for good."""
-    out, err, status = _Written(sys.stdout), _Written(sys.stderr), 0
+    out, err, status = _Written("stdout"), _Written("stderr"), 0
     environment, arguments = dict(os.environ), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Ray takes them over
     sys.argv = [str(path), *words]
     try:
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -116,6 +115,8 @@ def _run_here(path: Path, words: list[str]) -> subprocess.CompletedProcess:
                 status = 1
                 traceback.print_exc()
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         sys.argv = arguments
         for name in {name for name, _ in environment.items() ^ os.environ.items()}:
             if name in environment:
@@ -129,14 +130,21 @@ def _run_here(path: Path, words: list[str]) -> subprocess.CompletedProcess:
 
 
 class _Written(io.StringIO):
-    """What this thread writes. Other threads keep their stream: Ray's bring what workers of earlier tests print."""
+    """What this thread writes to a stream of `sys`.
 
-    def __init__(self, others: TextIO) -> None:
+    Other threads keep the stream itself: Ray's bring what workers of earlier tests print. In another process, to which
+    a progress bar may take it, it is that process's stream.
+    """
+
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self._thread, self._others = threading.get_ident(), others
+        self._name, self._thread, self._others = name, threading.get_ident(), getattr(sys, name)
 
     def write(self, text: str) -> int:
         return super().write(text) if threading.get_ident() == self._thread else self._others.write(text)
+
+    def __reduce__(self) -> tuple:
+        return getattr, (sys, self._name)
 
 
 @dataclass(frozen=True)

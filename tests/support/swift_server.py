@@ -21,6 +21,8 @@ import servers
 from support.session import text_of
 
 BUCKET = "ecg"
+LISTING_PAGE = 100
+"""So many objects are in one answer to a request for a listing, in place of 1,000: a test needs fewer for two pages."""
 ACCESS_KEY, SECRET_KEY = "ecg:tester", "tests-only"
 
 _SERVER = """
@@ -75,6 +77,7 @@ use = egg:swift#listing_formats
 [filter:s3api]
 use = egg:swift#s3api
 location = us-east-1
+max_bucket_listing = {page}
 dns_compliant_bucket_names = true
 
 [filter:tempauth]
@@ -148,7 +151,9 @@ def start(folder: Path) -> ObjectStore:
         for kind, port in ports.items():
             text = _PROXY if kind == "proxy" else _SERVER
             config = folder / f"{kind}-server.conf"
-            config.write_text(text.format(folder=folder, port=port, user=user, kind=kind, secret=SECRET_KEY))
+            config.write_text(
+                text.format(folder=folder, port=port, user=user, kind=kind, secret=SECRET_KEY, page=LISTING_PAGE)
+            )
             command = [sys.executable, Path(sys.executable).with_name(f"swift-{kind}-server"), config, "-v"]
             # Each server makes itself the leader of a session, so each must be ended on its own.
             processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True))
