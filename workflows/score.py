@@ -1,15 +1,15 @@
 """Score a whole cohort with a registered model: each recording once, into one Parquet file and one CSV.
 
-From shards (--data), or from the recordings themselves (--source, --cohort): a folder or bucket of UK Biobank's
-20205 XML, DICOM, WFDB and what else workflows/ingest.py reads, chosen by the same rules. Reader, preprocessing and
-model are the same on both ways.
+The input is shards (--data), or original recordings (--source, --cohort): a folder or bucket of UK Biobank's 20205 XML,
+DICOM, WFDB and every other format that workflows/ingest.py reads, selected by the same rules. Readers, preprocessing
+and model are the same for both.
 
     python workflows/score.py --model models:/ph-12L@champion --data shards --output scores
     python workflows/score.py --model models:/ph-12L@champion --source s3://bucket/20205 --output s3://bucket/scores
 
-The output holds scores-PLAN.parquet and .csv, and summary.json, which is written last: without it the output is not
-finished. The same command again goes on where it was interrupted, and does nothing when all is there. Scores of
-another model, or of other recordings, are never put beside them. Research use only: not a medical device.
+The output is scores-PLAN.parquet and .csv, and summary.json, which is written last: without it the output is not
+complete. The same command again continues where it was interrupted, and does nothing when the output is complete.
+Scores of another model, or of other recordings, are refused there. Research use only: not a medical device.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class Args:
     labels: str | None = None
     """Of --source: a CSV that says whose a recording is, or for ukb-20205 who belongs to the cohort."""
     limit: int | None = None
-    """Of --source: only the first so many recordings."""
+    """Of --source: use only the first recordings, this many."""
     max_unreadable: float = 0.05
     """Of --source: the command stops with status 3 as soon as more than this share of the recordings is unreadable.
     Finished parts are kept: give the command again with a larger share, or with corrected recordings, to continue."""
@@ -65,11 +65,11 @@ class Args:
     patience_s: float = 300
     """Of --source: how long a read waits for an object store that is overloaded before the command ends."""
     actors: int = 1
-    """Processes that hold the model."""
+    """Number of processes that score, each with a copy of the model."""
     use_gpu: bool = False
-    """One GPU for each of them."""
+    """Give each of these processes a GPU."""
     digest: str | None = None
-    """The digest that the model must have, else nothing is scored."""
+    """The digest that the model must have; with another one nothing is scored."""
 
 
 def main(args: Args) -> None:
@@ -101,7 +101,7 @@ def main(args: Args) -> None:
     claim(output, about)
     if (summary := finished(output, plan)) is None:
         with Progress(output, about, source.records) as progress:
-            claim(output, about)  # while this one waited, another may have taken the output, or finished
+            claim(output, about)  # while this one waited, another may have taken or finished the output
             if (summary := finished(output, plan)) is None:
                 job = Job(plan, uri, columns, source, output, args.use_gpu)
                 parts = score_parts(job, args, progress)
@@ -116,7 +116,7 @@ def main(args: Args) -> None:
 
 
 def describe_model(model: str, digest: str | None) -> tuple[str, dict[str, Any]]:
-    """The URI of exactly this version, and what names it. Raises LsemvaeError unless it can score."""
+    """The URI of exactly this version, and its description. Raises LsemvaeError unless the model can score."""
     with tempfile.TemporaryDirectory() as folder:
         fetched = fetch(model, Path(folder))
         bundle = describe(fetched.folder)
@@ -138,7 +138,7 @@ def describe_model(model: str, digest: str | None) -> tuple[str, dict[str, Any]]
 
 
 def score_parts(job: Job, args: Args, progress: Progress) -> list[str]:
-    """Every part on Ray Data -> their SHA-256 in order. Parts that were finished before are not made again."""
+    """Scores every part on Ray Data -> the SHA-256 of each, in order. Finished parts are not made again."""
     start_ray(max(4, args.actors + 1))
     import ray.data
 
@@ -160,7 +160,7 @@ def score_parts(job: Job, args: Args, progress: Progress) -> list[str]:
             part = json.loads(row["result"])
             if failure := part.get("failure"):
                 bar.close()
-                raise StorageError(f"{failure}; what is finished is kept: the same command again goes on from there")
+                raise StorageError(f"{failure}; finished parts are kept: give the same command again to continue")
             progress.add(part)
             bar.update(part["records"])
             digests[part["number"]] = part["sha256"]
@@ -176,8 +176,8 @@ def too_many(job: Job, args: Args, progress: Progress) -> None:
     progress.stop("failed")
     print(
         f"error: {progress.unreadable} of {job.source.records} recordings are unreadable, more than --max-unreadable "
-        f"{args.max_unreadable:g} ({codes}): see {job.output.uri}/parts. Mend them, or allow more, and give the same "
-        "command again",
+        f"{args.max_unreadable:g} ({codes}): see {job.output.uri}/parts. Correct them, or allow more, and give the "
+        "same command again",
         file=sys.stderr,
     )
     raise SystemExit(TOO_MANY_UNREADABLE)

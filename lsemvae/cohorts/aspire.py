@@ -1,4 +1,4 @@
-"""A catheterised cohort as the ASPIRE registry's: recordings of any format, and a table of pressures.
+"""A cohort with catheter measurements, like the ASPIRE registry: recordings of any format and a table of pressures.
 
 `aspire.csv` in the source (or, with `--cohort aspire`, the table of `--labels`) has a row a recording:
 
@@ -6,8 +6,8 @@
     ecg/0001.dcm,A17,43,11
 
 `file` is a path below the source, or a file name where these are unique; `patient` (or patient_id, subject_id)
-is text; pressures are in mmHg, and an empty cell was not measured. `mPAP` and `PAWP` are understood, too. Other
-numeric columns become labels as they are. The labels `ph` and `post_capillary` are computed.
+is text; pressures are in mmHg, and an empty cell means "not measured". `mPAP` and `PAWP` are accepted as names, too.
+Other columns of numbers become labels unchanged. The labels `ph` and `post_capillary` are computed.
 """
 
 import pandas as pd
@@ -19,15 +19,14 @@ from lsemvae.storage import Storage
 
 TABLE = "aspire.csv"
 
-# What lies beside recordings and is none. DICOM files often have no extension, or a number of their UID.
+# Files beside recordings that are none. DICOM files often have no extension, or one that is a part of their UID.
 _BESIDE = r"(?i)(?:^|/)\.|\.(?:dat|txt|md|pdf|zip|jpg|png|xlsx?)$"
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
-    """The recordings of the table that are in the source, others are left out.
+    """The recordings of the table that are in the source; other recordings are left out.
 
-    Raises LsemvaeError when a row names no patient: another recording of that patient might test what this one
-    has taught.
+    Raises LsemvaeError when a row names no patient: two recordings of one patient could then be in different folds.
     """
     own = storage.exists(TABLE)
     if not own and labels is None:

@@ -1,4 +1,4 @@
-"""A folder or bucket of recordings without a table of its own: found by listing, labelled by a CSV."""
+"""A folder or bucket of recordings without a table of its own: found by listing it, labelled by a CSV."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from lsemvae.storage import Storage
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
-    """Every recording below the source; each is its own subject unless the labels say whose it is."""
+    """Every recording below the source; each is a subject of its own unless the labels say whose it is."""
     found = Source.of(storage).found
     table = as_recordings(without_copies(found.recordings))
     if table.empty:
@@ -35,7 +35,7 @@ def without_copies(paths: Sequence[str]) -> list[str]:
 
 
 def as_recordings(paths: Iterable[str]) -> pd.DataFrame:
-    """One row a path: the record is named by its file, or by as much of its path as it takes to tell them apart."""
+    """One row for each path. A record is named by its file, or by its path where file names are not unique."""
     table = pd.DataFrame({"path": list(paths)}, dtype=str)
     without_extension = table["path"].str.replace(r"\.[^./]*$", "", regex=True)
     names = without_extension.str.replace(r"^.*/", "", regex=True)

@@ -17,9 +17,9 @@ SUFFIXES = (".atc", ".json")
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
-    """Every recording below the source, each its own subject unless the table says whose it is.
+    """Every Kardia recording below the source; each is a subject of its own unless the table says whose it is.
 
-    Where a recording is there as `.atc` and as `.json`, the `.atc` is taken.
+    Of a recording that is there as `.atc` and as `.json`, the `.atc` is used.
     """
     paths = [path for path in Source.of(storage).found.recordings if owns(path)]
     if not paths:
@@ -32,5 +32,5 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
 
 
 def owns(path: str) -> bool:
-    """Whether a recording is one of KardiaMobile: of the recordings, only those of its API end in .json."""
+    """Whether a recording is one of KardiaMobile. Among recordings, only those of its API end in .json."""
     return path.lower().endswith(SUFFIXES)

@@ -1,7 +1,7 @@
-"""Labels: from what was measured, or stated about an ECG, to 1, 0 or NaN where it cannot be known.
+"""Labels: measurements, or statements about an ECG -> 1, 0, or NaN where the label is not known.
 
 Every function takes numbers or arrays (NaN: not measured) and returns float64 of their shape. An unknown input
-makes an unknown label, never a 0. docs/labels.md lists which cohort has which label.
+gives an unknown label, never a 0. docs/labels.md lists which cohort has which label.
 """
 
 from collections.abc import Iterable, Set
@@ -15,10 +15,10 @@ PLAUSIBLE = {
     "la_volume_ml": (5.0, 600.0),
     "lv_mass_g": (20.0, 600.0),
 }
-"""Smallest and largest value that is taken for a measurement of an adult; chosen wide of what is seen in disease.
+"""Smallest and largest value that counts as a measurement of an adult; wider than what is seen in disease.
 
-A value outside is a mistake of the table: another unit (25 mmHg are 3.3 kPa, 80 ml are 0.08 l), a slip, or a 0
-or -1 that stands for "not measured" and would become a false label.
+A value outside is a mistake in the table: another unit (25 mmHg are 3.3 kPa, 80 ml are 0.08 l), a typing error, or
+a 0 or -1 that means "not measured" and would become a false label.
 """
 
 
@@ -34,8 +34,8 @@ def post_capillary(mpap_mmhg: ArrayLike, pawp_mmhg: ArrayLike) -> np.ndarray:
     """1 for post-capillary, 0 for pre-capillary PH: wedge pressure (PAWP) above 15 mmHg or not; NaN without PH.
 
     ESC/ERS 2022 (as above): post-capillary PH is mPAP > 20 and PAWP > 15 mmHg, isolated or combined by its
-    resistance (PVR). Pre-capillary PH also needs PVR > 2 WU, which the paper's task does not ask for, nor does
-    this: the few with PAWP <= 15 mmHg and PVR <= 2 WU, "unclassified" in the guidelines, are 0.
+    resistance (PVR). In the guidelines pre-capillary PH also requires PVR > 2 WU. The paper's task does not, and
+    neither does this function: the few with PAWP <= 15 mmHg and PVR <= 2 WU, "unclassified" there, are 0.
     """
     return np.where(pulmonary_hypertension(mpap_mmhg) == 1, elevated_pawp(pawp_mmhg), np.nan)
 
@@ -46,7 +46,7 @@ def elevated_pawp(pawp_mmhg: ArrayLike) -> np.ndarray:
 
 
 def cmr_pawp_mmhg(la_volume_ml: ArrayLike, lv_mass_g: ArrayLike) -> np.ndarray:
-    """Wedge pressure in mmHg, to 2 decimals, that cardiac MRI suggests: a proxy, correlation 0.55 with catheters.
+    """Wedge pressure in mmHg, to 2 decimals, estimated from cardiac MRI: a proxy, correlation 0.55 with catheters.
 
     `la_volume_ml` is the largest volume of the left atrium, `lv_mass_g` the mass of the left ventricle; neither
     is divided by body surface. Source: Garg et al. 2022, Eur Heart J 43:2511, PMC9259376; the rounding, and
@@ -67,7 +67,7 @@ def left_axis_deviation(qrs_axis_deg: ArrayLike) -> np.ndarray:
 def right_axis_deviation(qrs_axis_deg: ArrayLike) -> np.ndarray:
     """1 for a frontal QRS axis above 90 and up to 180 degrees, in adults (source as above).
 
-    An axis beyond that (-180 to -90) is an extreme one, of which nobody can say to which side it deviates: NaN.
+    An axis beyond that (-180 to -90) is extreme and could deviate to either side: NaN.
     """
     axis = _turned(qrs_axis_deg)
     return np.where(np.isnan(axis), np.nan, axis > 90)
@@ -76,7 +76,7 @@ def right_axis_deviation(qrs_axis_deg: ArrayLike) -> np.ndarray:
 def stated(statements: Iterable[Set[str]], positive: Iterable[str], answers: Iterable[str] | None = None) -> np.ndarray:
     """1 for each set of statements that has a `positive` one; else 0 if it has one of `answers`, else NaN.
 
-    Without `answers` any statement at all is an answer: a reader who states something has looked.
+    Without `answers` any statement counts as an answer: a reader who states something has looked at the ECG.
     """
     positive, answers = set(positive), None if answers is None else set(answers)
 

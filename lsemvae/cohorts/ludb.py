@@ -1,7 +1,7 @@
 """LUDB, 200 recordings with diagnoses. https://physionet.org/content/ludb/
 
-The gains in its headers are wrong: they scale every lead to a peak-to-peak of 1 mV, which breaks Einthoven's
-law. The raw counts fulfil it exactly; that one of them is 1 uV is inferred.
+The gains in its headers are wrong: they scale every lead to 1 mV peak to peak, which breaks Einthoven's law. The raw
+counts fulfil it exactly. That one count is 1 uV is inferred.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ TABLE = "ludb.csv"
 UV_PER_LSB = 1.0
 
 _AXIS = "Electric axis of the heart"
-# Label -> column, and the statements of which one makes it 1.
+# Label -> column, and the statements any of which makes it 1.
 _LABELS = {
     "af": ("Rhythms", ["Atrial fibrillation"]),
     "afl": ("Rhythms", ["Atrial flutter, typical"]),
@@ -34,7 +34,7 @@ _LABELS = {
     "rvh": ("Hypertrophies", ["Right ventricular hypertrophy"]),
     "ra_enlargement": ("Hypertrophies", ["Right atrial hypertrophy", "Right atrial overload"]),
 }
-# Here an empty cell means that nothing is stated, elsewhere that nothing was found.
+# In these columns an empty cell means that nothing is stated; in the others, that nothing was found.
 _ALWAYS_STATED = ("Rhythms", _AXIS)
 
 

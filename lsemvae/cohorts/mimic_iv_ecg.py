@@ -1,6 +1,7 @@
-"""MIMIC-IV-ECG, its demo and simulated cohorts of the same layout. https://physionet.org/content/mimic-iv-ecg/
+"""MIMIC-IV-ECG, its demo, and simulated cohorts of the same layout. https://physionet.org/content/mimic-iv-ecg/
 
-A recording that is listed but absent is found out when it is read: its 1.6 million files are never listed.
+The 1.6 million files are never listed: a recording that record_list.csv names but that is absent is noticed when it is
+read.
 """
 
 import pandas as pd
@@ -14,8 +15,8 @@ RECORD_LIST = "record_list.csv"
 LABELS = "labels.csv"
 MEASUREMENTS = "machine_measurements.csv"
 
-# Column -> label with its unit, and what can be a measurement in 10 s. "Not measurable" is written as 29999 for
-# times, 65535 for the RR interval, 32767 or -32768 for axes.
+# Column -> label with its unit, and the range of measurements that are possible in 10 s. "Not measurable" is written
+# as 29999 for times, 65535 for the RR interval, 32767 or -32768 for axes.
 _MEASURED = {
     "rr_interval": ("rr_interval_ms", 1, 10_000),
     **{name: (f"{name}_ms", 0, 10_000) for name in ("p_onset", "p_end", "qrs_onset", "qrs_end", "t_end")},
@@ -24,9 +25,9 @@ _MEASURED = {
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
-    """What record_list.csv lists, with what the machine measured where machine_measurements.csv is there.
+    """The recordings of record_list.csv, with the machine's measurements if machine_measurements.csv is there.
 
-    The labels of labels.csv in the source are taken where none are given.
+    The labels of labels.csv in the source are used if none are given.
     """
     ids = ["subject_id", "study_id"]
     listed = read_table(storage, RECORD_LIST, only=[*ids, "path"])
@@ -42,10 +43,10 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
 
 
 def machine_measurements(storage: Storage) -> pd.DataFrame:
-    """study_id and what the machine measured: times in ms, axes in degrees, NaN where it could not.
+    """study_id and the machine's measurements: times in ms, axes in degrees, NaN where it could not measure.
 
-    An onset or end is counted from the beginning of the machine's average beat. `left_axis` and `right_axis`
-    follow from the QRS axis. What no recording can hold is NaN, as what is marked so: nobody can mend it.
+    Onsets and ends are counted from the beginning of the machine's average beat. `left_axis` and `right_axis` follow
+    from the QRS axis. Impossible values are NaN, too, because no user can correct them.
     """
     table = read_table(storage, MEASUREMENTS, only=["study_id", *_MEASURED])
     require_columns(table, MEASUREMENTS, "study_id", *_MEASURED)

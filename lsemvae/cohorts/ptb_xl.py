@@ -1,7 +1,7 @@
 """PTB-XL: Wagner et al., Scientific Data 2020, doi 10.1038/s41597-020-0495-6. https://physionet.org/content/ptb-xl/
 
-`scp_codes` gives statements with their likelihood, where 0 means that the likelihood is not known. As in the
-data set's own example and the published benchmarks, a statement that is listed counts, with any likelihood.
+`scp_codes` gives statements with their likelihood; 0 means that the likelihood is not known. As in the data set's own
+example and the published benchmarks, every statement that is listed counts, whatever its likelihood.
 """
 
 import ast
@@ -34,8 +34,8 @@ _MAX_CODES_LENGTH = 2000
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
     """The 500 Hz recordings of the database that are in the source.
 
-    `labels` may be a PTB-XL database itself (a part of it, or another version), which then takes the place of
-    the source's; any other labels are added.
+    `labels` may be a PTB-XL database itself (a part of it, or another version), which then replaces that of the source;
+    any other labels are added.
     """
     database = labels if labels is not None and is_database(labels) else read_table(storage, DATABASE)
     table = only_present(label_table(database, storage), storage, DATABASE)
@@ -49,9 +49,9 @@ def is_database(labels: pd.DataFrame) -> bool:
 def label_table(database: pd.DataFrame, storage: Storage) -> pd.DataFrame:
     """path, record_id (ecg_id), subject_id (patient_id) and labels of every row of the database.
 
-    A label is NaN where the database does not say: superclasses and diagnoses without any diagnostic
-    statement, rhythms without any rhythm statement, an axis where none is noted. `left_axis` is also 1 with a
-    left anterior fascicular block, of which it is part. Raises LsemvaeError.
+    A label is NaN where the database does not state it: superclasses and diagnoses if there is no diagnostic statement,
+    rhythms if there is no rhythm statement, an axis if none is noted. `left_axis` is also 1 with a left anterior
+    fascicular block, because that includes left axis deviation. Raises LsemvaeError.
     """
     require_columns(database, DATABASE, "ecg_id", "patient_id", "scp_codes", "filename_hr", "heart_axis")
     try:

@@ -14,11 +14,11 @@ from lsemvae.storage import Storage
 
 LABEL_PREFIX = "label."
 KEYS = ("path", "record_id", "study_id", "file", "ecg_id", "subject_id")
-"""What may identify a row of a labels table, in the order in which they are tried."""
+"""Columns that can identify a row of a labels table, in the order in which they are tried."""
 SUBJECTS = ("subject_id", "patient_id")
 
 _IDENTIFIERS = {*KEYS, *SUBJECTS, "eid"}
-# Other names that are as common; names are compared in small letters, with _ for whatever is no letter or digit.
+# Other common names. Names are compared in lower case, with _ for everything that is not a letter or a digit.
 _ALSO = {"patient": "patient_id", "f_eid": "eid", "mpap": "mpap_mmhg", "pawp": "pawp_mmhg"}
 _DECIMAL_COMMA = r"[+-]?\d+(?:,\d+)?"
 _EXTENSION = re.compile(r"\.(hea|dat|mat|xml|dcm|atc|npy|csv|json|scp)$", re.IGNORECASE)
@@ -99,7 +99,7 @@ def require_columns(table: pd.DataFrame, name: str, *columns: str) -> None:
 
 
 def only_present(table: pd.DataFrame, storage: Storage, name: str) -> pd.DataFrame:
-    """Rows of recordings whose header is in the source: a part of a data set can be used as it is."""
+    """The rows whose WFDB header is in the source, so that a part of a data set can be used without changes."""
     folders = sorted({path.partition("/")[0] for path in table["path"]})
     found = {header.removesuffix(".hea") for folder in folders for header in storage.list(folder, ".hea")}
     present = table[table["path"].isin(found)].reset_index(drop=True)
@@ -177,20 +177,20 @@ def _measured(values: pd.Series, name: str, low: float, high: float) -> pd.Serie
 
 
 def first_row(wrong: pd.Series) -> str:
-    """Where a table is wrong, as a spreadsheet counts; its identifiers are nobody's business."""
+    """The first wrong row, counted as a spreadsheet does. Identifiers are not shown."""
     return f"row {int(np.flatnonzero(wrong.to_numpy())[0]) + 2} (the header is row 1)"
 
 
 def join_labels(
     recordings: pd.DataFrame, labels: pd.DataFrame, *, replace_subjects: bool = False, only_labelled: bool = False
 ) -> pd.DataFrame:
-    """`recordings` with the numeric columns of `labels` as `label.NAME`, NaN where it does not mention them.
+    """`recordings` with the columns of `labels` as `label.NAME` (see `label_values`), NaN where they have no row.
 
-    The first of `KEYS` by which anything matches decides; `study_id` and `ecg_id` are other names of the
-    record, `file` is its path or else its file name, and with `subject_id` a label holds for all recordings of
-    a patient. With `replace_subjects` a column `subject_id` or `patient_id` says whose the recordings are; with
-    `only_labelled` recordings that the labels do not mention are left out. Raises LsemvaeError when there is no
-    key, a key is there twice, nothing matches, or two recordings have the file name of one label.
+    The key is the first of `KEYS` by which any recording matches. `study_id` and `ecg_id` are other names of
+    `record_id`; `file` is a path or a file name; with `subject_id` a label is valid for all recordings of a patient.
+    With `replace_subjects` a column `subject_id` or `patient_id` says whose the recordings are; with `only_labelled`
+    recordings without a row are left out. Raises LsemvaeError when there is no key, a key is repeated, nothing matches,
+    or two recordings have the file name of one label.
     """
     labels = documented_labels(_plain_identifiers(labels), "the labels")
     keys = [key for key in KEYS if key in labels.columns]
@@ -247,8 +247,8 @@ def _plain_identifiers(labels: pd.DataFrame) -> pd.DataFrame:
 
 
 def _key_values(recordings: pd.DataFrame, labels: pd.DataFrame, key: str) -> tuple[pd.Series, pd.Series]:
-    """Of recordings and of labels, texts that are equal where they belong together."""
-    if key not in ("path", "file"):  # a source names its recordings by path and record_id
+    """The values of the key, of recordings and of labels, in a form that is equal where they belong together."""
+    if key not in ("path", "file"):  # study_id and ecg_id are called record_id in the recordings
         ours = recordings[key if key in recordings.columns else "record_id"]
         return ours.astype("string"), labels[key].astype("string")
     ours, theirs = _without_extension(recordings["path"]), _without_extension(labels[key])
@@ -263,7 +263,7 @@ def _without_extension(paths: pd.Series) -> pd.Series:
 
 
 def _require_one_spelling(subjects: pd.Series, column: str) -> None:
-    """Raises LsemvaeError where 12 and 00012 are both there: one patient in two folds, most likely."""
+    """Raises LsemvaeError when 12 and 00012 are both there: most likely one patient, who would be in two folds."""
     spellings = subjects.dropna().drop_duplicates()
     if twice := spellings.str.lstrip("0").duplicated().sum():
         raise LsemvaeError(

@@ -5,13 +5,13 @@
     eid,lv_mass_g,la_volume_ml
     1000012,91.5,74.2
 
-`eid` may be written `f.eid`. Rename the columns of your own export: the mass of the left ventricle in g is
-`lv_mass_g`, the largest volume of the left atrium in ml `la_volume_ml`, neither divided by body surface; columns
-that are named by a field's number alone (`22421-2.0`, `f.22421.2.0`, `p22421_i2`) are not used. With a column
-`instance` (2 or 3) a row holds for that visit alone. `elevated_pawp`, the paper's label, is computed from the two;
-other numeric columns become labels as they are.
+`eid` may be written `f.eid`. Rename the columns of your own export: `lv_mass_g` is the mass of the left ventricle in g,
+`la_volume_ml` the largest volume of the left atrium in ml, neither divided by body surface. Columns that are named only
+by the number of a field (`22421-2.0`, `f.22421.2.0`, `p22421_i2`) are not used. With a column `instance` (2 or 3) a row
+is about that visit only. `elevated_pawp`, the paper's label, is computed from the two; other columns of numbers become
+labels unchanged.
 
-`withdrawn.csv` in the source names those who have withdrawn, as UK Biobank sends it: an eid a line, no header.
+`withdrawn.csv` in the source is the list of withdrawn participants as UK Biobank sends it: an eid a line, no header.
 """
 
 import logging
@@ -45,10 +45,10 @@ logger = logging.getLogger(__name__)
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
-    """One recording a participant: of the first visit that belongs to the cohort, and the first of that visit.
+    """One recording for each participant: the first one of the first visit that belongs to the cohort.
 
-    Instance 2 before 3, array 0 before 1. Participants who have withdrawn are left out, whatever lists them.
-    `labels` with another key than eid (see `join_labels`) are added, and decide nothing.
+    Instance 2 comes before 3, array 0 before 1. Participants who have withdrawn are left out, even if a table lists
+    them. `labels` with another key than eid (see `join_labels`) only add labels.
     """
     found = _files(storage)
     if not storage.exists(WITHDRAWN):
@@ -101,7 +101,7 @@ def eid_of(path: str) -> str:
 
 
 def _files(storage: Storage) -> pd.DataFrame:
-    """path, record_id, subject_id (the eid), instance, array of all recordings, in the order of preference."""
+    """path, record_id, subject_id (the eid), instance and array of all recordings, the preferred ones first."""
     paths = pd.Series(storage.list(), dtype=str)
     parts = paths.str.extract(UKB_FILE)
     named = parts[0].notna()
@@ -116,7 +116,7 @@ def _files(storage: Storage) -> pd.DataFrame:
 
 
 def _participants(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """subject_id, instance where the table has it, and labels of those who belong to the cohort."""
+    """subject_id, instance (if the table has it) and labels of the participants who belong to the cohort."""
     table = plain_names(table, name)
     require_columns(table, name, "eid")
     fields = [column for column in table.columns if _FIELD.fullmatch(column)]

@@ -1,8 +1,8 @@
-"""Shards: Parquet files that hold what was recorded, and the manifest that says which of them count.
+"""Shards: Parquet files that hold recordings as they were recorded, and the manifest that names the valid ones.
 
-One row is one recording: the recorder's integers for twelve leads in the fixed order, the step and offset that
-turn them into millivolts, what was measured or derived, subject, quality flags and labels. A data set is a
-folder with `manifest.json` and the shards it names; a shard that the manifest does not name does not exist.
+One row is one recording: the recorder's integers for twelve leads in the fixed order, the step and offset that convert
+them to millivolts, which leads were measured or derived, subject, quality flags and labels. A data set is a folder with
+`manifest.json` and the shards that it names; a shard that the manifest does not name is not part of the data set.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable.csv"
 LABEL_PREFIX = "label."
-ROWS_PER_GROUP = 64  # what a reader must take at once: about 0.5 MB on disk
+ROWS_PER_GROUP = 64  # the smallest unit that a reader can read: about 0.5 MB on disk
 
 _MISSING = -32768  # the sentinel that WFDB uses, and MIMIC-IV-ECG with it
 _HALF_RANGE = 32767
@@ -122,7 +122,7 @@ def encode_signal(raw_LT: np.ndarray) -> bytes:
 
 
 def decode_signals(encoded: Sequence[bytes], samples: int) -> np.ndarray:
-    """The inverse of `encode_signal` for records of equal length -> int16 [B, 12, T]."""
+    """The inverse of `encode_signal`, for records of equal length -> int16 [B, 12, T]."""
     parts = np.frombuffer(b"".join(encoded), dtype=np.uint8).reshape(len(encoded), 2, len(LEADS), samples)
     zigzag_BLT = parts[:, 0].astype(np.uint16) | (parts[:, 1].astype(np.uint16) << 8)
     difference_BLT = ((zigzag_BLT >> 1) ^ (-(zigzag_BLT & 1).astype(np.int16)).view(np.uint16)).view(np.int16)
@@ -130,10 +130,10 @@ def decode_signals(encoded: Sequence[bytes], samples: int) -> np.ndarray:
 
 
 def signals_mv(columns: Mapping[str, Any], leads: Sequence[str] = LEADS) -> list[np.ndarray]:
-    """Columns of shard rows -> one float32 array [L, T] in mV for each, NaN where nothing was recorded."""
+    """Columns of shard rows -> one float32 array [L, T] in mV for each row, NaN where nothing was recorded."""
     positions = lead_positions(leads)
     signals = []
-    for row, samples in enumerate(columns["samples"]):  # one by one: what a record takes stays in a core's cache
+    for row, samples in enumerate(columns["samples"]):  # one by one, so that a record stays in the cache of a core
         raw_LT = decode_signals([columns["signal"][row]], int(samples))[0, positions]
         step_mv_L1 = np.asarray(columns["uv_per_lsb"][row], dtype=np.float64)[positions, None] / 1000
         offset_L1 = np.asarray(columns["offset"][row])[positions, None]
@@ -153,7 +153,7 @@ def flag_kind(flag: str) -> str:
 
 
 def unpack(row: Mapping[str, Any]) -> Record:
-    """The `Record` that `pack` was given; leads neither measured nor derived are absent again."""
+    """The `Record` that `pack` was given. Leads that are neither measured nor derived are absent again."""
     kept = [i for i in range(len(LEADS)) if row["measured"][i] or row["derived"][i]]
     signal_mv_LT = signals_mv({key: [row[key]] for key in ("samples", "signal", "uv_per_lsb", "offset")})[0]
     return Record(
@@ -169,7 +169,7 @@ def unpack(row: Mapping[str, Any]) -> Record:
 
 
 def shard_bytes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], metadata: Mapping[str, Any]) -> bytes:
-    """A whole Parquet file in memory, so that it can be written in one step."""
+    """A whole Parquet file in memory, so that it can be written in one step. `labels` are names without prefix."""
     schema = pa.schema([*SCHEMA, *(pa.field(LABEL_PREFIX + name, pa.float64()) for name in labels)])
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     table = table.replace_schema_metadata({"lsemvae": json.dumps({"schema": SCHEMA_VERSION, **metadata})})
@@ -196,17 +196,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set holds. Written last, in one step: with it the data set exists, without it it does not."""
+    """What a data set holds. It is written last and in one step: a data set is complete when it has a manifest."""
 
     source: str
     cohort: str
     plan: str
-    """Digest of what was to be ingested and how: the same plan gives the same shards."""
+    """Digest of the recordings to ingest and of the settings: the same plan gives the same shards."""
     records: int
     subjects: int
     unreadable: int
     labels: dict[str, dict[str, int]]
-    """For each label: how many recordings have it at 0, at 1, at another number, and not at all."""
+    """For each label, the number of recordings where it is 0, 1, another number, and absent."""
     shards: list[Shard]
     config: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, int] = field(default_factory=dict)
@@ -312,7 +312,7 @@ class ShardedDataset:
         return rows
 
     def read(self, columns: Sequence[str], split: str = "all") -> pa.Table:
-        """Chosen columns of every row in memory: for labels and ids, not for signals.
+        """The chosen columns of every row, in memory: for labels and ids, not for signals.
 
         Raises LsemvaeError when a shard is absent or damaged, StorageError when the storage fails.
         """
@@ -338,7 +338,7 @@ class ShardedDataset:
                 return pq.read_table(stream, columns=list(columns), page_checksum_verification=True)
         except (FileNotFoundError, StorageError) as error:
             cause = error.__cause__ or error
-            # Parquet's own complaints are OSErrors too, without a number.
+            # Errors of the Parquet format are OSErrors too, but without an errno.
             if isinstance(error, StorageError) and (getattr(cause, "errno", None) or "AWS Error" in str(cause)):
                 raise
             raise self._damaged(shard, " ".join(str(cause).split())[:200]) from error
@@ -350,7 +350,7 @@ class ShardedDataset:
         )
 
     def verify(self) -> None:
-        """Reads every shard; raises LsemvaeError when the bytes of one have not the manifest's digest."""
+        """Reads every shard; raises LsemvaeError when the digest of one is not that of the manifest."""
 
         def check(shard: Shard) -> None:
             try:
@@ -364,7 +364,7 @@ class ShardedDataset:
             list(pool.map(check, self.manifest.shards))
 
     def require_label(self, name: str) -> str:
-        """The column of a binary label; raises LsemvaeError when it is absent or has one class."""
+        """The column of a binary label; raises LsemvaeError when it is absent, or is not 0 and 1."""
         counts = self.manifest.labels.get(name)
         if counts is None:
             known = ", ".join(sorted(self.manifest.labels)) or "none"
@@ -377,7 +377,7 @@ class ShardedDataset:
         return LABEL_PREFIX + name
 
     def dataset(self, split: str = "all") -> "ray.data.Dataset":
-        """The rows as a Ray Dataset, streamed: nothing is read before it is consumed."""
+        """All rows of the files as a Ray Dataset, streamed: nothing is read before it is consumed."""
         import ray.data
 
         paths = [self.storage.path(shard.path) for shard in self.manifest.of_split(split)]
@@ -395,7 +395,7 @@ class ShardedDataset:
     ) -> "ray.data.Dataset":
         """Preprocessed rows: `x_LT`, `lead_mask_L`, `refused` (None or the reason's code), and `columns`.
 
-        `labelled` is a column of `columns`: rows where it is null are left out before any work is done on them.
+        `labelled` is one of `columns`: rows where it is null are left out before they are preprocessed.
         """
         leads, columns = tuple(leads), list(columns)
         labels, withdrawn = self.labels or NO_LABELS, self.withdrawn

@@ -1,1 +1,1 @@
-"""What `workflows/score.py` is made of: where recordings come from, and how far it is."""
+"""Scoring a cohort: its recordings, the parts that are scored, the progress, the output, and reliability."""

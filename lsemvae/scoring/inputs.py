@@ -1,4 +1,4 @@
-"""What workflows/score.py reads: shards, or recordings as they came, in parts that are the same at every start."""
+"""The input of workflows/score.py: shards or original recordings, in parts that are the same at every start."""
 
 import hashlib
 import io
@@ -46,7 +46,7 @@ class Read:
 
 
 class CohortInput(Protocol):
-    """Both kinds are sent to other processes. `digest` names which recordings these are, in which parts."""
+    """A cohort in parts. It is sent to other processes. `digest` identifies the recordings and their division."""
 
     uri: str
     records: int
@@ -55,17 +55,17 @@ class CohortInput(Protocol):
     parts: Sequence[Any]
 
     def chunks(self, number: int, leads: Sequence[str]) -> Iterator[list[Read]]:
-        """The recordings of a part in order, some at a time. Raises StorageError when the place fails."""
+        """The recordings of a part in order, in several lists. Raises StorageError when the storage fails."""
         ...
 
     def any_mended(self, number: int, rows: Sequence[int]) -> bool:
-        """Whether any of these rows of a part, which could not be read, can be now."""
+        """Whether any of these rows of a part, which were unreadable, can be read now."""
         ...
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A shard is a part."""
+    """A data set of shards; each shard is a part."""
 
     data: ShardedDataset
 
@@ -125,7 +125,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Recordings:
-    """Recordings of a cohort in the order of its table, `PART_RECORDS` to a part. The table travels with it."""
+    """Recordings of a cohort in the order of its table, `PART_RECORDS` in each part."""
 
     storage: Storage
     digest: str

@@ -1,4 +1,4 @@
-"""What a cohort's scoring leaves behind: one Parquet file, one CSV, and the summary that makes them count."""
+"""The output of scoring a cohort: one Parquet file, one CSV, and the summary that makes them valid."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ JOB, SUMMARY = "job.json", "summary.json"
 
 
 def claim(output: Storage, about: dict[str, Any]) -> None:
-    """The output is for this model on these recordings; raises LsemvaeError when it is another's.
+    """Reserve the output for this model on these recordings; raises LsemvaeError when it belongs to another plan.
 
-    Files are named for the plan, so that not even two commands that look here at the same moment mix their scores:
-    the one that writes summary.json last has the output, and the other hears it here.
+    Files are named for the plan, so two commands that call this at the same moment do not mix their scores: the one
+    that writes summary.json last owns the output, and the other one gets the error at its next call.
     """
     for name in (SUMMARY, JOB):
         try:
@@ -46,7 +46,7 @@ def _named(about: dict[str, Any]) -> str:
 
 
 def finished(output: Storage, plan: str) -> dict[str, Any] | None:
-    """The summary, if everything it names is there and whole."""
+    """The summary, if every file that it names is there and whole; otherwise None."""
     try:
         summary = json.loads(output.read_bytes(SUMMARY))
         whole = all(sha256_of(output, name) == digest for name, digest in summary["files"].items())
@@ -61,7 +61,7 @@ def sha256_of(output: Storage, name: str) -> str:
 
 
 def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any]:
-    """The parts as one Parquet file and one CSV, a part at a time, then the summary that makes them count."""
+    """Writes the parts as one Parquet file and one CSV, a part at a time, then the summary that makes them valid."""
     names = [part_path(job.plan, number) for number in range(len(digests))]
     counts: Counter[str] = Counter()
     refused: Counter[str] = Counter()  # every recording without a score, by reason
@@ -76,7 +76,7 @@ def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any
         pq.ParquetWriter(parquet_stream, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
         pacsv.CSVWriter(csv_stream, SCHEMA) as csv_writer,
     ):
-        for start in range(0, len(names), 64):  # read ahead, but not everything at once
+        for start in range(0, len(names), 64):  # read ahead, but not all parts at once
             batch = slice(start, start + 64)
             for digest, content in zip(digests[batch], pool.map(job.output.read_bytes, names[batch]), strict=True):
                 if hashlib.sha256(content).hexdigest() != digest:

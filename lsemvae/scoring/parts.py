@@ -1,4 +1,4 @@
-"""One part of a cohort: its rows, and the file that is written whole or not at all."""
+"""One part of a cohort: the rows of its scores, in a file that is written whole or not at all."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Job:
-    """What every actor is told. `uri` names one version, not an alias that may move meanwhile."""
+    """What every actor needs to know. `uri` names one version, not an alias, because an alias can move meanwhile."""
 
     plan: str
     uri: str
@@ -71,7 +71,7 @@ class PartScorer:
                 self._failure = f"{job.uri} changed while the job was starting: give the command again"
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A failure is said in the answer, for Ray would wrap it in pages."""
+        """A failure is returned as text, because Ray would wrap an exception in pages of traceback."""
         try:
             result = {"failure": self._failure} if self._failure else self._finish(row["number"])
         except (LsemvaeError, OSError) as error:
@@ -151,7 +151,7 @@ def part_path(plan: str, number: int) -> str:
 
 
 def finished_part(job: Job, path: str) -> bytes | None:
-    """The part's bytes, if it was written before and is whole."""
+    """The bytes of a part that was written before and is whole; otherwise None."""
     try:
         content = job.output.read_bytes(path)
         pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
@@ -161,7 +161,7 @@ def finished_part(job: Job, path: str) -> bytes | None:
 
 
 def unreadable_in(content: bytes) -> list[int]:
-    """Which rows of a part are recordings that could not be read."""
+    """The rows of a part whose recordings are unreadable."""
     return _metadata(content)["unreadable"]
 
 

@@ -1,4 +1,4 @@
-"""progress.json: how far workflows/score.py is, for the endpoint to tell and for other commands to see it live."""
+"""progress.json: the progress of workflows/score.py, read by the endpoint and by other commands on the same output."""
 
 import json
 import logging
@@ -16,15 +16,15 @@ from lsemvae.storage import Storage
 PROGRESS = "progress.json"
 BEAT_S = 5.0
 SILENT_S = 30.0
-"""A command that has written nothing for so long is taken to be dead."""
+"""A command that has not written for this long counts as dead."""
 
 log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts, and a thread that writes them. One command at a time works on an output: others wait for it.
+    """Counts, and a thread that writes them. One command at a time works on an output; others wait for it.
 
-    Nothing rests on this but that no work is done twice: parts are the same bytes whoever makes them.
+    This only avoids doing work twice. The result does not depend on it: parts are the same bytes whoever makes them.
     """
 
     def __init__(self, output: Storage, about: dict[str, Any], total: int) -> None:
@@ -56,7 +56,7 @@ class Progress:
                 self._write()
 
     def add(self, part: dict[str, Any]) -> None:
-        """What an actor says of a part. Raises LsemvaeError when another command works on the output."""
+        """Counts a part, from its summary. Raises LsemvaeError when another command has taken over the output."""
         if self._lost:
             raise LsemvaeError(
                 f"another command scores into {self._output.uri} since this one began: it goes on, this one ends"
@@ -73,17 +73,17 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """From the beginning of the first part that was made to the end of the last."""
+        """From the start of the first part that was made to the end of the last."""
         return self._ended - self._began
 
     @property
     def startup_s(self) -> float:
-        """Until the first part was begun: Ray, the model, and waiting for processors."""
+        """Until the first part was started: for Ray, loading the model, and waiting for processors."""
         return max(self._began - self._created, 0.0)
 
     @property
     def rate(self) -> float:
-        """Recordings a second, without those that were scored before."""
+        """Recordings scored each second, without those that were scored before."""
         return self.made / self.seconds if self.seconds > 0 else 0.0
 
     def _beats(self) -> None:
@@ -94,7 +94,7 @@ class Progress:
                 return
             try:
                 self._write()
-            except (LsemvaeError, OSError) as error:  # it may pass, and the work goes on
+            except (LsemvaeError, OSError) as error:  # the fault may pass; scoring continues
                 log.warning(f"{PROGRESS} cannot be written: {error}")
 
     def _write(self) -> None:
@@ -120,7 +120,7 @@ class Progress:
     def _read(self) -> dict[str, Any] | None:
         try:
             return json.loads(self._output.read_bytes(PROGRESS))
-        except (FileNotFoundError, ValueError):  # LsemvaeError too: a place that fails says nothing of others
+        except (FileNotFoundError, ValueError):  # also LsemvaeError: a storage that fails does not show another command
             return None
 
     def _wait_for_others(self) -> None:
@@ -140,7 +140,7 @@ class Progress:
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether the owner was a process of this machine that is no more."""
+    """Whether the owner was a process of this machine that has ended."""
     host, pid, _ = owner.rsplit(":", 2)
     if host != socket.gethostname():
         return False
