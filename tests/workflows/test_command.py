@@ -81,7 +81,6 @@ from command import prepare_environment, start_ray
 prepare_environment()
 start_ray()
 import ray
-from ray.util import state
 from lsemvae.tracking import tracking_uri
 
 @ray.remote
@@ -98,17 +97,13 @@ uris = ray.get([worker.uri.remote(), task.remote()])
 address = "http://" + ray._private.worker.global_worker.node.address_info["webui_url"]
 bearer = {"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]}
 shown = ""
-for listed in (state.list_actors, state.list_tasks, state.list_jobs, state.list_workers, state.list_runtime_envs):
-    found = listed(address=address, detail=True, limit=1000)
-    assert listed is state.list_jobs or found, listed
-    shown += repr(found)
-for path in ("api/jobs/", "logical/actors"):
-    request = urllib.request.Request(f"{address}/{path}", headers=bearer)
+for path in ("v0/actors", "v0/tasks", "v0/workers", "v0/runtime_envs", "jobs/"):
+    request = urllib.request.Request(f"{address}/api/{path}?detail=1&limit=1000", headers=bearer)
     try:
         with urllib.request.urlopen(request) as answer:
             shown += path + answer.read().decode()
     except urllib.error.HTTPError as error:
-        raise SystemExit(path + error.read().decode())
+        raise SystemExit(f"{path}: {error}: {error.read().decode()}")
 print(json.dumps([uris, shown]))
 """
     uri = f"http://ecg:{PASSWORD}@127.0.0.1:9"
