@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -68,6 +69,22 @@ def test_a_file_imports_what_it_may(path: Path):
     relative = str(path.relative_to(LIBRARY))
     rule = max((key for key in MAY_IMPORT if relative.startswith(key)), key=len)
     assert imports(path) <= EVERYWHERE | MAY_IMPORT[rule]
+
+
+def test_imports_go_only_downwards():
+    """The list in CONTRIBUTING.md, from the top floor to the ground, holds for every file."""
+    listed = re.findall(r"^\d\. (`.*)", (ROOT / "CONTRIBUTING.md").read_text().split("## Who may")[1], re.MULTILINE)[:9]
+    floor = {name: number for number, line in enumerate(listed) for name in re.findall(r"`(\w+)`", line)}
+    wrong = []
+    for path in FILES:
+        own = path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("lsemvae", "serve"):
+                inside = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                wrong += [f"{path.name} imports {name}" for name in inside if floor.get(name, 9) < floor[own]]
+    assert wrong == []
 
 
 def bare_environment(folder: Path, *distributions: str) -> Path:
