@@ -1,4 +1,4 @@
-"""Work that is done in a thread while whoever waits for it works on what came before."""
+"""Make items in a thread, ahead of the loop that uses them."""
 
 import contextlib
 import queue
@@ -10,10 +10,10 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
-    """The same items in the same order; up to `count` are made before they are asked for.
+    """The same items in the same order; up to `count` of them are made before the loop asks for them.
 
-    What making one raises is raised where it would have come. Closing this, or leaving the loop over it, ends the
-    thread once the item that it is at is made.
+    If making an item raises an error, the error is raised here in the item's place. Closing this iterator, or leaving
+    the loop over it, ends the thread as soon as it has made its current item.
     """
     ready: queue.Queue[Any] = queue.Queue(count)
     stopped, end = threading.Event(), object()

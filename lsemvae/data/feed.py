@@ -1,65 +1,70 @@
-"""The way of training records: which record comes when, and Ray Data that brings them to one worker in that order.
+"""Bring training records to a worker in the order of `lsemvae.data.order`, through Ray Data or in this process.
 
-The order of an epoch is a function of the data set, the seed and the epoch alone. The shards' row groups are shuffled
-and dealt to a fixed number of streams; within a block of a few row groups the records are shuffled once more. Step s of
-an epoch takes records [s q, (s + 1) q) of every stream, and a worker reads some of the streams. So every step has the
-same records whatever the number of workers, every record comes once an epoch, and (epoch, step) is all that a run must
-remember to go on exactly where it was, with as many workers as there are then.
+The order of an epoch is a function of the data sets, the seed and the epoch alone. Every step has the same records
+whatever the number of workers, and every record comes once an epoch (or as often as its data set is to be repeated). So
+(epoch, step) is all that a run must remember to resume exactly where it stopped, with as many workers as there are
+then.
+
+Worked example: 4 streams, a batch of 16, 2 workers. `batches(epoch=3, worker=1, workers=2, start_step=5)` yields the
+steps 5, 6, 7 … of epoch 3. Each has 8 records: 4 of stream 1 and 4 of stream 3. Worker 0 gets the other 8, of streams 0
+and 2. The blocks of a worker's streams are read ahead; a row group comes from this machine's cache if it is there.
 """
 
 import logging
-import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lsemvae.data.ahead import ahead
 from lsemvae.data.cache import Cache
+from lsemvae.data.cache import require_room as require_cache_room
+from lsemvae.data.layouts import Layout, ModelInput, Rows, Windows
 from lsemvae.data.order import Block, Order, Piece
-from lsemvae.data.shards import ROWS_PER_GROUP, SCHEMA, SIGNAL_COLUMNS, ShardedDataset, signals_mv
+from lsemvae.data.row_groups import Damaged, read_row_group
+from lsemvae.data.shards import ROWS_PER_GROUP, SIGNAL_COLUMNS, ShardedDataset, signals_mv
 from lsemvae.errors import LsemvaeError, StorageError
-from lsemvae.preprocess import PreprocessConfig, preprocess_signals, window_signals
-from lsemvae.storage import Storage, explained
+from lsemvae.preprocess import PreprocessConfig
+from lsemvae.storage import Storage
 
 log = logging.getLogger(__name__)
 
-_SIGNAL_SCHEMA = pa.schema([SCHEMA.field(name) for name in SIGNAL_COLUMNS])
 PREFETCHED_BLOCKS = 2
-LOOKS = 3
-"""Readings of a row group in an object store that must agree that it is damaged."""
 NOBODY, DAMAGED = -1, -2
 
-Rows = dict[str, np.ndarray]
 Records = Sequence[tuple[Rows, int]]
-"""Each record as the rows that it is among, and its place there: nothing is copied before a batch is made of them."""
+"""Each record as the arrays that hold it and its index in them: nothing is copied before a batch is made."""
+
+
+class ShardFile(NamedTuple):
+    """One shard, and this machine's cache of its data set."""
+
+    storage: Storage
+    path: str
+    digest: str
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Records of one split in an order, for one worker after another: preprocessed, or for a device to finish."""
+    """The records of one split in an order, as batches of one layout."""
 
-    storage: Storage
-    shards: tuple[str, ...]
+    shards: tuple[ShardFile, ...]
     order: Order
-    leads: tuple[str, ...]
-    preprocess: PreprocessConfig
-    on_device: bool = False
-    """Batches hold windows, and `DeviceFinish` makes model input of them."""
-    digests: tuple[str, ...] = ()
-    cache: Cache | None = None
+    layout: Layout
 
     @classmethod
-    def of(
+    def of(cls, data: ShardedDataset, split: str, *args: Any, **kwargs: Any) -> "Feed":
+        """Like `of_several`, for one data set whose records come once an epoch."""
+        return cls.of_several([(data, 1)], split, *args, **kwargs)
+
+    @classmethod
+    def of_several(
         cls,
-        data: ShardedDataset,
+        data: Sequence[tuple[ShardedDataset, int]],
         split: str,
         leads: Sequence[str],
         preprocess: PreprocessConfig,
@@ -68,23 +73,45 @@ class Feed:
         cache: Path | str | None = None,
         **order: Any,
     ) -> "Feed":
-        """`order` are the settings of `Order` beside its rows; `cache` is a folder on each worker's machine."""
-        shards = data.manifest.of_split(split)
-        return cls(
-            data.storage,
-            tuple(shard.path for shard in shards),
-            Order(tuple(shard.rows for shard in shards), **order),
-            tuple(leads),
-            preprocess,
-            on_device,
-            tuple(shard.digest for shard in shards),
-            Cache(Path(cache).absolute(), f"{preprocess.digest} {','.join(leads)} {on_device}") if cache else None,
-        )
+        """Several data sets, each with how often its records come in an epoch.
+
+        `cache` is a folder on each worker's machine; `order` are the settings of `Order` beside its rows and repeats.
+        Raises LsemvaeError if a data set is named twice or is to come less than once.
+        """
+        _require_different(data)
+        layout = (Windows if on_device else ModelInput)(tuple(leads), preprocess)
+        shards, rows, repeats = [], [], []
+        for dataset, times in data:
+            meaning = f"{dataset.storage.uri} {dataset.manifest.digest} {layout.meaning}"
+            kept = Cache(Path(cache).absolute(), meaning) if cache else None
+            for shard in dataset.manifest.of_split(split):
+                shards.append(ShardFile(dataset.storage, shard.path, shard.digest, kept))
+                rows.append(shard.rows)
+                repeats.append(times)
+        repeated = tuple(repeats) if max(repeats, default=1) > 1 else ()
+        return cls(tuple(shards), Order(tuple(rows), repeats=repeated, **order), layout)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether batches hold windows, of which `DeviceFinish` makes model input."""
+        return self.layout.on_device
 
     @property
     def record_bytes(self) -> int:
-        """What a record takes in memory, and in the cache."""
-        return 4 * len(self.leads) * self.preprocess.samples
+        return self.layout.record_bytes
+
+    @property
+    def cached(self) -> bool:
+        """Whether prepared records are kept on the worker's machine."""
+        return any(shard.cache for shard in self.shards)
+
+    def cache_bytes(self) -> dict[Cache, int]:
+        """What each data set's cache will hold of this feed."""
+        needed: dict[Cache, int] = {}
+        for shard, rows in zip(self.shards, self.order.rows, strict=True):
+            if shard.cache:
+                needed[shard.cache] = needed.get(shard.cache, 0) + rows * self.record_bytes
+        return needed
 
     def batches(
         self,
@@ -94,15 +121,13 @@ class Feed:
         start_step: int = 0,
         read: "Callable[[Feed, Sequence[Block], int], Iterator[Records]] | None" = None,
     ) -> Iterator[Rows]:
-        """This worker's part of every step: `x_BLT` float32, `lead_mask_BL` bool, `weight_B` float32, `row_B` int64.
+        """This worker's part of every step: the arrays of the layout, `weight_B` float32 and `row_B` int64.
 
-        With `on_device` it has, in place of the first two, what `DeviceFinish.batch` makes them of: `filled_mv_BLT`
-        float32, `nan_share_BL` and `length_B`. A worker's batch has the same size in every step. `weight_B` is 0
-        where there is no record (at the end of an epoch), where it was refused, and where its row group cannot be
-        read, else 1. `row_B` numbers the records of the split; it is NOBODY where there is none, and DAMAGED where it
-        cannot be read. `read` brings the blocks' records: `read_on_ray` by default, or `read_here`. Raises
-        LsemvaeError where a shard is absent, StorageError where the storage fails for longer than its clients try
-        again.
+        A worker's batch has the same size in every step. `weight_B` is 0 if there is no record (at the end of an
+        epoch), if it was refused and if its row group cannot be read, else 1. `row_B` numbers the records of the split,
+        data set by data set; it is NOBODY if there is none, and DAMAGED if it cannot be read. `read` brings the
+        records of the blocks: `read_on_ray` by default, or `read_here`. Raises LsemvaeError if a shard is absent,
+        StorageError if the storage fails for longer than its clients try again.
         """
         order = self.order
         streams = order.streams_of(worker, workers)
@@ -110,7 +135,7 @@ class Feed:
         arriving = zip((read or read_on_ray)(self, [block for block, _ in wanted], workers), wanted, strict=True)
         queues: dict[int, deque[tuple[Rows, int]]] = {stream: deque() for stream in streams}
         sizes = {stream: sum(b.records - s for b, s in wanted if b.stream == stream) for stream in streams}
-        nobody = (self._nothing(1), 0)
+        nobody = (self.layout.nothing(1) | {"row_B": np.full(1, NOBODY)}, 0)
         for _ in range(start_step, order.steps):
             records: list[tuple[Rows, int]] = []
             for stream in streams:
@@ -124,18 +149,18 @@ class Feed:
             yield _copied(records)
 
     def read(self, block: Block) -> Rows:
-        """One block's records in their order. A row group that is damaged has weight 0, and is logged."""
+        """One block's records in their order. The records of a damaged row group have weight 0, and it is logged."""
         return _copied(self.arrange(block, self.gather(block)))
 
     def gather(self, block: Block) -> list[Rows]:
-        """The records of a block's pieces; with a cache those of their row groups, from it or for it."""
-        if not self.cache:
+        """The records of each piece of a block; with a cache, those of its whole row group, which is what is kept."""
+        if not self.cached:
             return [self._prepare(piece) for piece in block.pieces]
         return [self._from_cache(piece) or self._prepare(self._whole(piece)) for piece in block.pieces]
 
     def arrange(self, block: Block, parts: Sequence[Rows]) -> Records:
-        """What `gather` gave, cut to the pieces, in the order of the block."""
-        firsts = [0 if self.cache else piece.start for piece in block.pieces]
+        """Cut to the pieces what `gather` gave, and put it into the block's order."""
+        firsts = [0 if self.cached else piece.start for piece in block.pieces]
         records = [
             (part, row - first)
             for piece, first, part in zip(block.pieces, firsts, parts, strict=True)
@@ -144,20 +169,21 @@ class Feed:
         return [records[position] for position in self.order.permutation(block)]
 
     def is_cached(self, block: Block) -> bool:
-        """Whether this machine's disk has all of it."""
-        return self.cache is not None and all(
-            self.cache.path(self._name(piece.shard), piece.group).exists() for piece in block.pieces
-        )
+        """Whether this machine's disk has all row groups of the block."""
+        places = [(*self._cache_of(piece), piece.group) for piece in block.pieces]
+        return all(cache is not None and cache.path(name, group).exists() for cache, name, group in places)
 
     def keep(self, block: Block, parts: Sequence[Rows]) -> None:
-        """Puts what `gather` gave into this machine's cache, but for what is damaged."""
+        """Put what `gather` gave into this machine's cache, except damaged row groups."""
         for piece, part in zip(block.pieces, parts, strict=True):
-            if (part["row_B"] >= 0).all():
-                kept = {name: values for name, values in part.items() if name != "row_B"}
-                self.cache.put(self._name(piece.shard), piece.group, kept)
+            cache, name = self._cache_of(piece)
+            if cache and (part["row_B"] >= 0).all():
+                cache.put(name, piece.group, {name: values for name, values in part.items() if name != "row_B"})
 
-    def _name(self, shard: int) -> str:
-        return f"{self.storage.uri}/{self.shards[shard]} {self.digests[shard]}"
+    def _cache_of(self, piece: Piece) -> tuple[Cache | None, str]:
+        """The cache of the piece's data set, and the name of its shard there."""
+        shard = self.shards[piece.shard]
+        return shard.cache, f"{shard.path} {shard.digest}"
 
     def rows_of(self, piece: Piece) -> int:
         """Records of the piece's row group."""
@@ -167,7 +193,8 @@ class Feed:
         return piece._replace(start=0, stop=self.rows_of(piece))
 
     def _from_cache(self, piece: Piece) -> Rows | None:
-        kept = self.cache.get(self._name(piece.shard), piece.group)
+        cache, name = self._cache_of(piece)
+        kept = cache.get(name, piece.group) if cache else None
         return kept and kept | {"row_B": self._numbers(self._whole(piece))}
 
     def _numbers(self, piece: Piece) -> np.ndarray:
@@ -175,69 +202,58 @@ class Feed:
         return np.arange(first + piece.start, first + piece.stop)
 
     def _prepare(self, piece: Piece) -> Rows:
-        """Read, decoded and preprocessed."""
-        path = self.shards[piece.shard]
-        looks = 1 if self.storage.is_local else LOOKS
-        for look in range(1, looks + 1):
-            try:
-                table = _read_row_group(self.storage, path, piece.group, self.rows_of(piece))
-                break
-            except _Damaged as error:
-                if look < looks:  # perhaps something on the way cut it
-                    _footer.cache_clear()
-                    time.sleep(random.uniform(0, look))
-                    continue
-                log.error(f"{self.storage.uri}/{path}, row group {piece.group}, is damaged and left out: {error}")
-                return self._nothing(piece.stop - piece.start, DAMAGED)
-        table = table.slice(piece.start, piece.stop - piece.start)
+        """The piece's records: read, decoded and preprocessed."""
+        shard, records = self.shards[piece.shard], piece.stop - piece.start
+        try:
+            table = read_row_group(shard.storage, shard.path, piece.group, self.rows_of(piece))
+        except Damaged as error:
+            place = f"{shard.storage.uri}/{shard.path}, row group {piece.group},"
+            log.error(f"{place} is damaged and left out: {error}")
+            return self.layout.nothing(records) | {"row_B": np.full(records, DAMAGED)}
+        table = table.slice(piece.start, records)
         columns = {name: table[name].to_numpy(zero_copy_only=False) for name in SIGNAL_COLUMNS}
-        signals, rates_hz = signals_mv(columns, self.leads), columns["rate_hz"]
-        numbers_B = self._numbers(piece)
-        # A refused record has no lead: its place is filled, so that every batch has the same size, and it counts 0.
-        if self.on_device:
-            windows = window_signals(signals, rates_hz, self.leads, self.preprocess, np.float32)
-            accepted_B = np.array([reason is None for reason in windows.refused_B], dtype=bool)
-            return {
-                "filled_mv_BLT": windows.filled_mv_BLT,
-                "nan_share_BL": windows.nan_share_BL.astype(np.float32),
-                "length_B": windows.length_B,
-                "weight_B": accepted_B.astype(np.float32),
-                "row_B": numbers_B,
-            }
-        prepared = preprocess_signals(signals, rates_hz, self.leads, self.preprocess)
-        accepted_B = prepared.accepted_B
-        return {
-            "x_BLT": prepared.x_BLT,
-            "lead_mask_BL": prepared.lead_mask_BL | ~accepted_B[:, None],
-            "weight_B": accepted_B.astype(np.float32),
-            "row_B": numbers_B,
-        }
+        prepared = self.layout.prepare(signals_mv(columns, self.layout.leads), columns["rate_hz"])
+        return prepared | {"row_B": self._numbers(piece)}
 
-    def _nothing(self, records: int, row: int = NOBODY) -> Rows:
-        shape = (records, len(self.leads), self.preprocess.samples)
-        none = {"weight_B": np.zeros(records, dtype=np.float32), "row_B": np.full(records, row)}
-        if self.on_device:
-            return {
-                "filled_mv_BLT": np.zeros(shape, dtype=np.float32),
-                "nan_share_BL": np.zeros(shape[:2], dtype=np.float32),
-                "length_B": np.full(records, self.preprocess.samples),
-            } | none
-        return {"x_BLT": np.zeros(shape, dtype=np.float32), "lead_mask_BL": np.ones(shape[:2], dtype=bool)} | none
+
+def require_room(*feeds: Feed | None) -> None:
+    """Make room for the feeds in this machine's cache; raises LsemvaeError if its disk has not so much."""
+    needed: dict[Path, dict[Cache, int]] = {}
+    for feed in feeds:
+        for cache, size in (feed.cache_bytes() if feed else {}).items():
+            of_root = needed.setdefault(cache.root, {})
+            of_root[cache] = of_root.get(cache, 0) + size
+    for root, of_root in needed.items():
+        require_cache_room(root, of_root)
+
+
+def _require_different(data: Sequence[tuple[ShardedDataset, int]]) -> None:
+    uris = [dataset.storage.uri for dataset, _ in data]
+    for dataset, times in data:
+        uri = dataset.storage.uri
+        if uris.count(uri) > 1:
+            raise LsemvaeError(f"{uri} is named twice: name it once, with repeats, as in {uri}:2")
+        if times < 1:
+            raise LsemvaeError(f"{uri} is to come {times} times an epoch: give 1 or more repeats")
 
 
 def read_here(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Records]:
     """The blocks' records in this order, read and preprocessed in this process."""
     for block in blocks:
-        parts = feed.gather(block)
-        if feed.cache and not feed.is_cached(block):
-            feed.keep(block, parts)
-        yield feed.arrange(block, parts)
+        yield feed.arrange(block, _gathered_and_kept(feed, block))
+
+
+def _gathered_and_kept(feed: Feed, block: Block) -> list[Rows]:
+    parts = feed.gather(block)
+    if feed.cached and not feed.is_cached(block):
+        feed.keep(block, parts)
+    return parts
 
 
 def read_on_ray(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Records]:
-    """The same by Ray Data's tasks, wherever there is a CPU, some blocks ahead. Every one of `workers` does so.
+    """The same by Ray Data's tasks, on any machine that has a CPU, some blocks ahead. Each of `workers` runs its own.
 
-    What this machine's cache has by now is mapped from it; what comes from elsewhere is kept in it, in a thread.
+    Blocks that this machine's cache has are mapped from it; the others are kept in it, in a thread.
     """
     return ahead(_from_cache_and_tasks(feed, blocks, workers), PREFETCHED_BLOCKS)
 
@@ -247,11 +263,11 @@ def _from_cache_and_tasks(feed: Feed, blocks: Sequence[Block], workers: int) -> 
     arriving, asked = _from_tasks(feed, blocks, missing, workers), set(missing)
     for number, block in enumerate(blocks):
         if number not in asked:
-            yield feed.arrange(block, feed.gather(block))
+            yield feed.arrange(block, _gathered_and_kept(feed, block))
             continue
         rows = next(arriving)
         assert (rows.pop("number") == number).all()
-        if not feed.cache:
+        if not feed.cached:
             yield [(rows, row) for row in range(block.records)]
             continue
         ends = np.cumsum([feed.rows_of(piece) for piece in block.pieces])[:-1]
@@ -263,7 +279,7 @@ def _from_cache_and_tasks(feed: Feed, blocks: Sequence[Block], workers: int) -> 
 
 
 def _from_tasks(feed: Feed, blocks: Sequence[Block], numbers: Sequence[int], workers: int) -> Iterator[Rows]:
-    """These blocks by Ray Data, in this order: arranged, or as gathered where the worker keeps them."""
+    """These blocks by Ray Data, in this order: arranged, or as `gather` gives them if the worker keeps them."""
     import ray
     import ray.data
 
@@ -272,28 +288,28 @@ def _from_tasks(feed: Feed, blocks: Sequence[Block], numbers: Sequence[int], wor
     there = ray.cluster_resources()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    # Else each worker would fill half of the cluster's object store with what it reads ahead.
+    # Without a limit each worker would fill half of the cluster's object store with what it reads ahead.
     share = int(there.get("object_store_memory", 0) / 2 / workers)
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=share)
     context.enable_progress_bars = False
-    context.target_max_block_size = None  # what a task gives stays one batch, however large
+    context.target_max_block_size = None  # a task's result stays one batch, however large
 
     def read(batch: Rows) -> Rows:
         (number,) = batch["number"]
         block = blocks[number]
         try:
-            if feed.cache:
+            if feed.cached:
                 parts = feed.gather(block)
                 rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             else:
                 rows = feed.read(block)
-        except LsemvaeError as error:  # raised here it would arrive as text within text
+        except LsemvaeError as error:  # if it were raised here, Ray would wrap its message into others
             passing = isinstance(error, StorageError) and error.passing
             return {"failure": np.array([str(error)]), "passing": np.array([passing])}
         return rows | {"number": np.full(len(rows["row_B"]), number)}
 
     items = [{"number": number} for number in numbers]
-    # Training workers that hold all processors, as when machines were lost, would wait for ever for a task's.
+    # If the workers hold all CPUs, as when machines were lost, a task that needs one would wait forever.
     settings = {} if there.get("CPU", 0) > workers else {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(1)}
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1, **settings)
     for rows in dataset.iter_batches(batch_size=None, prefetch_batches=PREFETCHED_BLOCKS):
@@ -303,43 +319,10 @@ def _from_tasks(feed: Feed, blocks: Sequence[Block], numbers: Sequence[int], wor
 
 
 def _copied(records: Records) -> Rows:
-    """One after another. Each is one copy of what may lie in a mapped file."""
+    """The records as one batch. Each record is copied once; it may lie in a mapped file."""
     kinds = {name: (values.shape[1:], values.dtype) for name, values in records[0][0].items()}
     copied = {name: np.empty((len(records), *shape), dtype) for name, (shape, dtype) in kinds.items()}
     for to, (rows, row) in enumerate(records):
         for name, values in rows.items():
             copied[name][to] = values[row]
     return copied
-
-
-class _Damaged(Exception):
-    """A row group that is not what was written."""
-
-
-def _read_row_group(storage: Storage, path: str, group: int, rows: int) -> pa.Table:
-    """Raises _Damaged, StorageError where it is the storage that fails, LsemvaeError where there is no such shard."""
-    try:
-        with explained(f"{storage.uri}/{path}"):
-            try:
-                with storage.filesystem.open_input_file(storage.path(path)) as stream:
-                    file = pq.ParquetFile(stream, metadata=_footer(storage, path), page_checksum_verification=True)
-                    table = file.read_row_group(group, columns=SIGNAL_COLUMNS, use_threads=False)
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                # Parquet's own complaints are OSErrors too, without a number.
-                if isinstance(error, OSError) and (error.errno or "AWS Error" in str(error)):
-                    raise
-                raise _Damaged(" ".join(str(error).split())) from error
-    except FileNotFoundError:
-        raise LsemvaeError(
-            f"{storage.uri}/{path} is gone, though the manifest names it: put it back, or ingest again"
-        ) from None
-    if table.num_rows != rows or not table.schema.equals(_SIGNAL_SCHEMA):
-        raise _Damaged(f"it has {table.num_rows} rows of {table.schema.names}, not {rows} of {SIGNAL_COLUMNS}")
-    return table
-
-
-@lru_cache(maxsize=4096)
-def _footer(storage: Storage, path: str) -> pq.FileMetaData:
-    """Read once by each process, not once for each row group."""
-    with storage.filesystem.open_input_file(storage.path(path)) as stream:
-        return pq.read_metadata(stream)

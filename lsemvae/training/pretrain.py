@@ -16,7 +16,7 @@ import torch
 from lsemvae.bundle import Bundle
 from lsemvae.config import PretrainRecipe
 from lsemvae.data.ahead import ahead
-from lsemvae.data.feed import DAMAGED, Feed, Rows
+from lsemvae.data.feed import DAMAGED, Feed, Rows, require_room
 from lsemvae.data.order import Order
 from lsemvae.errors import LsemvaeError
 from lsemvae.preprocess.on_device import DeviceFinish
@@ -59,9 +59,8 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
-    if job.train.cache and context.get_local_rank() == 0:
-        records = order.records + (job.val.order.records if job.val else 0)
-        job.train.cache.require_room(records * job.train.record_bytes)
+    if context.get_local_rank() == 0:
+        require_room(job.train, job.val)
     finish = DeviceFinish(recipe.preprocess, recipe.leads, device) if job.train.on_device else None
     progress, model, optimizer = start(job.place, recipe, order, rank, device)
     if optim.compile:

@@ -1,6 +1,8 @@
-"""An epoch has every record once, in an order that seed and epoch alone decide, for any number of workers."""
+"""An epoch has every record as often as asked, in an order that seed and epoch alone decide, for any workers."""
 
 import logging
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,19 @@ from command import start_ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsemvae.data import feed as feeding
-from lsemvae.data.feed import DAMAGED, NOBODY, Feed, read_here
-from lsemvae.data.order import Order
-from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset, pack, shard_bytes, signals_mv
+from lsemvae.data.feed import DAMAGED, NOBODY, Feed, read_here, require_room
+from lsemvae.data.order import Block, Order, Piece
+from lsemvae.data.row_groups import footer
+from lsemvae.data.shards import (
+    MANIFEST,
+    SIGNAL_COLUMNS,
+    Manifest,
+    Shard,
+    ShardedDataset,
+    pack,
+    shard_bytes,
+    signals_mv,
+)
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals
@@ -54,19 +65,30 @@ def feed_of(data: ShardedDataset, **order) -> Feed:
     return Feed.of(data, "train", LIMB_LEADS, CONFIG, **{"batch_size": 16, "streams": 4, "buffer": 64} | order)
 
 
+def order_of(
+    shards: list[tuple[int, int]], repeated: bool, streams: int, per_stream: int, buffer: int, seed: int, shuffle: bool
+) -> Order:
+    rows, repeats = zip(*shards, strict=True)
+    return Order(rows, streams * per_stream, streams, buffer, seed, shuffle, repeats if repeated else ())
+
+
 orders = st.builds(
-    lambda rows, streams, per_stream, buffer, seed: Order(tuple(rows), streams * per_stream, streams, buffer, seed),
-    rows=st.lists(st.integers(1, 300), min_size=1, max_size=6).filter(lambda rows: sum(rows) >= 8),
+    order_of,
+    shards=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 5)), min_size=1, max_size=6).filter(
+        lambda shards: sum(rows for rows, _ in shards) >= 8
+    ),
+    repeated=st.booleans(),
     streams=st.integers(1, 8),
     per_stream=st.integers(1, 20),
     buffer=st.integers(1, 400),
     seed=st.integers(0, 5),
+    shuffle=st.booleans(),
 )
 
 
 @settings(max_examples=80, deadline=None)
 @given(order=orders, epoch=st.integers(0, 3))
-def test_the_streams_hold_every_record_once_and_are_equally_long(order: Order, epoch: int):
+def test_the_streams_hold_every_record_as_often_as_asked_and_are_equally_long(order: Order, epoch: int):
     seen, lengths = [], []
     for stream in range(order.streams):
         blocks = order.blocks(epoch, stream)
@@ -74,9 +96,58 @@ def test_the_streams_hold_every_record_once_and_are_equally_long(order: Order, e
         for block in blocks:
             assert sorted(order.permutation(block)) == list(range(block.records))
             seen += [(p.shard, p.group * 64 + row) for p in block.pieces for row in range(p.start, p.stop)]
-    assert sorted(seen) == [(shard, row) for shard, rows in enumerate(order.rows) for row in range(rows)]
+    repeats = order.repeats or (1,) * len(order.rows)
+    wanted = {(shard, row): repeats[shard] for shard, rows in enumerate(order.rows) for row in range(rows)}
+    assert Counter(seen) == wanted
+    assert order.records == len(seen)
     assert max(lengths) - min(lengths) <= 1
     assert order.steps == -(-max(lengths) // order.per_stream)
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=orders, epoch=st.integers(0, 3))
+def test_repeats_of_one_give_the_order_without_repeats(order: Order, epoch: int):
+    once, plain = replace(order, repeats=(1,) * len(order.rows)), replace(order, repeats=())
+    for stream in range(order.streams):
+        assert once.blocks(epoch, stream) == plain.blocks(epoch, stream)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_copies_of_a_record_are_far_apart(epoch: int):
+    """30,000 recordings, and 700 that come 12 times: never twice in one batch, nor within a third of a twelfth."""
+    order = Order((30_000, 700), 256, streams=8, buffer=4096, seed=epoch, repeats=(1, 12))
+    steps: dict[int, list[int]] = {}
+    for stream in range(order.streams):
+        place = 0
+        for block in order.blocks(epoch, stream):
+            for piece in block.pieces:
+                if piece.shard == 1:
+                    steps.setdefault(piece.group, []).append(place // order.per_stream)
+                place += piece.stop - piece.start
+    apart = [np.diff(sorted(set(at))).min() for at in steps.values()]
+    assert min(apart) > order.steps / 12 / 3
+
+
+def test_the_worked_examples_are_right():
+    """Those of the docstrings of lsemvae.data.order."""
+    five = Order((64,) * 5, batch_size=16, streams=2)
+    assert five.steps == 20
+    for stream in range(2):
+        blocks = five.blocks(0, stream)
+        assert sum(block.records for block in blocks) == 160
+    first, last = (Order((64,) * 5, 16, streams=2).blocks(0, stream) for stream in range(2))
+    assert first[-1].pieces[-1].stop == last[0].pieces[0].start == 32
+    staggered = Order((64,) * 64, batch_size=16, streams=2, buffer=1024)
+    ends = [np.cumsum([block.records for block in staggered.blocks(0, stream)])[:3].tolist() for stream in range(2)]
+    assert ends == [[256, 768, 1280], [512, 1024, 1536]]
+
+    class Given(Order):
+        def blocks(self, epoch: int, stream: int) -> list[Block]:
+            sizes = [(64, 128), (128, 64)][stream]
+            return [Block(stream, (number,), (Piece(0, number, 0, size),)) for number, size in enumerate(sizes)]
+
+    demand = Given((384,), batch_size=16, streams=2).demand(0, [0, 1], start_step=9)
+    assert [(block.stream, *block.seed, skipped) for block, skipped in demand] == [(0, 1, 8), (1, 0, 72), (1, 1, 0)]
 
 
 @settings(max_examples=80, deadline=None)
@@ -140,8 +211,74 @@ def test_epochs_and_seeds_differ_and_validation_does_not(data: ShardedDataset):
     assert steps_of(still, 0, 1) == steps_of(still, 3, 1)
 
 
+@pytest.fixture(scope="module")
+def few(data: ShardedDataset, tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
+    """The first of the data set's shards as a data set of its own: 70 recordings."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "train-00000.parquet").write_bytes((Path(data.storage.base) / "train-00000.parquet").read_bytes())
+    shards = data.manifest.shards[:1]
+    (folder / MANIFEST).write_text(Manifest("there", "folder", "x", 70, 70, 0, {}, shards).to_json())
+    return ShardedDataset.open(str(folder))
+
+
+def several(data: list[tuple[ShardedDataset, int]], **settings) -> Feed:
+    return Feed.of_several(
+        data, "train", LIMB_LEADS, CONFIG, **{"batch_size": 16, "streams": 4, "buffer": 64} | settings
+    )
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_several_data_sets_each_with_its_repeats(data: ShardedDataset, few: ShardedDataset, workers: int):
+    """The 70 of the second are numbered after the 202 of the first, and come three times."""
+    feed = several([(data, 1), (few, 3)])
+    whole = steps_of(feed, 1, 1)
+    assert Counter(row for step in whole for row in step) == {row: 1 if row < 202 else 3 for row in range(272)}
+    assert len(whole) == feed.order.steps == -(-(202 + 3 * 70) // 16)
+    assert steps_of(feed, 1, workers) == whole
+    assert steps_of(feed, 1, workers)[:7] + steps_of(feed, 1, 4, start=7) == whole
+    wanted_x_BLT = x_of(data)
+    for batch in feed.batches(0, read=read_here):
+        for x_LT, row in zip(batch["x_BLT"], batch["row_B"], strict=True):
+            if row >= 0:
+                np.testing.assert_array_equal(x_LT, wanted_x_BLT[row - 202 if row >= 202 else row])
+
+
+def test_one_data_set_once_is_what_it_was(data: ShardedDataset):
+    assert several([(data, 1)]) == feed_of(data)
+    assert several([(data, 1)]).order.repeats == ()
+    assert several([(data, 2)], shuffle=False).order.records == 404
+
+
+def test_each_data_set_has_a_cache_of_its_own(data: ShardedDataset, few: ShardedDataset, tmp_path: Path):
+    plain, kept = several([(data, 1), (few, 3)]), several([(data, 1), (few, 3)], cache=tmp_path)
+    assert_same(list(kept.batches(0, read=read_here)), list(plain.batches(0, read=read_here)))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(kept.cache_bytes().values()) == [70 * plain.record_bytes, 202 * plain.record_bytes]
+    require_room(kept)
+    alone = feed_of(few, cache=tmp_path)
+    assert all(alone.is_cached(block) for stream in range(4) for block in alone.order.blocks(0, stream))
+
+
+@pytest.mark.parametrize(
+    ("repeats", "says"), [((1, 0), "is to come 0 times an epoch: give 1 or more"), ((-2, 1), "is to come -2 times")]
+)
+def test_repeats_below_one(data: ShardedDataset, few: ShardedDataset, repeats: tuple[int, int], says: str):
+    with pytest.raises(LsemvaeError, match=says):
+        several(list(zip((data, few), repeats, strict=True)))
+
+
+def test_a_data_set_named_twice(data: ShardedDataset, few: ShardedDataset):
+    with pytest.raises(LsemvaeError, match=r"is named twice: name it once, with repeats, as in .*:2"):
+        several([(data, 1), (few, 2), (data, 1)])
+
+
+def x_of(data: ShardedDataset) -> np.ndarray:
+    columns = data.read(SIGNAL_COLUMNS).to_pydict()
+    return preprocess_signals(signals_mv(columns, LIMB_LEADS), columns["rate_hz"], LIMB_LEADS, CONFIG).x_BLT
+
+
 def test_rows_are_what_the_one_definition_makes_of_them(data: ShardedDataset):
-    columns = data.read(["signal", "samples", "rate_hz", "uv_per_lsb", "offset"]).to_pydict()
+    columns = data.read(SIGNAL_COLUMNS).to_pydict()
     wanted = preprocess_signals(signals_mv(columns, LIMB_LEADS), columns["rate_hz"], LIMB_LEADS, CONFIG)
     refused = 0
     for batch in feed_of(data).batches(0, read=read_here):
@@ -256,7 +393,7 @@ def test_a_cache_is_made_again_where_it_is_cut_or_means_something_else(
     cut.write_bytes(content[:1000])
     assert_same(list(feed.batches(0, read=read_here)), wanted)
     assert cut.read_bytes() == content
-    assert f"{cut} cannot be read and is made again" in caplog.text
+    assert f"{cut} is damaged and is made again" in caplog.text
     list(feed_of(data, cache=tmp_path, on_device=True).batches(0, read=read_here))
     second = files()
     assert len(second) == 2 * len(first)
@@ -270,16 +407,14 @@ def test_what_is_damaged_is_not_cached(data: ShardedDataset, tmp_path: Path):
     rows = np.concatenate([batch["row_B"] for batch in feed.batches(0, read=read_here)])
     assert (rows == DAMAGED).sum() == 64
     copied(data, tmp_path / "shards")
-    feeding._footer.cache_clear()
+    footer.cache_clear()
     assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
 
 
 def test_a_run_goes_on_where_the_cache_has_no_room(data: ShardedDataset, tmp_path: Path, caplog):
-    with pytest.raises(LsemvaeError, match=r"needs 1000000.0 GB, 0.0 are in it and .* give another --cache, or none"):
-        feed_of(data, cache=tmp_path / "cache").cache.require_room(10**15)
     (tmp_path / "file").write_text("")
     feed = feed_of(data, cache=tmp_path / "file")
     assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
     assert caplog.text.count("takes no more (Not a directory): going on without") == 1
     with pytest.raises(LsemvaeError, match="cannot be written to"):
-        feed.cache.require_room(0)
+        require_room(feed)

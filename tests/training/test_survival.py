@@ -32,7 +32,7 @@ from support.watched import Attempt, Watched
 from lsemvae import bundle as bundles
 from lsemvae.config import with_settings
 from lsemvae.data.feed import DAMAGED, Feed, Rows, read_here
-from lsemvae.data.feed import _footer as storage_footer
+from lsemvae.data.row_groups import footer as storage_footer
 from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset, pack, shard_bytes
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.leads import LEADS
