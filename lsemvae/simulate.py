@@ -1,4 +1,4 @@
-"""A simulated cohort in the layout of MIMIC-IV-ECG, with a right-heart pressure hidden in it.
+"""Simulate one twelve-lead ECG, of a heart that is under more or less right-heart pressure.
 
 The heart is a current dipole (a vectorcardiogram, VCG): a sum of Gaussians in time with a vector each for P,
 QRS and T (Sameni, Clifford, Jutten & Shamsollahi 2007, "Multichannel ECG and noise modeling", EURASIP J Adv
@@ -6,16 +6,9 @@ Signal Process 2007:043407, which extends ECGSYN: McSharry, Clifford, Tarassenko
 Biomed Eng 50:289). Dower's matrix (as in Edenbrandt & Pahlm 1988, J Electrocardiol 21:361) projects it on
 eight leads; III, aVR, aVL and aVF are exact arithmetic on I and II. The vectors are this project's own.
 
-    severity = ln(mPAP / 14 mmHg) + N(0, response_sd)     the second term belongs to the subject
-    dose     = logistic((severity - 0.8) / 0.4)           scales the overload vectors added to P, QRS and T
+    dose = logistic((severity - 0.8) / 0.4)     scales the overload vectors that are added to P, QRS and T
 
-The pressure reaches the ECG through `severity` alone; all else that is drawn is independent of it. So
-mPAP -> severity -> ECG is a Markov chain, and by the data processing inequality no score read from one ECG
-ranks `mPAP > 20` better than P(mPAP > 20 | severity). That increases with severity (a Gaussian shift has a
-monotone likelihood ratio), so severity itself is an optimal score, and its AUROC, `best_auroc`, bounds from
-above whatever reads one ECG of a subject it was not trained on. Other ECGs of that subject, with their
-labels, would give its response away: split by subject. On a finite cohort every AUROC scatters about its
-mean, the optimal one too: `cohort_auroc`.
+`lsemvae.cohorts.simulated` draws the severity from a pressure, and writes whole cohorts.
 """
 
 import math
@@ -42,7 +35,7 @@ _DOWER = np.array(
     ]
 )
 _LIMB_LEADS_FROM_I_II = np.array([(1, 0), (0, 1), *(LIMB_FROM_I_II[lead] for lead in LIMB_LEADS[2:])])
-# Electrodes RA, LA, LL, V1 … V6: what one of them picks up reaches the leads as the recorder adds it up.
+# Electrodes RA, LA, LL, V1 … V6: how the recorder computes the eight leads from their potentials.
 _LEADS_FROM_ELECTRODES = np.zeros((8, 9))
 _LEADS_FROM_ELECTRODES[:2, :3] = [[-1, 1, 0], [-1, 0, 1]]
 _LEADS_FROM_ELECTRODES[2:] = np.hstack([np.full((6, 3), -1 / 3), np.eye(6)])
@@ -87,7 +80,7 @@ _NOISE_SPECTRA = _noise_spectra()
 
 @dataclass(frozen=True)
 class EcgParameters:
-    """One recording. The defaults are an average heart; all but `severity` is independent of the pressure."""
+    """One recording. The defaults are an average heart. Only `severity` depends on the pressure."""
 
     severity: float = 0.0
     heart_rate_bpm: float = 70.0
@@ -100,9 +93,9 @@ class EcgParameters:
 
 
 def simulate_ecg(parameters: EcgParameters, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:
-    """-> millivolts [12, 5000] in the order of LEADS, and the true values of the machine's measurements.
+    """Parameters -> millivolts [12, 5000] in the order of LEADS, and the true values of the cart's measurements.
 
-    These have the names, units (ms, degrees) and origin (P onset at 40 ms) of machine_measurements.csv;
+    The measurements have the names, units (ms, degrees) and origin (P onset at 40 ms) of machine_measurements.csv;
     those of P are NaN in atrial fibrillation.
     """
     waves = _waves(parameters)
@@ -114,7 +107,7 @@ def simulate_ecg(parameters: EcgParameters, rng: np.random.Generator) -> tuple[n
 
 
 def _waves(parameters: EcgParameters) -> list[np.ndarray]:
-    """The tables of P, QRS and T (rows: time s, width s; x, y, z mV) of this heart under its load."""
+    """The tables of P, QRS and T (each row: time s, width s; x, y, z mV) of this heart under its load."""
     dose = expit((parameters.severity - 0.8) / 0.4)
     (cx, cy, cz), (sx, sy, sz) = np.cos(parameters.rotation_rad), np.sin(parameters.rotation_rad)
     rotation = (
@@ -132,10 +125,10 @@ def _waves(parameters: EcgParameters) -> list[np.ndarray]:
 
 
 def _beats(parameters: EcgParameters, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """R peaks (s) from the last before the start to the first after the end, and the RR before each (s).
+    """R peaks in s, from the last before the recording to the first after it, and the RR interval before each in s.
 
-    Sinus rhythm: McSharry's two bands, 0.1 Hz (Mayer waves) and 0.25 Hz (breathing). Atrial fibrillation:
-    independent log-normal intervals.
+    In sinus rhythm RR varies in McSharry's two bands, 0.1 Hz (Mayer waves) and 0.25 Hz (breathing). In atrial
+    fibrillation the intervals are independent and log-normal.
     """
     mean_s = 60.0 / parameters.heart_rate_bpm
     count = int(25.0 / mean_s)
@@ -158,9 +151,9 @@ def _dipole(
     rr_s: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The VCG in mV [3, T]: P before the next R peak, QRS about the nearest, T after the last.
+    """The VCG in mV [3, T]: P before the next R peak, QRS around the nearest, T after the last.
 
-    T moves with the cube root of the RR interval (Fridericia).
+    The time of T scales with the cube root of the RR interval (Fridericia).
     """
     time_s = np.arange(SAMPLES) / RATE_HZ
     following = np.searchsorted(r_s, time_s, side="right")
@@ -176,7 +169,7 @@ def _dipole(
 
 
 def _electrode_noise(parameters: EcgParameters, rng: np.random.Generator) -> np.ndarray:
-    """Noise of the nine electrodes in mV [9, T]: shaped Gaussian noise, breathing and mains."""
+    """Noise of the nine electrodes in mV [9, T]: coloured Gaussian noise, breathing and mains."""
     amplitude_F = np.sqrt(np.square(parameters.noise_mv[:3]) @ _NOISE_SPECTRA) * (SAMPLES / 2)
     normal = rng.standard_normal((9, 2 * len(amplitude_F)), dtype=np.float32)
     noise_mv = np.fft.irfft(normal.view(np.complex64) * amplitude_F, SAMPLES)
@@ -188,7 +181,7 @@ def _electrode_noise(parameters: EcgParameters, rng: np.random.Generator) -> np.
 
 
 def _measurements(parameters: EcgParameters, waves: list[np.ndarray], rr_s: float) -> dict[str, float]:
-    """Wave limits 2.5 widths out (2 at the end of T) and the axes of the waves' areas, from the tables."""
+    """Onsets and ends, 2.5 widths from a wave's centre (2 at the end of T), and the axes of the waves' areas."""
     p, qrs, t = waves
     measured = {
         "p_onset": p[0, 0] - 2.5 * p[0, 1],

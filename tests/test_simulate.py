@@ -3,6 +3,7 @@
 import csv
 import filecmp
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,15 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 from support.session import ROOT, workflow
 
-from lsemvae.cohorts.simulated import FILE_LEADS, CohortConfig, best_auroc, draw_pressures, severity_of, simulate_cohort
+from lsemvae.cohorts.simulated import (
+    FILE_LEADS,
+    SUBJECTS_A_TASK,
+    CohortConfig,
+    best_auroc,
+    draw_pressures,
+    severity_of,
+    simulate_cohort,
+)
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS
 from lsemvae.simulate import EcgParameters, simulate_ecg
@@ -196,6 +205,44 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
     assert (folders[0] / "labels.csv").read_bytes() != (folders[2] / "labels.csv").read_bytes()
 
 
+@pytest.mark.parametrize("subjects", [SUBJECTS_A_TASK - 1, 3 * SUBJECTS_A_TASK + 1])
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path, subjects):
+    config = CohortConfig(subjects=subjects, mean_studies=1.2, seed=3, nan_share=0.2, flat_share=0.2)
+    done = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        simulate_cohort(config, folder, lambda: done.append(1), processes)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert names == sorted(str(p.relative_to(tmp_path / "1")) for p in (tmp_path / "1").rglob("*") if p.is_file())
+    assert filecmp.cmpfiles(tmp_path / "1", folder, names, shallow=False) == (names, [], [])
+    assert len(done) == 2 * subjects
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cohort_that_cannot_be_finished_leaves_nothing(tmp_path, processes):
+    """In the midst of it, the folder of the signals becomes a file."""
+
+    def break_it():
+        (partial,) = tmp_path.iterdir()
+        if (partial / "files").is_dir():
+            (partial / "files").rename(partial / "elsewhere")
+            (partial / "files").write_text("in the way")
+
+    config = CohortConfig(subjects=10 * SUBJECTS_A_TASK, mean_studies=1)
+    with pytest.raises(LsemvaeError, match=r"cohort cannot be written \(.*\): make room, or name another folder"):
+        simulate_cohort(config, tmp_path / "cohort", break_it, processes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_is_named_in_one_line(tmp_path):
+    def kill_one():
+        multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(LsemvaeError, match="a simulating process was killed, perhaps for lack of memory"):
+        simulate_cohort(CohortConfig(subjects=10 * SUBJECTS_A_TASK), tmp_path / "cohort", kill_one, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cohort_appears_whole_or_not_at_all(tmp_path):
     def fail():
         assert not (tmp_path / "cohort").exists()
@@ -218,6 +265,8 @@ def test_a_cohort_appears_whole_or_not_at_all(tmp_path):
 def test_a_setting_out_of_range_is_named(tmp_path, setting, value):
     with pytest.raises(LsemvaeError, match=f"{setting} is .*: give a number from"):
         simulate_cohort(CohortConfig(**{setting: value}), tmp_path / "cohort")
+    with pytest.raises(LsemvaeError, match="processes is 0: give 1 or more"):
+        simulate_cohort(CohortConfig(), tmp_path / "cohort", processes=0)
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path):

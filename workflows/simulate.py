@@ -3,12 +3,12 @@
 python workflows/simulate.py --output cohort --subjects 200 --seed 0
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tyro
-from command import run_command
 from tqdm import tqdm
 
 from lsemvae.cohorts.simulated import CohortConfig, simulate_cohort
@@ -16,19 +16,28 @@ from lsemvae.leads import LEADS
 from lsemvae.record import Record
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
+SUBJECTS_A_PROCESS = 200
+"""Starting a process costs as much time as simulating so many subjects."""
+
 
 @dataclass(frozen=True)
 class Args:
     output: Path
     """A new folder for the cohort."""
+    processes: int | None = None
+    """Number of processes; by default one for each CPU, but no more than one for 200 subjects."""
     cohort: tyro.conf.OmitArgPrefixes[CohortConfig] = field(default_factory=CohortConfig)
     pictures: Path | None = None
     """Also draw the ECG of an average heart, healthy and overloaded, as two SVG files in this folder."""
 
 
 def main(args: Args) -> None:
+    processes = args.processes
+    if processes is None:
+        processes = min(len(os.sched_getaffinity(0)), max(1, args.cohort.subjects // SUBJECTS_A_PROCESS))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # in the processes that this one starts
     with tqdm(total=args.cohort.subjects, unit=" subjects", delay=0.3, disable=None) as bar:
-        summary = simulate_cohort(args.cohort, args.output, progress=bar.update)
+        summary = simulate_cohort(args.cohort, args.output, bar.update, processes)
     if args.pictures:
         draw(args.pictures)
     print(f"Wrote {summary.folder}: labels are in labels.csv, the best AUROC in truth.json")
@@ -54,4 +63,6 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from command import run_command  # not above: each process imports this file, and has no use for it
+
     run_command(main, Args)

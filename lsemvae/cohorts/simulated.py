@@ -1,31 +1,36 @@
-"""A simulated cohort in the layout of MIMIC-IV-ECG, with a right-heart pressure hidden in it.
+"""Write a simulated cohort in the layout of MIMIC-IV-ECG, with labels whose best AUROC is known.
 
     severity = ln(mPAP / 14 mmHg) + N(0, response_sd)     the second term belongs to the subject
 
-The pressure reaches the ECG through `severity` alone; all else that is drawn is independent of it. So
-mPAP -> severity -> ECG is a Markov chain, and by the data processing inequality no score read from one ECG
-ranks `mPAP > 20` better than P(mPAP > 20 | severity). That increases with severity (a Gaussian shift has a
-monotone likelihood ratio), so severity itself is an optimal score, and its AUROC, `best_auroc`, is an upper bound
-for every score that reads one ECG of a subject it was not trained on. Other ECGs of that subject, with their
-labels, would reveal its response: split by subject. On a finite cohort every AUROC scatters about its
-mean, the optimal one too: `cohort_auroc`.
+The pressure reaches the ECG through `severity` alone; everything else that is drawn is independent of it. So
+mPAP -> severity -> ECG is a Markov chain, and by the data processing inequality no score of one ECG ranks
+`mPAP > 20` better than P(mPAP > 20 | severity). That probability increases with severity (a Gaussian shift has a
+monotone likelihood ratio), so severity itself is an optimal score. Its AUROC, `best_auroc`, is an upper bound for every
+score of one ECG of a subject that the model was not trained on. Other ECGs of that subject, with their labels, would
+reveal the subject's response: split by subject. On a finite cohort every AUROC scatters about its mean, that of the
+optimal score too: `cohort_auroc`.
 """
 
 import csv
 import json
 import math
+import multiprocessing
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
-from scipy.stats import mannwhitneyu
 
 from lsemvae.cohorts.labels import PLAUSIBLE
 from lsemvae.errors import LsemvaeError
@@ -33,30 +38,19 @@ from lsemvae.leads import LEADS
 from lsemvae.simulate import RATE_HZ, SAMPLES, EcgParameters, simulate_ecg
 
 LSB_PER_MV = 200
-
-
 NAN_STORED = -32768
-
-
 PH_ABOVE_MMHG = 20.0  # Humbert et al. 2022, ESC/ERS guidelines, Eur Heart J 43:3618
-
-
 FILE_LEADS = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")  # aVF before aVL
-
-
 NOT_MEASURABLE = {
     "rr_interval": (65535,),
     **dict.fromkeys(("p_onset", "p_end", "qrs_onset", "qrs_end", "t_end"), (29999,)),
     **dict.fromkeys(("p_axis", "qrs_axis", "t_axis"), (32767, -32768)),
 }
-
+SUBJECTS_A_TASK = 16
+"""How many subjects a process simulates at a time: about 50 recordings."""
 
 _REPORTS = tuple(f"report_{line}" for line in range(18))
-
-
 _IDS = ("subject_id", "study_id")
-
-
 _TABLES = {
     "record_list.csv": (*_IDS, "file_name", "ecg_time", "path"),
     "machine_measurements.csv": (
@@ -72,7 +66,7 @@ class CohortConfig:
     """What to simulate. The rates of NaN and flat leads are those published for MIMIC-IV-ECG 1.0."""
 
     subjects: int = 200
-    """How many subjects."""
+    """Number of subjects."""
     seed: int = 0
     """The same seed and settings give the same bytes."""
     mean_studies: float = 3.0
@@ -80,9 +74,9 @@ class CohortConfig:
     ph_share: float = 0.3
     """Share of subjects with pulmonary hypertension, between 0 and 1."""
     response_sd: float = 0.58
-    """Spread between patients of how the heart answers a pressure. 0.58 makes the best AUROC 0.90."""
+    """Standard deviation, between subjects, of the heart's response to a pressure. 0.58 makes the best AUROC 0.90."""
     pressure_drift: float = 0.05
-    """Spread of ln(mPAP) between the ECGs of one subject."""
+    """Standard deviation of ln(mPAP) between the ECGs of one subject."""
     af_share: float = 0.03
     """Share of subjects in atrial fibrillation."""
     nan_share: float = 0.01319
@@ -90,14 +84,14 @@ class CohortConfig:
     flat_share: float = 0.002437
     """Share of recordings with a lead that is zero throughout: 1,950 of 800,035."""
     unmeasured_share: float = 0.005
-    """Share of machine measurements that say "not measurable" (29999, 32767 or -32768, 65535)."""
+    """Share of the cart's measurements that say "not measurable" (29999, 32767 or -32768, 65535)."""
     mains_hz: float = 60.0
     """Mains frequency, 50 or 60."""
 
 
 @dataclass(frozen=True)
 class CohortSummary:
-    """What was written. `cohort_auroc` is what the optimal score reaches on these very recordings."""
+    """What was written. `cohort_auroc` is the optimal score's AUROC on these recordings, NaN if one class is absent."""
 
     folder: Path
     subjects: int
@@ -115,7 +109,7 @@ def severity_of(mpap_mmhg: ArrayLike) -> np.ndarray:
 
 
 def draw_pressures(ph_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Subjects' mPAP in mmHg [N], for bool [N].
+    """Whether subjects have PH, bool [N] -> their mPAP in mmHg [N].
 
     Healthy: 14.0 ± 3.3 (Kovacs et al. 2009, Eur Respir J 34:888) between 5 and 20. With PH: 20 plus a
     log-normal of median 22, at most 100, which gives 45 ± 15 as in COMPERA (45 ± 13; Hoeper et al. 2017).
@@ -127,9 +121,9 @@ def draw_pressures(ph_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def best_auroc(config: CohortConfig, draws: int = 1_000_000) -> float:
-    """AUROC of P(mPAP > 20 | severity), the upper bound explained above; the same draws every time.
+    """AUROC of P(mPAP > 20 | severity): the upper bound explained above. It uses the same draws every time.
 
-    The mean of Phi((f(m1) - f(m0)) / (response_sd * sqrt 2)) over pairs m1 > 20 >= m0; error below 0.001.
+    It is the mean of Phi((f(m1) - f(m0)) / (response_sd * sqrt 2)) over pairs m1 > 20 >= m0; its error is below 0.001.
     """
     rng = np.random.default_rng(0)
     mpap_N = draw_pressures(rng.random(draws) < config.ph_share, rng)
@@ -139,39 +133,71 @@ def best_auroc(config: CohortConfig, draws: int = 1_000_000) -> float:
     return float(ndtr(difference / (config.response_sd * math.sqrt(2))).mean())
 
 
-def simulate_cohort(config: CohortConfig, folder: Path, progress: Callable[[], object] | None = None) -> CohortSummary:
-    """Write a cohort into `folder`, which appears only when it is complete; `progress()` after each subject.
+def simulate_cohort(
+    config: CohortConfig, folder: Path, progress: Callable[[], object] | None = None, processes: int = 1
+) -> CohortSummary:
+    """Write a cohort into `folder`, which appears only when it is complete; call `progress()` after each subject.
 
-    record_list.csv, machine_measurements.csv and files/ as in MIMIC-IV-ECG; labels.csv with mpap_mmhg and
-    ph (1 above 20 mmHg); and apart from the labels, so that no training reads them by accident, truth.csv
-    with the severity and truth.json with the best AUROC. Raises LsemvaeError on a setting out of range, and
-    on a `folder` that is a file, holds something or cannot be written.
+    It writes record_list.csv, machine_measurements.csv and files/ as in MIMIC-IV-ECG, and labels.csv with mpap_mmhg and
+    ph (1 above 20 mmHg). The severity is in truth.csv and the best AUROC in truth.json: apart from the labels, so that
+    no training reads them by accident. Any number of `processes` writes the same bytes. Raises LsemvaeError if a
+    setting is out of range, and if `folder` is a file, holds something or cannot be written.
     """
     _check(config)
+    if processes < 1:
+        raise LsemvaeError(f"processes is {processes}: give 1 or more")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LsemvaeError(f"{folder} exists and is not an empty folder: name a new one, or remove it")
     partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise LsemvaeError(f"{folder} cannot be written ({error.strerror}): name another folder") from None
-    try:
-        severity, ph, nan, flat = np.array(list(_write_records(config, partial, progress))).T
-        healthy, overloaded = severity[ph == 0], severity[ph == 1]
-        both = len(healthy) and len(overloaded)
-        wins = mannwhitneyu(overloaded, healthy).statistic if both else math.nan
-        counts = {"subjects": config.subjects, "records": len(ph), "ph_records": int(ph.sum())}
-        counts |= {"nan_records": int(nan.sum()), "flat_records": int(flat.sum())}
-        best, here = best_auroc(config), float(wins / max(1, len(healthy) * len(overloaded)))
-        truth = {"label": f"ph = mpap_mmhg > {PH_ABOVE_MMHG:g}", "best_auroc": best}
-        truth |= {"cohort_auroc": here if both else None, **counts, "config": asdict(config)}
-        (partial / "truth.json").write_text(json.dumps(truth, indent=2) + "\n")
+        summary = _summary(config, folder, _write_tables(config, partial, progress, processes))
+        (partial / "truth.json").write_text(json.dumps(_truth(config, summary), indent=2) + "\n")
         partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return CohortSummary(folder=folder, best_auroc=best, cohort_auroc=here, **counts)
+    except OSError as error:
+        raise LsemvaeError(
+            f"{folder} cannot be written ({error.strerror}): make room, or name another folder"
+        ) from None
+    except BrokenProcessPool:
+        raise LsemvaeError(
+            "a simulating process was killed, perhaps for lack of memory: give fewer processes"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
+    return summary
+
+
+def _summary(config: CohortConfig, folder: Path, outcomes: Sequence["_Outcome"]) -> CohortSummary:
+    from scipy.stats import mannwhitneyu  # half of what a process would have to import, and only one needs it
+
+    severity, ph, nan, flat = np.array(outcomes).T
+    healthy, overloaded = severity[ph == 0], severity[ph == 1]
+    wins = mannwhitneyu(overloaded, healthy).statistic if len(healthy) and len(overloaded) else math.nan
+    return CohortSummary(
+        folder=folder,
+        subjects=config.subjects,
+        records=len(ph),
+        ph_records=int(ph.sum()),
+        nan_records=int(nan.sum()),
+        flat_records=int(flat.sum()),
+        best_auroc=best_auroc(config),
+        cohort_auroc=float(wins / max(1, len(healthy) * len(overloaded))),
+    )
+
+
+def _truth(config: CohortConfig, summary: CohortSummary) -> dict[str, Any]:
+    """What truth.json says."""
+    counts = asdict(summary)
+    del counts["folder"]
+    best, here = counts.pop("best_auroc"), counts.pop("cohort_auroc")
+    return {
+        "label": f"ph = mpap_mmhg > {PH_ABOVE_MMHG:g}",
+        "best_auroc": best,
+        "cohort_auroc": None if math.isnan(here) else here,
+        **counts,
+        "config": asdict(config),
+    }
 
 
 def _check(config: CohortConfig) -> None:
@@ -188,10 +214,78 @@ def _check(config: CohortConfig) -> None:
             raise LsemvaeError(f"{name} is {getattr(config, name)}: give a number from {low} to {high}")
 
 
-def _write_records(
-    config: CohortConfig, folder: Path, progress: Callable[[], object] | None
-) -> Iterator[tuple[float, bool, bool, bool]]:
-    """Write the tables and signals; yield (severity, ph, has NaN, has a flat lead) of each record."""
+class _Subject(NamedTuple):
+    """What is drawn for the whole cohort at once. The rest of a subject follows from the seed and its `number`."""
+
+    number: int
+    subject_id: int
+    mpap_mmhg: float
+    study_ids: list[int]
+
+
+class _Outcome(NamedTuple):
+    """What the summary counts of one record."""
+
+    severity: float
+    ph: bool
+    has_nan: bool
+    has_flat: bool
+
+
+_Study = tuple[dict[str, Any], _Outcome]
+"""One record's row of every table, and its outcome."""
+
+
+def _write_tables(
+    config: CohortConfig, folder: Path, progress: Callable[[], object] | None, processes: int
+) -> list[_Outcome]:
+    """Write the signals and the tables, subject by subject."""
+    outcomes = []
+    with ExitStack() as stack:
+        writers = []
+        for name, columns in _TABLES.items():
+            file = stack.enter_context((folder / name).open("w", newline=""))
+            writers.append(csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n"))
+            writers[-1].writeheader()
+        # Closed in any case: no process may still write when the folder is removed.
+        for studies in stack.enter_context(closing(_simulated(config, folder, processes))):
+            for row, outcome in studies:
+                for writer in writers:
+                    writer.writerow(row)
+                outcomes.append(outcome)
+            if progress:
+                progress()
+    return outcomes
+
+
+def _simulated(config: CohortConfig, folder: Path, processes: int) -> Generator[list[_Study]]:
+    """Simulate the subjects and write their signals -> the studies of each subject, in the order of the subjects."""
+    subjects = _draw_subjects(config)
+    tasks = [subjects[first : first + SUBJECTS_A_TASK] for first in range(0, len(subjects), SUBJECTS_A_TASK)]
+    processes = min(processes, len(tasks))
+    if processes == 1:
+        for subject in subjects:
+            yield _simulate_subject(config, folder, subject)
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
+    running: deque[Future[list[list[_Study]]]] = deque()
+    try:
+        for task in tasks:
+            running.append(pool.submit(_simulate_subjects, config, folder, task))
+            if len(running) > 2 * processes:  # so that memory stays bounded
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of the terminal; the one that started the others ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _draw_subjects(config: CohortConfig) -> list[_Subject]:
     rng = np.random.default_rng([config.seed, 0])
     # An exact number, so that a small cohort has both classes.
     with_ph = np.clip(round(config.ph_share * config.subjects), 1, max(1, config.subjects - 1))
@@ -200,41 +294,46 @@ def _write_records(
     subject_ids = 10_000_000 + np.sort(rng.choice(10_000_000, config.subjects, replace=False))
     studies_N = np.minimum(rng.geometric(1 / config.mean_studies, config.subjects), 260)
     study_ids = 40_000_000 + rng.choice(10_000_000, studies_N.sum(), replace=False)
-    with ExitStack() as stack:
-        writers = []
-        for name, columns in _TABLES.items():
-            file = stack.enter_context((folder / name).open("w", newline=""))
-            writers.append(csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n"))
-            writers[-1].writeheader()
-        for index, ids in enumerate(np.split(study_ids, np.cumsum(studies_N)[:-1])):
-            rng = np.random.default_rng([config.seed, 1 + index])
-            heart = _draw_heart(config, rng)
-            response = config.response_sd * rng.standard_normal()
-            for study_id in np.sort(ids).tolist():
-                mpap = float(mpap_N[index] * np.exp(config.pressure_drift * rng.standard_normal()))
-                severity, ph = float(severity_of(mpap)) + response, mpap > PH_ABOVE_MMHG
-                parameters = replace(_draw_another_day(heart, rng), severity=severity)
-                signal_mv_LT, measured = simulate_ecg(parameters, rng)
-                stored, has_nan, has_flat = _store(config, signal_mv_LT, rng)
-                when = datetime(2110, 1, 1) + timedelta(minutes=int(rng.integers(90 * 365 * 24 * 60)))
-                row = _machine_row(config, parameters, measured, rng)
-                subject_id = int(subject_ids[index])
-                row |= {"subject_id": subject_id, "study_id": study_id, "file_name": study_id}
-                row |= {
-                    "ecg_time": when,
-                    "path": _write_wfdb(folder, subject_id, study_id, when, stored),
-                }
-                written = np.clip(mpap, *PLAUSIBLE["mpap_mmhg"])  # ingest refuses what no adult has
-                row |= {
-                    "mpap_mmhg": f"{written:.2f}",
-                    "ph": int(ph),
-                    "severity": f"{severity:.6f}",
-                }
-                for writer in writers:
-                    writer.writerow(row)
-                yield severity, ph, has_nan, has_flat
-            if progress:
-                progress()
+    of_subject = np.split(study_ids, np.cumsum(studies_N)[:-1])
+    return [
+        _Subject(index, int(subject_ids[index]), float(mpap_N[index]), np.sort(ids).tolist())
+        for index, ids in enumerate(of_subject)
+    ]
+
+
+def _simulate_subjects(config: CohortConfig, folder: Path, subjects: Sequence[_Subject]) -> list[list[_Study]]:
+    return [_simulate_subject(config, folder, subject) for subject in subjects]
+
+
+def _simulate_subject(config: CohortConfig, folder: Path, subject: _Subject) -> list[_Study]:
+    """Write the signals of one subject -> its studies. Depends on no other subject."""
+    rng = np.random.default_rng([config.seed, 1 + subject.number])
+    heart = _draw_heart(config, rng)
+    response = config.response_sd * rng.standard_normal()
+    return [_simulate_study(config, folder, subject, study_id, heart, response, rng) for study_id in subject.study_ids]
+
+
+def _simulate_study(
+    config: CohortConfig,
+    folder: Path,
+    subject: _Subject,
+    study_id: int,
+    heart: EcgParameters,
+    response: float,
+    rng: np.random.Generator,
+) -> _Study:
+    mpap = float(subject.mpap_mmhg * np.exp(config.pressure_drift * rng.standard_normal()))
+    severity, ph = float(severity_of(mpap)) + response, mpap > PH_ABOVE_MMHG
+    parameters = replace(_draw_another_day(heart, rng), severity=severity)
+    signal_mv_LT, measured = simulate_ecg(parameters, rng)
+    stored, has_nan, has_flat = _store(config, signal_mv_LT, rng)
+    when = datetime(2110, 1, 1) + timedelta(minutes=int(rng.integers(90 * 365 * 24 * 60)))
+    row = _machine_row(config, parameters, measured, rng)
+    row |= {"subject_id": subject.subject_id, "study_id": study_id, "file_name": study_id, "ecg_time": when}
+    row |= {"path": _write_wfdb(folder, subject.subject_id, study_id, when, stored)}
+    written = np.clip(mpap, *PLAUSIBLE["mpap_mmhg"])  # ingest refuses what no adult has
+    row |= {"mpap_mmhg": f"{written:.2f}", "ph": int(ph), "severity": f"{severity:.6f}"}
+    return row, _Outcome(severity, ph, has_nan, has_flat)
 
 
 def _draw_heart(config: CohortConfig, rng: np.random.Generator) -> EcgParameters:
@@ -253,7 +352,7 @@ def _draw_heart(config: CohortConfig, rng: np.random.Generator) -> EcgParameters
 
 
 def _draw_another_day(heart: EcgParameters, rng: np.random.Generator) -> EcgParameters:
-    """The same heart on the day of one study: its rate, where the electrodes lie, how much noise there is."""
+    """The same heart on the day of one study, with a rate, electrode positions and noise of that day."""
     return replace(
         heart,
         heart_rate_bpm=float(np.clip(heart.heart_rate_bpm * np.exp(0.08 * rng.standard_normal()), 45, 125)),
@@ -263,7 +362,7 @@ def _draw_another_day(heart: EcgParameters, rng: np.random.Generator) -> EcgPara
 
 
 def _store(config: CohortConfig, signal_mv_LT: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, bool, bool]:
-    """Millivolts in the order of LEADS -> int16 in the file's, some with a gap of NaN or a flat lead."""
+    """Millivolts in the order of LEADS -> int16 in the order of the file, whether it has NaN, and a flat lead."""
     in_file_order = signal_mv_LT[[LEADS.index(lead) for lead in FILE_LEADS]]
     stored = np.clip(np.rint(in_file_order * LSB_PER_MV), -32767, 32767).astype("<i2")
     lead = rng.permutation(len(stored))
@@ -277,7 +376,7 @@ def _store(config: CohortConfig, signal_mv_LT: np.ndarray, rng: np.random.Genera
 
 
 def _write_wfdb(folder: Path, subject_id: int, study_id: int, when: datetime, stored: np.ndarray) -> str:
-    """`stored` int16 [12, T] -> .hea and .dat (format 16); returns the path without extension."""
+    """Write `stored`, int16 [12, T], as .hea and .dat (format 16) -> their path without extension."""
     path = f"files/p{str(subject_id)[:4]}/p{subject_id}/s{study_id}/{study_id}"
     (folder / path).parent.mkdir(parents=True)
     lines = [f"{study_id} {len(stored)} {RATE_HZ} {stored.shape[1]} {when:%H:%M:%S %d/%m/%Y}"]
@@ -293,7 +392,7 @@ def _write_wfdb(folder: Path, subject_id: int, study_id: int, when: datetime, st
 def _machine_row(
     config: CohortConfig, parameters: EcgParameters, measured: dict[str, float], rng: np.random.Generator
 ) -> dict[str, object]:
-    """What the cart prints: reports, and rounded measurements or MIMIC's numbers for "not measurable"."""
+    """What the cart prints: its reports, and its measurements, rounded or MIMIC's numbers for "not measurable"."""
     row: dict[str, object] = {"cart_id": int(rng.integers(100_000, 10_000_000))}
     lost = rng.random(len(NOT_MEASURABLE)) < config.unmeasured_share
     for (name, instead), is_lost in zip(NOT_MEASURABLE.items(), lost, strict=True):
