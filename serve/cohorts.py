@@ -30,6 +30,7 @@ from lsemvae.data.shards import MANIFEST
 from lsemvae.errors import LsemvaeError
 from lsemvae.scoring.progress import PROGRESS
 from lsemvae.storage import Storage
+from lsemvae.tracking import shown
 from serve.registry import Served
 from serve.schema import RESEARCH_ONLY, ModelOut, Problem
 
@@ -232,7 +233,7 @@ def _submit(
     client: JobSubmissionClient, job_id: str, number: int, words: list[str], about: dict[str, str]
 ) -> JobDetails:
     """Another attempt; where another replica was quicker, its attempt."""
-    environment = _QUIET | {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
+    environment = _QUIET | handed_on()
     runtime_env: dict[str, Any] = {"env_vars": environment}
     script = str(ROOT / "workflows" / "score.py")  # in the image, or the repository on one machine
     if working_dir := ray.get_runtime_context().runtime_env.get("working_dir"):
@@ -254,6 +255,11 @@ def _submit(
     except RuntimeError:  # it already exists
         pass
     return _existing(client, job_id)[1]
+
+
+def handed_on() -> dict[str, str]:
+    """The variables of `_HANDED_ON` for the job, without a URI that holds a password: its node has that of its own."""
+    return {name: value for name in _HANDED_ON if (value := os.environ.get(name)) and shown(value) == value}
 
 
 def described(client: JobSubmissionClient, job_id: str, details: JobDetails) -> CohortOut:

@@ -1,4 +1,4 @@
-"""Bundles that are fetched from elsewhere."""
+"""Bundles that are fetched from elsewhere, and secrets of MLflow that stay where they are."""
 
 import tempfile
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from support import bundles
 
 from serve.app import Config, make_service
+from serve.cohorts import handed_on
 
 
 def test_a_replica_with_a_fetched_encoder_leaves_nothing_in_the_temporary_folder(
@@ -29,3 +30,12 @@ def test_a_replica_with_a_fetched_encoder_leaves_nothing_in_the_temporary_folder
     service = make_service(config)
     assert service.reconstructor is not None and not service.reconstructor_problem
     assert list(temporary.iterdir()) == []
+
+
+def test_a_cohort_job_is_given_no_password_of_mlflow(monkeypatch: pytest.MonkeyPatch):
+    """Ray's dashboard shows what a job is given."""
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
+    assert handed_on()["MLFLOW_TRACKING_URI"] == "https://mlflow.example.org"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ecg:hunter2-of-the-tests@mlflow.example.org")
+    assert "hunter2-of-the-tests" not in str(handed_on()) and handed_on()["AWS_REGION"] == "eu-west-1"
