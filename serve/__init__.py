@@ -1,1 +1,1 @@
-"""The online service. `ray.serve` is imported as `ray_serve` here, so that `serve` means this folder."""
+"""The online service. Its modules import `ray.serve` as `ray_serve`, so that `serve` always means this folder."""

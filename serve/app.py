@@ -1,13 +1,13 @@
 """The online service on Ray Serve: one deployment whose replicas hold every served model.
 
-Run it with `serve run serve/config.yaml`. What it answers is in `api.py`, how a recording finds its model and its
-batch in `scoring.py`, who may ask in `security.py`, which versions answer in `registry.py`.
+Run it with `serve run serve/config.yaml`. `api.py` has the routes, `scoring.py` chooses a recording's model and batch,
+`security.py` checks tokens and limits, `registry.py` decides which versions answer.
 """
 
 import logging
 import os
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -18,10 +18,9 @@ from ray.serve import Application
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.memory import keep_freed_memory
-from lsemvae.tracking import fetch
 from serve.api import Service, make_api
 from serve.observed import Metrics
-from serve.reconstruct import Reconstructor
+from serve.reconstruct import load_encoder
 from serve.registry import Registry
 from serve.security import tokens_from_environment
 
@@ -33,22 +32,28 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    models: list[str] = Field(min_length=1, description="models:/NAME@champion, models:/NAME/3 or a bundle's folder")
-    encoder: str | None = Field(default=None, description="the pre-trained bundle of /v1/reconstruct")
+    models: list[str] = Field(min_length=1, description="models:/NAME@champion, models:/NAME/3, or a bundle's folder")
+    encoder: str | None = Field(default=None, description="the pre-trained bundle that /v1/reconstruct uses")
     bundles: Path = Field(default=Path("~/.cache/lsemvae/serve"), description="where the bundles that answer are kept")
     threads: int | None = Field(
-        default=None, gt=0, description="of torch in a replica; all of its node's cores by default"
+        default=None, gt=0, description="torch threads of a replica; by default all of its node's cores"
     )
     poll_s: float = Field(default=20, gt=0, description="seconds between two looks at MLflow's aliases")
     allow_anonymous: bool = Field(default=False, description="answer everybody when no token is set")
-    cors_origins: list[str] = Field(default=[], description="sites whose pages may ask; none by default")
-    max_body_mb: int = Field(default=32, gt=0, description="of one request")
-    max_held_mb: int = Field(default=256, gt=0, description="of all requests that a replica is answering")
-    body_timeout_s: float = Field(default=30, gt=0, description="in which a body must have come")
+    cors_origins: list[str] = Field(
+        default=[], description="other sites whose pages may send requests; none by default"
+    )
+    max_body_mb: int = Field(default=32, gt=0, description="size of one request's body")
+    max_held_mb: int = Field(
+        default=512,
+        gt=0,
+        description="memory of all requests that a replica is answering, their parsed samples included",
+    )
+    body_timeout_s: float = Field(default=30, gt=0, description="time in which a whole body must arrive")
 
 
 def make_service(config: Config) -> Service:
-    """Loads what the configuration names. Raises LsemvaeError when nobody could be told from anybody."""
+    """Loads what the configuration names. Raises LsemvaeError when no token is set and anonymous use is not allowed."""
     tokens = tokens_from_environment()
     if not tokens and not config.allow_anonymous:
         raise LsemvaeError(
@@ -59,9 +64,8 @@ def make_service(config: Config) -> Service:
     reconstructor, problem = None, ""
     if config.encoder:
         try:
-            with tempfile.TemporaryDirectory() as temporary:
-                reconstructor = Reconstructor(fetch(config.encoder, Path(temporary)).folder, device)
-        except LsemvaeError as error:  # scoring goes on without it
+            reconstructor = load_encoder(config.encoder, config.bundles.expanduser(), device)
+        except (LsemvaeError, OSError) as error:  # scoring works without it
             problem = str(error)
             log.error(f"{config.encoder}: {problem}")
     return Service(
@@ -80,11 +84,11 @@ def make_service(config: Config) -> Service:
 @ray_serve.deployment(name="ecg")
 @ray_serve.ingress()
 class EcgService:
-    """A replica. Ray Serve asks it for its application once it is made."""
+    """A replica. Ray Serve takes the application from `__serve_build_asgi_app__`."""
 
     def __init__(self, config: Config) -> None:
         keep_freed_memory()
-        # Ray would have it that a replica computes with as many threads as it reserves CPUs.
+        # By default Ray gives a replica as many threads as it reserves CPUs.
         torch.set_num_threads(config.threads or _cores())
         self._service = make_service(config)
 
@@ -93,12 +97,13 @@ class EcgService:
 
 
 def _cores() -> int:
-    """Those of this node that Ray may use: in a pod, fewer than the machine has."""
+    """This node's cores that Ray may use; in a pod these are fewer than the machine has."""
     node_id = ray.get_runtime_context().get_node_id()
     of_ray = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
     return max(1, min(int(of_ray), len(os.sched_getaffinity(0))))
 
 
 def build(config: Config) -> Application:
-    """What serve/config.yaml names as `import_path`."""
-    return EcgService.bind(config)
+    """The application that serve/config.yaml names as `import_path`."""
+    deployment: Any = EcgService  # which the decorators have made of the class
+    return deployment.bind(config)

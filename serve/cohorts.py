@@ -1,9 +1,9 @@
-"""Whole cohorts through the endpoint: a Ray job over workflows/score.py, which outlives the replica that starts it.
+"""Scores whole cohorts: a Ray job that runs workflows/score.py and outlives the replica that started it.
 
 Set where Ray starts, on every node:
 
     LSEMVAE_COHORT_PREFIXES   where cohorts may be read and scores written: folders or s3://bucket/prefix, separated by
-                              commas, such as `s3://example-bucket/cohorts,/data/scores`. None: nobody may start one.
+                              commas, such as `s3://example-bucket/cohorts,/data/scores`. Without it, cohorts are off.
     LSEMVAE_COHORT_ARGS       further options of workflows/score.py, such as `--actors 8 --use-gpu`
 """
 
@@ -40,14 +40,15 @@ Answer = TypeVar("Answer")
 
 PREFIXES, ARGS = "LSEMVAE_COHORT_PREFIXES", "LSEMVAE_COHORT_ARGS"
 ROOT = Path(__file__).parents[1]
-STATUS = {
+Status = Literal["waiting", "running", "done", "failed", "stopped"]
+STATUS: dict[JobStatus, Status] = {
     JobStatus.PENDING: "waiting",
     JobStatus.RUNNING: "running",
     JobStatus.SUCCEEDED: "done",
     JobStatus.FAILED: "failed",
     JobStatus.STOPPED: "stopped",
 }
-# What the job needs of this process; no secret, for Ray's dashboard shows a job's environment.
+# What the job needs from this process. No secret, since Ray's dashboard shows a job's environment.
 _HANDED_ON = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 _QUIET = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
 
@@ -56,34 +57,34 @@ JobId = Annotated[str, PathParameter(pattern="^cohort-[0-9a-f]{16}$")]
 
 
 class CohortRequest(BaseModel):
-    """A cohort to score, and where its scores go."""
+    """A cohort to score, and the place for its scores."""
 
     model_config = ConfigDict(extra="forbid")
 
     input: Place = Field(description="Shards of workflows/ingest.py, or recordings: UK Biobank's 20205 XML, WFDB, …")
     output: Place
     model: Annotated[str, Field(max_length=200)] | None = Field(
-        default=None, description="A served model's name; by default the one with most leads."
+        default=None, description="A served model's name. By default, the model with most leads."
     )
     leads: Annotated[int, Field(ge=1, le=12)] | None = Field(
-        default=None, description="In place of `model`: the served model of so many leads."
+        default=None, description="Instead of `model`: the number of leads of a served model."
     )
 
 
 class CohortOut(BaseModel):
-    """How far a cohort is. Counts are of recordings. Research use only: not a medical device."""
+    """The progress of a cohort. Counts are of recordings. Research use only: not a medical device."""
 
     id: str
-    status: Literal["waiting", "running", "done", "failed", "stopped"]
+    status: Status
     model: str
     version: int
     digest: str
     input: str
     output: str
-    records: int | None = Field(default=None, description="Null until the job has looked at its input.")
+    records: int | None = Field(default=None, description="Null until the job has read its input.")
     done: int = 0
     scored: int = 0
-    refused: dict[str, int] = Field(default={}, description="Those without a score, by reason.")
+    refused: dict[str, int] = Field(default={}, description="Recordings without a score, by reason.")
     records_per_s: float | None = None
     time_left_s: float | None = None
     error: str | None = None
@@ -96,7 +97,7 @@ router = APIRouter(
     dependencies=[Depends(HTTPBearer(auto_error=False))],
     responses={status: {"model": Problem} for status in (401, 503)},
 )
-_NOT_FOUND = {404: {"model": Problem, "description": "There is no such cohort job."}}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such cohort job."}}
 
 
 @router.post(
@@ -108,7 +109,7 @@ _NOT_FOUND = {404: {"model": Problem, "description": "There is no such cohort jo
     },
 )
 def start(request: Request, asked: CohortRequest) -> CohortOut:
-    """Score a whole cohort in the background. The same request again is the same job, and goes on if it was stopped."""
+    """Score a whole cohort in the background. The same request again is the same job, and continues it if stopped."""
     source, output = allowed(asked.input, "input"), allowed(asked.output, "output")
     if source == output:
         raise HTTPException(422, "input and output are the same: write the scores somewhere else")
@@ -130,14 +131,14 @@ def start(request: Request, asked: CohortRequest) -> CohortOut:
 
 @router.get("/{job_id}", responses=_NOT_FOUND)
 def status(job_id: JobId) -> CohortOut:
-    """Counts, rate, time left, and errors by reason."""
+    """Counts, rate, time left, and refusals by reason."""
     client = jobs()
     return described(client, job_id, _existing(client, job_id)[1])
 
 
 @router.delete("/{job_id}", responses=_NOT_FOUND)
 def stop(job_id: JobId) -> CohortOut:
-    """Stop a job. What it has finished stays; the same request as before goes on from there."""
+    """Stop a job. Its finished parts stay, and the same request as before continues from there."""
     client = jobs()
     number, latest = _existing(client, job_id)
     if not latest.status.is_terminal():
@@ -147,10 +148,10 @@ def stop(job_id: JobId) -> CohortOut:
 
 
 def allowed(uri: str, what: str) -> Storage:
-    """The place, if it is below a configured prefix; raises HTTPException 403.
+    """The place, if it is below a configured prefix. Raises HTTPException 403.
 
-    Compared as text, name by name: what a storage, a URL or a shell could read otherwise is refused. A local path is
-    compared once more with all links followed.
+    Paths are compared as text, name by name; anything that a storage, a URL or a shell could interpret is refused. A
+    local path is compared again with all links resolved.
     """
     prefixes = [prefix.strip().rstrip("/") for prefix in os.environ.get(PREFIXES, "").split(",") if prefix.strip()]
     if not prefixes:
@@ -175,7 +176,7 @@ def allowed(uri: str, what: str) -> Storage:
 
 
 def choose(served: Mapping[str, Served], name: str | None, leads: int | None) -> ModelOut:
-    """The served model that is asked for; raises HTTPException 422 when there is none, or several."""
+    """The requested served model. Raises HTTPException 422 when there is none, or several."""
     models = [model.described for model in served.values()]
     known = ", ".join(f"{model.name} ({len(model.leads)} leads)" for model in models) or "none"
     if name is not None:
@@ -193,12 +194,12 @@ def choose(served: Mapping[str, Served], name: str | None, leads: int | None) ->
 
 
 def jobs() -> JobSubmissionClient:
-    """Of the cluster that this replica is in, with its token. Raises HTTPException 503."""
+    """The jobs API of this replica's cluster, with its token. Raises HTTPException 503."""
     return _ask(JobSubmissionClient, ray.get_runtime_context().gcs_address)
 
 
 def _ask(call: Callable[..., Answer], *arguments: Any, **named: Any) -> Answer:
-    """Ray's answer; HTTPException 503 when there is none. What Ray says of an id it knows, or not, is RuntimeError."""
+    """Ray's answer. Raises HTTPException 503 when there is none, and RuntimeError for an unknown or repeated id."""
     try:
         return call(*arguments, **named)
     except (OSError, RuntimeError) as error:
@@ -207,12 +208,12 @@ def _ask(call: Callable[..., Answer], *arguments: Any, **named: Any) -> Answer:
             raise
         log.error(f"Ray's jobs API: {type(error).__name__}: {(said.splitlines() or [''])[-1][:300]}")
         raise HTTPException(
-            503, "Ray's jobs API does not take it: try again, or see the service's log", {"Retry-After": "10"}
+            503, "Ray's jobs API does not take the request: try again, or see the service's log", {"Retry-After": "10"}
         ) from None
 
 
 def _latest(client: JobSubmissionClient, job_id: str) -> tuple[int, JobDetails | None]:
-    """The number and state of the last attempt, (0, None) when there was none: Ray uses no job's id twice."""
+    """The number and state of the last attempt, (0, None) when there was none. Each attempt has a job id of its own."""
     latest = None
     for number in itertools.count():
         try:
@@ -232,14 +233,14 @@ def _existing(client: JobSubmissionClient, job_id: str) -> tuple[int, JobDetails
 def _submit(
     client: JobSubmissionClient, job_id: str, number: int, words: list[str], about: dict[str, str]
 ) -> JobDetails:
-    """Another attempt; where another replica was quicker, its attempt."""
+    """Starts another attempt. Where another replica was quicker, returns that one."""
     environment = _QUIET | handed_on()
     runtime_env: dict[str, Any] = {"env_vars": environment}
     script = str(ROOT / "workflows" / "score.py")  # in the image, or the repository on one machine
     if working_dir := ray.get_runtime_context().runtime_env.get("working_dir"):
         runtime_env["working_dir"] = working_dir
         script = "workflows/score.py"
-    # Ray gives a job the address of whatever cluster it finds first: on a machine with two that may be the other one.
+    # Ray gives a job the address of the first cluster it finds, which on a machine with two may be the other one.
     address = f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}"
     command = ["env", address, sys.executable, script, *words, *shlex.split(os.environ.get(ARGS, ""))]
     submission_id = f"{job_id}-{number}"
@@ -280,7 +281,7 @@ def described(client: JobSubmissionClient, job_id: str, details: JobDetails) -> 
     if out.status == "running":
         out.time_left_s = progress.get("time_left_s")
     if out.status == "failed":
-        # These lines name no recording. The rest of the log stays where it is.
+        # Only these lines, because they name no recording.
         lines = _ask(client.get_job_logs, details.submission_id).splitlines()
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         out.error = said[-1][:2000] if said else "it ended unexpectedly: see the job's log in Ray's dashboard"
@@ -288,7 +289,7 @@ def described(client: JobSubmissionClient, job_id: str, details: JobDetails) -> 
 
 
 def _progress(about: Mapping[str, str]) -> dict[str, Any]:
-    """Empty when there is none yet, or that of another job is in the way."""
+    """The content of progress.json. Empty when there is none yet, or when it belongs to another job."""
     try:
         progress = json.loads(Storage.open(about["output"]).read_bytes(PROGRESS))
     except (OSError, LsemvaeError, ValueError):

@@ -1,4 +1,4 @@
-"""What /openapi.json says beyond what FastAPI knows: bodies that are read by `inputs.py`, and examples that work."""
+"""Additions to /openapi.json that FastAPI cannot know: the bodies that `inputs.py` reads, and working examples."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from serve.schema import RESEARCH_ONLY, ReconstructRequest, ScoreRequest
 DESCRIPTION = f"""Scores ECGs of 12 leads, 6 leads, or any subset that a model takes. {RESEARCH_ONLY}
 
 Everything under `/v1` needs `Authorization: Bearer TOKEN`. Errors are `{{"detail": …}}` and never quote a recording.
-A recording that no score can be given for has `refused` with a code and a reason; when that is so for all, the status
-is 422. 401: no right token. 413: too large. 415: another content type, or compressed. 408: the body came too slowly.
-503 with `Retry-After`: more load than capacity, or no model is loaded (`/readyz` says why).
+A recording without a score has `refused` with a code and a reason; when all are refused, the status is 422. 401: no
+valid token. 413: too large, in bytes, in samples or in memory. 415: wrong content type, or compressed. 408: the body
+arrived too slowly. 503 with `Retry-After`: more load than capacity, or no model is loaded (`/readyz` says why).
 
-`X-Request-ID` goes into logs as it came: put no identifier of a person in it.
+`X-Request-ID` is logged as it is sent: do not put a person's identifier in it.
 """
 
 _BEAT_MV = [0.0] * 10 + [0.05, 0.1, 0.1, 0.05] + [0.0] * 6 + [-0.1, 0.9, -0.3, 0.0] + [0.0] * 16
@@ -24,7 +24,7 @@ _BEAT_MV += [0.05, 0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.05] + [0.0] * 35
 _SIGNAL_MV = (_BEAT_MV * 4)[:250]
 _LEADS_MV = {"I": _SIGNAL_MV, "II": [round(1.5 * value_mv, 3) for value_mv in _SIGNAL_MV]}
 EXAMPLE = {"records": [{"id": "a-1", "rate_hz": 100, "unit": "mV", "leads": _LEADS_MV}]}
-"""2.5 s at 100 Hz, the shortest and slowest that is scored."""
+"""2.5 s at 100 Hz: the shortest recording and the lowest rate that are scored."""
 
 
 def json_body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:

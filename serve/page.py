@@ -1,6 +1,6 @@
-"""The page at `/`: drop a recording and see it on ECG paper with its score. Static files, and what they need.
+"""The page at `/`: drop a recording, see it on ECG paper with its score. Serves static files and their data.
 
-The page asks nothing of any other site; `SECURITY_HEADERS` let it ask of no other.
+The page loads nothing from other sites, and `SECURITY_HEADERS` forbid it to.
 """
 
 import json
@@ -16,7 +16,7 @@ from lsemvae.quality import FLAGS
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 FOLDER = Path(__file__).with_name("page")
-MEDIA_TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript"}  # not what the machine's table says
+MEDIA_TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript"}  # not from the machine's own table
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -57,7 +57,7 @@ def paper() -> FileResponse:
 
 @router.get("/page/flags.json")
 def flags() -> Response:
-    """Quality flag -> what it means."""
+    """Quality flag -> its meaning."""
     return Response(json.dumps(FLAGS), media_type="application/json", headers=SECURITY_HEADERS)
 
 
@@ -69,7 +69,7 @@ def example() -> Response:
 
 @lru_cache(maxsize=1)
 def example_csv() -> str:
-    """Ten simulated seconds of twelve leads as `formats/plain.py` reads them, the same every time."""
+    """Ten simulated seconds of twelve leads as `formats/plain.py` reads them; always the same."""
     parameters = EcgParameters(severity=0.6, heart_rate_bpm=72.0)
     signal_mv_LT, _ = simulate_ecg(parameters, np.random.default_rng(EXAMPLE_SEED))
     rows = "\n".join(",".join(f"{value:.3f}" for value in row) for row in signal_mv_LT.T)

@@ -1,28 +1,36 @@
-"""Twelve leads from fewer, through a pre-trained encoder and its decoder. A reconstruction is not a measurement."""
+"""Reconstructs missing leads with a pre-trained encoder and its decoder. A reconstruction is not a measurement."""
 
 import asyncio
+import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lsemvae.bundle import load
-from lsemvae.errors import BundleError
+from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import in_order
 from lsemvae.preprocess import preprocess
 from lsemvae.record import Record
-from serve.schema import LeadOut, ReconstructOut, RefusedOut
+from lsemvae.tracking import download, fetch, locate, parse_model
+from serve.schema import LeadOut, Origin, ReconstructOut, RefusedOut
 from serve.scoring import TORCH
+from serve.shelf import Kept, Shelf, locked_shelf
+
+log = logging.getLogger("ray.serve")
 
 
 class Reconstructor:
-    """A pre-trained bundle that writes leads. Raises BundleError when it is a classifier, which has no decoder."""
+    """A pre-trained bundle that reconstructs leads. Raises BundleError for a classifier, which has no decoder."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.bundle, self._model = load(folder, device)
-        if not hasattr(self._model, "reconstruct"):
+        self.bundle, model = load(folder, device)
+        self._model: Any = model  # `load` promises no decoder
+        if not hasattr(model, "reconstruct"):
             raise BundleError(
                 f"{folder} is a {self.bundle.architecture}, which has no decoder: name an encoder's bundle"
             )
@@ -43,26 +51,14 @@ class Reconstructor:
                     torch.from_numpy(prepared.x_BLT[accepted_B]).to(self._device),
                     torch.from_numpy(prepared.lead_mask_BL[accepted_B]).to(self._device),
                 )
-            predicted = dict(zip(np.flatnonzero(accepted_B), predicted_BLT.float().cpu().numpy(), strict=True))
+            accepted = (int(b) for b in np.flatnonzero(accepted_B))
+            predicted = dict(zip(accepted, predicted_BLT.float().cpu().numpy(), strict=True))
         outs = []
         for b, (record, id) in enumerate(zip(records, ids, strict=True)):
             if refusal := prepared.refused_B[b]:
                 outs.append(ReconstructOut(id=id, refused=RefusedOut(code=refusal.code, reason=str(refusal))))
                 continue
-            mask_L = prepared.lead_mask_BL[b]
-            if config.scale == "lead":  # an absent lead has no size that could be known
-                seen_LT, factor = prepared.x_BLT[b], 1.0
-            else:
-                seen_LT = filtered.x_BLT[b]
-                factor = _factor(prepared.x_BLT[b][mask_L], seen_LT[mask_L])
-            rows = {
-                lead: LeadOut(origin="derived" if lead in record.derived else "measured", values=_rounded(seen_LT[row]))
-                for row, lead in enumerate(leads)
-                if mask_L[row]
-            }
-            for row, lead in enumerate(self._model.decoder_leads):
-                if lead not in rows:
-                    rows[lead] = LeadOut(origin="reconstructed", values=_rounded(predicted[b][row] * factor))
+            rows = self._rows(record, prepared.x_BLT[b], filtered.x_BLT[b], prepared.lead_mask_BL[b], predicted[b])
             outs.append(
                 ReconstructOut(
                     id=id,
@@ -73,9 +69,69 @@ class Reconstructor:
             )
         return outs
 
+    def _rows(
+        self, record: Record, x_LT: np.ndarray, filtered_mv_LT: np.ndarray, mask_L: np.ndarray, predicted_LT: np.ndarray
+    ) -> dict[str, LeadOut]:
+        """The usable leads as filtered, and the others as the decoder gives them, both in one unit."""
+        if self.bundle.preprocess.scale == "lead":  # the amplitude of an absent lead is unknown
+            seen_LT, factor = x_LT, 1.0
+        else:
+            seen_LT, factor = filtered_mv_LT, _factor(x_LT[mask_L], filtered_mv_LT[mask_L])
+        rows = {}
+        for row, lead in enumerate(self.bundle.leads):
+            if mask_L[row]:
+                origin: Origin = "derived" if lead in record.derived else "measured"
+                rows[lead] = LeadOut(origin=origin, values=_rounded(seen_LT[row]))
+        for row, lead in enumerate(self._model.decoder_leads):
+            if lead not in rows:
+                rows[lead] = LeadOut(origin="reconstructed", values=_rounded(predicted_LT[row] * factor))
+        return rows
+
+
+def load_encoder(uri: str, folder: Path, device: str) -> Reconstructor:
+    """The encoder that the URI names; a registered one is kept under `folder`, and answers while MLflow is away.
+
+    Raises LsemvaeError when it cannot be loaded.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not uri.startswith("models:/"):
+        with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as temporary:
+            return Reconstructor(fetch(uri, Path(temporary)).folder, device)
+    with locked_shelf(folder, "encoder", parse_model(uri)[0]) as shelf:
+        kept = shelf.kept()
+        try:
+            return _current(uri, shelf, kept, device)
+        except LsemvaeError as error:
+            if kept is None:
+                raise
+            log.error(f"{uri}: {error}; version {kept.version.number}, kept on disk, answers")
+            return _of_disk(kept, device)
+
+
+def _current(uri: str, shelf: Shelf, kept: Kept | None, device: str) -> Reconstructor:
+    """The version that the URI names now: the kept one, or downloaded and then kept."""
+    wanted = locate(uri)
+    if kept and kept.version == wanted:
+        try:
+            return _of_disk(kept, device)
+        except BundleError as error:
+            log.warning(f"{uri}: the bundle kept on disk is damaged and is fetched again: {error}")
+    with tempfile.TemporaryDirectory(dir=shelf.folder, prefix="partial-") as temporary:
+        folder = Path(temporary) / "bundle"
+        download(wanted, folder)
+        reconstructor = Reconstructor(folder, device)
+        shelf.keep(folder, wanted, reconstructor.bundle.digest)
+    return reconstructor
+
+
+def _of_disk(kept: Kept, device: str) -> Reconstructor:
+    reconstructor = Reconstructor(kept.folder, device)
+    kept.require(reconstructor.bundle.digest)
+    return reconstructor
+
 
 def _factor(x_LT: np.ndarray, filtered_mv_LT: np.ndarray) -> float:
-    """Millivolts for one unit of the model's input, the same for all leads: the slope between the two."""
+    """Millivolts per unit of the model's input, the same for all leads: the slope of one against the other."""
     x_T, mv_T = x_LT.astype(np.float64).ravel(), (filtered_mv_LT - filtered_mv_LT.mean(axis=1, keepdims=True)).ravel()
     return float(x_T @ mv_T / (x_T @ x_T))
 

@@ -1,54 +1,46 @@
-"""Which versions a replica answers with: it follows MLflow's aliases, and keeps what it has when that goes wrong.
+"""Which model versions a replica answers with: it follows MLflow's aliases, and keeps its version when that fails.
 
-The bundle that answers is also on disk, so that a replica starts while MLflow is away. Each model has a folder there,
-which the replicas of one machine share under a lock:
-
-    model-NAME/lock
-    model-NAME/last.json          the version that passed its checks last; replaced in one step
-    model-NAME/VERSION-DIGEST/    its bundle
+The bundle that answers is also on disk (see `shelf`), so that a replica starts while MLflow is away.
 """
 
-import fcntl
-import json
 import logging
 import random
-import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from urllib.parse import quote
 
-from lsemvae.bundle import Bundle, Scorer, describe
+from lsemvae.bundle import Scorer
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.storage import Storage
 from lsemvae.tracking import Version, download, fetch, locate, parse_model
 from serve.schema import ModelOut
+from serve.shelf import Kept, locked_shelf
 
 log = logging.getLogger("ray.serve")
 
 RETRY_S = 300.0
-"""A version that was refused is tried again after so long: what came may have been damaged on the way."""
+"""A refused version is fetched again after this time: its files may have been damaged on the way."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """One loaded model and how answers name it."""
+    """One loaded model and its description in answers."""
 
     scorer: Scorer
     described: ModelOut
 
     @classmethod
     def load(cls, folder: Path, name: str, version: int | None, device: str) -> "Served":
-        """Raises BundleError when the folder is no bundle with a task, or fails its own example."""
+        """Raises BundleError when the folder is not a bundle with a task, or does not reproduce its example's score."""
         scorer = Scorer(folder, device)
         scorer.check_example()
         bundle = scorer.bundle
+        assert bundle.task is not None  # as `Scorer` requires
         described = ModelOut(
             name=name,
             version=version,
@@ -64,13 +56,13 @@ class Served:
 class Registry:
     """Loads the models that the URIs name, and follows those that are aliases every `poll_s` seconds.
 
-    uris    models:/NAME@alias, models:/NAME/3, a bundle's folder, or s3://…; each has another name
+    uris    models:/NAME@alias, models:/NAME/3, a bundle's folder, or s3://…; no two with the same name
     folder  where the bundles that answer are kept
-    poll_s  seconds between two looks at MLflow, at random a little less; with 0 only `refresh` looks
+    poll_s  seconds between two looks at MLflow, randomly up to 30 % less; with 0 only `refresh` looks
 
-    A model that cannot be loaded is in `problems` and tried again at each look; the others answer meanwhile. Loading
-    goes on beside answering, so for a while a model is twice in memory. Raises LsemvaeError when a URI makes no sense
-    or two have the same name.
+    A model that cannot be loaded is listed in `problems` and tried again at each look; the others answer meanwhile.
+    A new version is loaded while the old one answers, so for a while a model is in memory twice. Raises LsemvaeError
+    when a URI cannot be read or two URIs have the same name.
     """
 
     def __init__(self, uris: list[str], folder: Path, poll_s: float, device: str = "cpu") -> None:
@@ -83,7 +75,9 @@ class Registry:
         self._folder, self._device = folder, device
         self._served: Mapping[str, Served] = MappingProxyType({})
         self._versions: dict[str, Version] = {}  # of those served by alias or number
-        self._refused: dict[str, tuple[Version, str, float]] = {}  # which, why, and until when it is not tried again
+        self._refused: dict[
+            str, tuple[Version, str, float]
+        ] = {}  # the version, why, and until when it is not tried again
         self._problems: dict[str, str] = {}
         self._one_at_a_time = threading.Lock()
         self.refresh()
@@ -92,12 +86,12 @@ class Registry:
 
     @property
     def served(self) -> Mapping[str, Served]:
-        """Name -> model, most leads first. It never changes: with another version it is another mapping."""
+        """Name -> model, most leads first. The mapping is never changed; another version is another mapping."""
         return self._served
 
     @property
     def problems(self) -> dict[str, str]:
-        """Name -> why what its URI names does not answer, and what does."""
+        """Name -> why the version that its URI names does not answer, and what answers instead."""
         return dict(self._problems)
 
     @property
@@ -106,8 +100,8 @@ class Registry:
         return bool(self._served)
 
     def refresh(self) -> None:
-        """One look at every URI: what is new is loaded, checked, and then answers. Never raises."""
-        # In a thread that ends, and with it the threads that OpenMP has made for it: see `scoring.TORCH`.
+        """Looks at every URI once: a new version is loaded, checked, and then answers. Never raises."""
+        # In a thread that ends, so that the threads that OpenMP made for it end too: see `scoring.TORCH`.
         with ThreadPoolExecutor(1, "look") as look:
             look.submit(self._look).result()
 
@@ -118,23 +112,24 @@ class Registry:
                     if uri.startswith("models:/"):
                         self._follow(name, uri)
                     elif name not in self._served:
-                        with tempfile.TemporaryDirectory() as temporary:
+                        self._folder.mkdir(parents=True, exist_ok=True)
+                        with tempfile.TemporaryDirectory(dir=self._folder, prefix="partial-") as temporary:
                             folder = fetch(uri, Path(temporary)).folder
                             self._serve(Served.load(folder, name, None, self._device))
                     problem = ""
                 except (LsemvaeError, OSError) as error:
                     problem = " ".join(str(error).split())
-                except Exception as error:  # the thread lives on: what is loaded answers, whatever this is
+                except Exception as error:  # the thread goes on, and the loaded models answer, whatever this is
                     problem = type(error).__name__
                 self._note(name, problem)
 
     def _poll(self, poll_s: float) -> None:
         while True:
-            time.sleep(poll_s * random.uniform(0.7, 1))  # replicas that started together do not all ask at once
+            time.sleep(poll_s * random.uniform(0.7, 1))  # so that replicas that started together do not all ask at once
             self.refresh()
 
     def _follow(self, name: str, uri: str) -> None:
-        """Makes the version that the URI names now the one that answers, or raises; at the start the one on disk."""
+        """Loads the version that the URI names now. Raises when that fails, at the start after loading the kept one."""
         try:
             wanted = locate(uri)
             if wanted == self._versions.get(name):
@@ -150,22 +145,22 @@ class Registry:
         except Exception as error:
             if name not in self._served:
                 try:
-                    with self._locked(name) as shelf:
+                    with locked_shelf(self._folder, "model", name) as shelf:
                         if kept := shelf.kept():
-                            self._serve(kept.load(name, self._device), kept.version)
+                            self._serve(_load_kept(kept, name, self._device), kept.version)
                 except BundleError as other:
                     raise LsemvaeError(f"{error}; {other}") from error
             raise
 
     def _load(self, name: str, wanted: Version) -> None:
-        with self._locked(name) as shelf:
+        with locked_shelf(self._folder, "model", name) as shelf:
             kept = shelf.kept()
             if kept and kept.version == wanted:
                 try:
-                    self._serve(kept.load(name, self._device), wanted)
+                    self._serve(_load_kept(kept, name, self._device), wanted)
                     return
                 except BundleError as error:
-                    log.warning(f"{name}: what was kept on disk is damaged and is fetched again: {error}")
+                    log.warning(f"{name}: the bundle kept on disk is damaged and is fetched again: {error}")
             with tempfile.TemporaryDirectory(dir=shelf.folder, prefix="partial-") as temporary:
                 folder = Path(temporary) / "bundle"
                 try:
@@ -195,7 +190,7 @@ class Registry:
         log.info(f"serving {name} version {served.described.version} {served.described.digest}")
 
     def _note(self, name: str, problem: str) -> None:
-        """Says a problem when it comes and when it goes, not at every look."""
+        """Logs a problem when it begins and when it ends, not at every look."""
         if problem:
             served = self._served.get(name)
             problem += f"; version {served.described.version} answers" if served else "; nothing answers in its place"
@@ -207,64 +202,14 @@ class Registry:
         else:
             log.info(f"{name}: the problem is gone")
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator["Shelf"]:
-        shelf = Shelf(self._folder / f"model-{quote(name, safe='')}")
-        shelf.folder.mkdir(parents=True, exist_ok=True)
-        with (shelf.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when it is closed, by the end of the process too
-            yield shelf
 
-
-@dataclass(frozen=True)
-class Kept:
-    """A version on disk."""
-
-    folder: Path
-    version: Version
-    digest: str
-
-    def bundle(self) -> Bundle | None:
-        try:
-            return describe(self.folder)
-        except BundleError:
-            return None
-
-    def load(self, name: str, device: str) -> Served:
-        """Raises BundleError when it is no longer what was kept."""
-        served = Served.load(self.folder, name, self.version.number, device)
-        if served.described.digest != self.digest:
-            raise BundleError(f"{self.folder} has digest {served.described.digest}, was kept with {self.digest}")
-        return served
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """One model's folder on disk. To be used under its lock."""
-
-    folder: Path
-
-    def kept(self) -> Kept | None:
-        """The version that was served last; None where there is none, or what is written of it makes no sense."""
-        try:
-            last = json.loads((self.folder / "last.json").read_bytes())
-            version, digest = Version(**last["version"]), last["digest"]
-            return Kept(self.folder / f"{version.number}-{digest}", version, digest)
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
-            return None
-
-    def keep(self, bundle: Path, version: Version, digest: str) -> None:
-        """Moves the bundle here, makes it the last one, and removes all others."""
-        target = self.folder / f"{version.number}-{digest}"
-        shutil.rmtree(target, ignore_errors=True)
-        bundle.rename(target)
-        last = {"version": asdict(version), "digest": digest}
-        Storage.open(self.folder).write_bytes("last.json", json.dumps(last).encode())
-        for other in self.folder.iterdir():
-            if other.is_dir() and other != target and other != bundle.parent:
-                shutil.rmtree(other, ignore_errors=True)
+def _load_kept(kept: Kept, name: str, device: str) -> Served:
+    """Raises BundleError when it is no longer what was kept."""
+    served = Served.load(kept.folder, name, kept.version.number, device)
+    kept.require(served.described.digest)
+    return served
 
 
 def _name_of(uri: str) -> str:
-    """The name that answers give; raises LsemvaeError when the URI makes no sense."""
+    """The model's name in answers. Raises LsemvaeError when the URI cannot be read."""
     return parse_model(uri)[0] if uri.startswith("models:/") else PurePosixPath(Storage.open(uri).base).name

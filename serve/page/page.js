@@ -1,10 +1,13 @@
-// The page: sends recordings to this service and shows its answers. Nothing is stored, nothing is sent elsewhere.
+// The page: sends recordings to this service and shows its answers. It stores nothing and sends nothing elsewhere.
 
 import { drawPaper, layouts, LEADS, MM_PER_MV, MOST_MM, PAGE_S, seconds } from "./paper.js";
 
 const MAIN_FILE = /\.(hea|xml|dcm|scp|atc|npy|csv|json)$/i;
 const UNREACHED =
-  "The service does not answer. Is it running, and is the network there? A file beyond its limit may end like this too.";
+  "The service does not answer. Is it running, and is the network up? A file that is too large can have this effect too.";
+const NO_TOKEN = "This service asks for an access token. Enter it in the field “Access token” above.";
+const WRONG_TOKEN =
+  "This service does not accept that access token. Check it, and enter it again in the field “Access token” above.";
 const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 const at = (id) => document.getElementById(id);
@@ -38,7 +41,7 @@ class Answered extends Error {
   }
 }
 
-/** The JSON of an answer; one with `results` counts as such whatever its status. Else what the service says is thrown. */
+/** The JSON of an answer: of a successful one, or of any with `results`. Otherwise throws what the service says. */
 async function ask(path, options = {}) {
   const token = at("token").value.trim();
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
@@ -54,9 +57,10 @@ async function ask(path, options = {}) {
   try {
     body = JSON.parse(text);
   } catch {
-    // a proxy's own page: its status and beginning are shown below
+    // not JSON, such as a proxy's own page: its beginning is shown below
   }
   if (body !== null && (answer.ok || Array.isArray(body.results))) return body;
+  if (answer.status === 401) throw new Answered(token ? WRONG_TOKEN : NO_TOKEN, 401);
   const wait = answer.headers.get("Retry-After");
   throw new Answered(
     `${says(body) ?? text.slice(0, 300)} (HTTP ${answer.status})${wait ? ` Try again in ${wait} s.` : ""}`,
@@ -72,7 +76,7 @@ function says(body) {
   return detail?.reason ?? detail?.message ?? null;
 }
 
-/** Says what is served. Null, or why nothing can be scored now. */
+/** Shows which models are served. Returns null, or the error that prevents scoring now. */
 async function describeService() {
   try {
     const models = await ask("v1/models");
@@ -95,7 +99,7 @@ async function sendExample() {
   at("status").textContent = "Fetching the simulated recording …";
   try {
     const answer = await fetch("page/example.csv");
-    if (!answer.ok) throw new Answered(`The simulated recording cannot be had (HTTP ${answer.status}).`, answer.status);
+    if (!answer.ok) throw new Answered(`The simulated recording cannot be fetched (HTTP ${answer.status}).`, answer.status);
     await send([new File([await answer.blob()], "simulated.csv")], true);
   } catch (error) {
     complain(error instanceof Answered ? error.message : UNREACHED);
@@ -103,7 +107,7 @@ async function sendExample() {
   }
 }
 
-/** Files of one name are one recording. WFDB headers that are alone go together with the files that no name claims. */
+/** Files of one name are one recording. WFDB headers alone are sent together with the files of no other recording. */
 function group(files) {
   const byStem = new Map();
   for (const file of files) {
@@ -129,11 +133,11 @@ async function send(files, simulated = false) {
   at("result").hidden = at("recordings").hidden = true;
   complain();
   at("status").textContent = "Asking the service …";
-  // Asked first: a service that turns an upload down may close the connection before it is sent, and goes unheard.
+  // Asked first: a service that refuses an upload may close the connection while it is sent, and its answer is lost.
   const closed = await describeService();
   if (signal.aborted) return;
   if (closed) {
-    complain(`${closed.message}${closed.status === 401 ? " Enter the access token above." : ""}`);
+    complain(closed.message);
     at("status").textContent = "Nothing was scored.";
     return;
   }
@@ -149,7 +153,7 @@ async function send(files, simulated = false) {
       list();
       if (!shown && items.length) show(items[0]);
     } catch (error) {
-      if (error.name === "AbortError") return; // other recordings were given meanwhile
+      if (error.name === "AbortError") return; // other recordings have been chosen meanwhile
       complain(`${name}: ${error.message}`);
     }
   }
@@ -157,7 +161,7 @@ async function send(files, simulated = false) {
   at("status").textContent = items.length
     ? `${items.length - refused} scored, ${refused} refused.`
     : "Nothing was scored.";
-  at("files").value = ""; // the same file can be given again
+  at("files").value = ""; // so that the same file can be chosen again
 }
 
 function complain(message = null) {
@@ -214,7 +218,7 @@ function show(item) {
   );
   at("answer").hidden = Boolean(refused);
   if (!refused) showAnswer(result);
-  at("details").hidden = !model && !record; // it could not even be read
+  at("details").hidden = !model && !record; // the recording could not be read
   showLeads(result);
   showFlags(result.flags ?? []);
   at("model").replaceChildren(
@@ -242,7 +246,7 @@ function show(item) {
 function showAnswer({ score, probability, decision, reliability, model }) {
   at("score").textContent = number(score);
   at("score-meaning").textContent =
-    `From 0 to 1, higher where the model sees more of “${model.task}”. A score is not a probability.`;
+    `From 0 to 1; higher means more signs of “${model.task}”. A score is not a probability.`;
   const mark = make("span", "", "mark");
   const threshold = make("span", "", "threshold");
   mark.style.left = `${100 * score}%`;
@@ -257,12 +261,12 @@ function showAnswer({ score, probability, decision, reliability, model }) {
   at("scale").replaceChildren(scale);
   at("decision").textContent = decision ? "At or above the threshold" : "Below the threshold";
   at("decision-meaning").textContent =
-    `The model’s threshold is ${number(model.threshold)}: at or above it, a recording counts as positive for “${model.task}”. No diagnosis.`;
+    `The model’s threshold is ${number(model.threshold)}: at or above it, a recording counts as positive for “${model.task}”. This is not a diagnosis.`;
   at("probability").textContent = probability == null ? "Not calibrated" : PERCENT.format(probability);
   at("probability-meaning").textContent =
     probability == null
       ? "This model was stored without a calibration, so there is no probability."
-      : `Of 100 recordings of the training cohort with this score, about ${Math.round(100 * probability)} had “${model.task}”. Elsewhere, where it is rarer or more common, this number does not hold.`;
+      : `Of 100 recordings of the training cohort with this score, about ${Math.round(100 * probability)} had “${model.task}”. Where “${model.task}” is rarer or more common, this number does not hold.`;
   const words = { good: "Good", limited: "Limited" };
   at("reliability").textContent = words[reliability?.level] ?? "Not stated";
   at("reliability-reasons").replaceChildren(...(reliability?.reasons ?? []).map((reason) => make("li", reason)));
@@ -320,7 +324,7 @@ function showFlags(flags) {
     line.append(`${details.length ? ` (${details.join(", ")})` : ""}: ${flagMeanings[kind] ?? "no description"}`);
     return line;
   });
-  at("flags").replaceChildren(...(lines.length ? lines : [make("li", "None: nothing doubtful was noticed.")]));
+  at("flags").replaceChildren(...(lines.length ? lines : [make("li", "None.")]));
 }
 
 // --- the paper ------------------------------------------------------------------------------------------------
@@ -343,7 +347,7 @@ function draw() {
   const notes = ["As recorded, not filtered; each lead is drawn around its median."];
   if (record.derived.length) notes.push(`${record.derived.join(", ")}: derived from I and II.`);
   if (record.missing.length) notes.push(`${record.missing.join(", ")}: not recorded.`);
-  if (cut.length) notes.push(`${cut.join(", ")}: leaves the paper, cut off here at ${MOST_MM / MM_PER_MV} mV.`);
+  if (cut.length) notes.push(`${cut.join(", ")}: beyond the paper, cut off here at ${MOST_MM / MM_PER_MV} mV.`);
   notes.push("At 100 % one square is 5 mm in print; on a screen it depends on the screen.");
   at("paper-caption").textContent = notes.join(" ");
 }

