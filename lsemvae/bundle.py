@@ -1,8 +1,8 @@
 """A trained model is a directory, the bundle: `config.json` and `model.safetensors`. Nothing is pickled.
 
-Checkpoints, MLflow versions, batch scoring and Serve all use it. `config.json` carries the architecture, the
-preprocessing with its version, leads, task, threshold, calibration, the score of an example and provenance, and the
-SHA-256 of the weights; its own SHA-256 is the bundle's digest, so one digest names everything that decides a score.
+Checkpoints, MLflow versions, batch scoring and Serve all use it. `config.json` holds the architecture, the
+preprocessing and its version, leads, task, threshold, calibration, the score of an example, provenance, and the SHA-256
+of the weights. Its own SHA-256 is the bundle's digest, so that one digest identifies everything that decides a score.
 """
 
 import hashlib
@@ -33,14 +33,14 @@ from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EXAMPLE_TOLERANCE = 1e-4
-"""Other processors and thread numbers move a score by 1e-6; other preprocessing or arithmetic by more than this."""
+"""Another processor or number of threads changes a score by 1e-6; other preprocessing or arithmetic by more."""
 
 
 @dataclass(frozen=True)
 class Calibration:
     """score -> probability, by Platt's sigmoid: logit(probability) = slope * logit(score) + intercept.
 
-    The slope is above 0, so the order of recordings, and with it AUROC and every decision, stays as it was.
+    The slope is above 0, so the order of recordings, and with it AUROC and every decision, does not change.
     """
 
     slope: float
@@ -59,17 +59,17 @@ class Calibration:
 
 
 def logit(score: np.ndarray | float) -> np.ndarray:
-    """ln(score / (1 - score)). A float32 score may be 0 or 1: there it ends at +-16."""
+    """ln(score / (1 - score)), limited to +-16, since a float32 score may be 0 or 1."""
     score = np.clip(np.asarray(score, dtype=np.float64), 1e-7, 1 - 1e-7)
     return np.log(score) - np.log1p(-score)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `config.json` says. `task` and `threshold` are None for a pre-trained encoder.
+    """The content of `config.json`. `task` and `threshold` are None for a pre-trained encoder.
 
-    `calibration` is None where there is none. `example` is the score of `example_record` when the bundle was saved:
-    None for an encoder, and in bundles older than it.
+    `calibration` is None without one. `example` is the score of `example_record` when the bundle was saved; None for
+    an encoder, and in bundles from before this field.
     """
 
     architecture: str
@@ -86,15 +86,16 @@ class Bundle:
 
     @classmethod
     def of(cls, model: nn.Module, preprocess: PreprocessConfig, **rest: Any) -> "Bundle":
-        """Describes a model built by `models.build`."""
-        config = model.config
-        return cls(architecture_name(config), asdict(config), tuple(model.leads), preprocess, **rest)
+        """The description of a model that `models.build` made."""
+        config: Any = model.config
+        leads: Any = model.leads  # every architecture has both, which nn.Module does not know
+        return cls(architecture_name(config), asdict(config), tuple(leads), preprocess, **rest)
 
 
 def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
-    """Writes the directory in one step (an old one of that name is replaced) -> the bundle with its digest.
+    """Writes the directory in one step, replacing an old one of that name -> the bundle with its digest.
 
-    What has a task is loaded again and scores the example, which is stored with it.
+    A bundle with a task is loaded again to score the example, and stores that score.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -132,7 +133,7 @@ def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
 
 
 def describe(folder: Path) -> Bundle:
-    """Reads and checks `config.json` alone. Raises BundleError naming what is wrong and where."""
+    """Reads and checks `config.json` alone. Raises BundleError that names the mistake and its place."""
     path = folder / CONFIG
     try:
         text = path.read_text()
@@ -181,7 +182,7 @@ def describe(folder: Path) -> Bundle:
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[Bundle, nn.Module]:
-    """The bundle and its model in evaluation mode. Raises BundleError on a digest, key or shape that is off."""
+    """The bundle and its model in evaluation mode. Raises BundleError on a wrong digest, key or shape."""
     bundle = describe(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
@@ -218,7 +219,7 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """The answer for one recording: a score, or the reason why there is none.
+    """The answer for one recording: a score, or why it was refused.
 
     `probability` is the calibrated score, None where the bundle has no calibration.
     """
@@ -231,31 +232,32 @@ class Score:
 
 
 def example_record() -> Record:
-    """The recording whose score a bundle keeps: 12 leads, 10 s, no noise, some overload of the right heart.
+    """The recording whose score a bundle stores: 12 leads, 10 s, no noise, some right heart strain.
 
-    Bundles hold its score, so it must stay what it is for ever.
+    It must never change, because bundles hold its score.
     """
     quiet = EcgParameters(severity=0.8, heart_rate_bpm=66.0, noise_mv=(0.0,) * 5)
     signal_mv_LT, _ = simulate_ecg(quiet, np.random.default_rng(20503))
     return Record.from_leads(dict(zip(LEADS, signal_mv_LT.astype(np.float32), strict=True)), RATE_HZ)
 
 
-CHUNK = 64  # recordings in one pass: larger ones only cost memory
+CHUNK = 64  # recordings in one pass: more would only cost memory
 
 
 class Scorer:
     """Scores recordings with one bundle: the same way online, in batches and in a plain loop."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.bundle, self._model = load(folder, device)
+        self.bundle, model = load(folder, device)
+        self._model: Any = model  # every architecture with a task has `predict`
         if self.bundle.task is None:
             raise BundleError(f"{folder} is a pre-trained encoder, it has no task: fine-tune it first")
         self._folder, self._device = folder, device
-        if device != "cpu":  # TF32 would move scores by more than versions of torch do
+        if device != "cpu":  # TF32 changes scores by more than another version of torch does
             torch.backends.cudnn.allow_tf32 = False
 
     def check_example(self) -> None:
-        """Raises BundleError when the example's score is no longer the stored one; without a stored one nothing."""
+        """Raises BundleError when the example's score differs from the stored one, if there is one."""
         if self.bundle.example is None:
             return
         score = self.score([example_record()])[0].score
@@ -266,12 +268,12 @@ class Scorer:
             )
 
     def score(self, records: Sequence[Record]) -> list[Score]:
-        """One `Score` for each record, in order. Leads are taken by name; those the bundle lacks are not used."""
+        """One `Score` for each record, in order. Leads are taken by name; the bundle ignores those it does not know."""
         leads = self.bundle.leads
         return self.score_signals([r.signal_for(leads) for r in records], [r.rate_hz for r in records])
 
     def score_signals(self, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float]) -> list[Score]:
-        """The same from arrays [L, T] in mV that hold the bundle's leads in order, NaN for what is missing."""
+        """The same from arrays [L, T] in mV that hold the bundle's leads in order, NaN where a sample is missing."""
         config = self.bundle.preprocess
         if config.window != "all":
             return self._score_windows(signals_mv, rates_hz)
@@ -289,7 +291,7 @@ class Scorer:
         return answers
 
     def _mean(self, of_windows: Sequence[Score]) -> Score:
-        """The mean over the windows that are not refused; the first refusal where all are."""
+        """The mean over the windows that are not refused, or the first refusal when all are."""
         accepted = [answer for answer in of_windows if answer.score is not None]
         if len(of_windows) == 1 or not accepted:
             return of_windows[0]

@@ -1,4 +1,4 @@
-"""How the C library treats memory that is freed."""
+"""How the C library treats freed memory."""
 
 import contextlib
 import ctypes
@@ -8,11 +8,12 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep for this process what it frees; elsewhere nothing happens.
+    """Makes glibc keep freed memory for this process. Without glibc it does nothing.
 
-    Large blocks go back to the system by default, and come again as pages that fault one by one: a third of a training
-    step on a CPU (a gigabyte of gradients each time), a quarter of scoring a full batch. The process stays as large as
-    it ever was. The same from outside: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ above the largest block.
+    By default large blocks go back to the system, and return as pages that fault one by one: a third of a training
+    step on a CPU (a gigabyte of gradients each time), a quarter of scoring a full batch. The process then never
+    shrinks. From outside the process, MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the same when they are
+    larger than the largest block.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -19,37 +19,38 @@ from lsemvae.preprocess.filters import highpass, moving_average
 from lsemvae.preprocess.resample import ratio, resample
 from lsemvae.record import Record
 
-PART = 4  # records filtered at once: what they take stays in a core's cache
+PART = 4  # records filtered at once: they fit into a core's cache
 MAX_MV = 1e6
 """1,000 V: a recording with a larger sample in its window is refused, whatever its leads' standard deviations."""
-VERSION = 1  # rises when the numbers change; a bundle refuses a version it was not trained with
+VERSION = 1  # raised when the numbers change; a bundle refuses any version but that of its training
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How a recording becomes model input, and what is refused."""
+    """How a recording becomes model input, and which recordings are refused."""
 
     rate_hz: int = 500
     samples: int = 5000
     """Window length. Shorter recordings are padded with zeros."""
     window: Literal["first", "cleanest", "all"] = "first"
-    """Of a longer recording: its first window, the cleanest of its consecutive windows, or at scoring the mean
-    score of all of them (training then sees the first)."""
+    """Of a longer recording: its first window, the cleanest of its consecutive windows, or in scoring the mean score
+    of all of them (training then uses the first)."""
     highpass_hz: float = 0.5
     highpass_order: int = 5
     mains_hz: float = 50.0
-    """The moving average spans one period of this frequency; 0 leaves it out."""
+    """The moving average spans one period of this frequency; 0 turns it off."""
     scale: Literal["lead", "record", "none"] = "record"
-    """Standardise each lead alone, all leads by one factor (keeps Einthoven's relations and the sizes of leads
-    to each other), or keep mV."""
+    """Standardise each lead alone; or all leads by one factor, which keeps Einthoven's relations and the leads'
+    relative amplitudes; or keep mV."""
     max_nan_share: float = 0.2
     """A lead with a larger share of missing samples counts as missing."""
     min_std_mv: float = 0.001
-    """A lead that varies less than this after filtering is flat and counts as missing."""
+    """A lead with a smaller standard deviation after filtering is flat and counts as missing."""
     max_std_mv: float = 10.0
-    """A recording with a lead that varies more than this is refused: microvolts sent as millivolts."""
+    """A recording with a lead of a larger standard deviation is refused: microvolts sent as millivolts."""
     min_lead_share: float = 0.5
-    """A recording with fewer usable leads than this share of those asked for is refused."""
+    """A recording with fewer usable leads than this share of the model's is refused. A model for incomplete recordings
+    is trained with a lower share; 1.0 accepts complete recordings only."""
     min_seconds: float = 2.5
     min_rate_hz: float = 100.0
     max_rate_hz: float = 4000.0
@@ -62,13 +63,13 @@ class PreprocessConfig:
 
     @property
     def digest(self) -> str:
-        """Names this definition and its version; equal digests mean equal numbers."""
+        """Identifies this definition and its version: equal digests mean equal numbers."""
         text = json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Prepared(NamedTuple):
-    """x_BLT float32 (zeros where a lead is absent), lead_mask_BL bool, and why a record is refused, or None."""
+    """x_BLT float32 (zeros where a lead is absent), lead_mask_BL bool, and for each record its refusal or None."""
 
     x_BLT: np.ndarray
     lead_mask_BL: np.ndarray
@@ -95,7 +96,7 @@ def preprocess_signals(
     leads: Sequence[str],
     config: PreprocessConfig,
 ) -> Prepared:
-    """Like `preprocess`, from arrays [L, T] in mV with NaN for what is missing; T may differ by record."""
+    """Like `preprocess`, from arrays [L, T] in mV with NaN where a sample is missing; T may differ by record."""
     parts = [
         finish(window_signals(signals_mv[b : b + PART], rates_hz[b : b + PART], leads, config), leads, config)
         for b in range(0, max(len(signals_mv), 1), PART)
@@ -105,12 +106,12 @@ def preprocess_signals(
 
 
 class Windows(NamedTuple):
-    """Records before filtering: gaps filled, at one rate and length. What an accelerator goes on with."""
+    """Records before filtering: gaps filled, at one rate and length. An accelerator continues from here."""
 
     filled_mv_BLT: np.ndarray
     nan_share_BL: np.ndarray
     length_B: np.ndarray
-    """Samples that are the recording's; zeros beyond them take no part in the scale."""
+    """Samples of the recording; the zeros after them do not count in the scale."""
     refused_B: list[Refused | None]
 
 
@@ -121,9 +122,9 @@ def window_signals(
     config: PreprocessConfig,
     dtype: type[np.floating] = np.float64,
 ) -> Windows:
-    """The first half of the definition: rate and length are checked, signals resampled, cut and gaps filled.
+    """The first half of the definition: checks rate, length and amplitude, resamples, cuts, and fills gaps.
 
-    Signals are float32; as `dtype` float64 is what `finish` computes in, float32 what travels to an accelerator.
+    Signals are float32. `dtype` is float64 for `finish`, which computes in it, and float32 for an accelerator.
     """
     shape = (len(signals_mv), len(leads), config.samples)
     window_mv_BLT = np.full(shape, np.nan, dtype=np.float32)
@@ -148,7 +149,7 @@ def window_signals(
 def finish(windows: Windows, leads: Sequence[str], config: PreprocessConfig) -> Prepared:
     """The second half: filter, scale, refuse. lsemvae/preprocess/on_device.py does the same on an accelerator."""
     filled_mv_BLT, nan_share_BL, length_B, refused_B = windows
-    if not refused_B:  # a batch whose rows were all left out
+    if not refused_B:  # a batch without any record
         return Prepared(filled_mv_BLT.astype(np.float32), np.zeros(nan_share_BL.shape, dtype=bool), [])
     inside_B1T = (np.arange(config.samples) < length_B[:, None])[:, None]
     whole = bool(inside_B1T.all())
@@ -189,19 +190,19 @@ def finish(windows: Windows, leads: Sequence[str], config: PreprocessConfig) -> 
 
 
 def windows(signal_mv_LT: np.ndarray, rate_hz: float, config: PreprocessConfig) -> list[np.ndarray]:
-    """The consecutive windows of a recording, [L, t] each; one that is too short for two is its own window.
+    """The consecutive windows of a recording, [L, t] each. A recording too short for two windows is one window.
 
-    The last may lack 1 %: 30 s of a handheld at 300 Hz are 8,999 samples in some files.
+    The last may be 1 % short: 30 s of a handheld at 300 Hz are 8,999 samples in some files.
     """
     length = round(rate_hz * config.samples / config.rate_hz)
-    if not config.min_rate_hz <= rate_hz <= config.max_rate_hz:  # it is refused as a whole
+    if not config.min_rate_hz <= rate_hz <= config.max_rate_hz:  # refused as a whole
         return [signal_mv_LT]
     count = int(signal_mv_LT.shape[1] / length + 0.01)
     return [signal_mv_LT[:, i * length : (i + 1) * length] for i in range(count)] if count > 1 else [signal_mv_LT]
 
 
 def _unrest(signal_mv_LT: np.ndarray, rate_hz: float) -> tuple[float, float]:
-    """How little a window is worth: its share of missing samples, then wander and fast noise in mV.
+    """How bad a window is, to compare windows: its share of missing samples, then wander plus fast noise in mV.
 
     Wander is the deviation of 1 s means. Fast noise is the median absolute second difference, which the few
     steep samples of a QRS complex do not move. Both are the median over leads.
@@ -216,7 +217,7 @@ def _unrest(signal_mv_LT: np.ndarray, rate_hz: float) -> tuple[float, float]:
 
 
 def _window(signal_mv_LT: np.ndarray, rate_hz: float, config: PreprocessConfig) -> np.ndarray:
-    """Resampled by a polyphase filter and cut to at most `config.samples`; raises Refused on rate or length."""
+    """Resampled and cut to at most `config.samples`. Raises Refused on the rate, the length or an impossible sample."""
     if not config.min_rate_hz <= rate_hz <= config.max_rate_hz:
         raise Refused(
             "rate",
@@ -229,7 +230,7 @@ def _window(signal_mv_LT: np.ndarray, rate_hz: float, config: PreprocessConfig) 
         signal_mv_LT = min(windows(signal_mv_LT, rate_hz, config), key=lambda part: _unrest(part, rate_hz))
     if ratio(rate_hz, config.rate_hz) == (1, 1):
         return _checked(signal_mv_LT[:, : config.samples])
-    # One second more than the window, so that the filter's edge is not in it.
+    # One second more than the window, so that the window does not contain the filter's edge.
     needed = int(np.ceil((config.samples / config.rate_hz + 1) * rate_hz))
     part_mv_LT = _checked(signal_mv_LT[:, :needed])
     missing_LT = ~np.isfinite(part_mv_LT)
@@ -246,7 +247,7 @@ def _checked(signal_mv_LT: np.ndarray) -> np.ndarray:
 
 
 def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
-    """Linear over gaps, the nearest value at the ends, zero for a row with nothing; a copy."""
+    """A copy with gaps filled: linearly, at the ends by the nearest value, in a row without samples by zeros."""
     filled_BLT = signal_BLT.astype(dtype)
     for b, lead in zip(*np.nonzero(missing_BLT.any(axis=2)), strict=True):
         missing_T = missing_BLT[b, lead]
@@ -259,7 +260,7 @@ def _interpolate(signal_BLT: np.ndarray, missing_BLT: np.ndarray, dtype: type[np
 
 
 def filter_mv(signal_mv_BLT: np.ndarray, config: PreprocessConfig) -> np.ndarray:
-    """Zero-phase high-pass and moving average along time: linear, so a matrix over a window's samples."""
+    """Zero-phase high-pass and moving average along time. Both are linear, so they are a matrix over a window."""
     filtered_mv_BLT = highpass(signal_mv_BLT, config.highpass_order, config.highpass_hz, config.rate_hz)
     return moving_average(filtered_mv_BLT, averaged_samples(config))
 
@@ -272,7 +273,7 @@ def averaged_samples(config: PreprocessConfig) -> int:
 def refusal(
     std_mv_L: np.ndarray, lead_mask_L: np.ndarray, leads: Sequence[str], config: PreprocessConfig
 ) -> Refused | None:
-    """Why a filtered record is refused, from its leads' standard deviations and which of them can be used."""
+    """Why a filtered record is refused, if it is: from its leads' standard deviations and the mask of usable leads."""
     loudest = int(np.argmax(std_mv_L))
     if std_mv_L[loudest] > config.max_std_mv:
         return Refused(
@@ -290,5 +291,5 @@ def refusal(
 
 
 def lead_positions(leads: Sequence[str]) -> list[int]:
-    """Where the named leads stand in arrays that hold all twelve in the fixed order (the shards)."""
+    """The rows of the named leads in arrays that hold all twelve in the fixed order, as the shards do."""
     return [LEADS.index(lead) for lead in leads]

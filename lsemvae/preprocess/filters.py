@@ -1,8 +1,24 @@
 """Zero-phase filters over whole arrays: the numbers of SciPy's `sosfiltfilt` and `filtfilt`, in less time.
 
-A recursive filter goes sample by sample. What a zero-phase high-pass takes away, though, is slow: over a tenth of a
-second it is a polynomial, and only the part of the signal that is one decides it. So a window of fixed length takes
-three small matrix products: from samples to polynomials, from these to those of what is taken away, and to samples.
+A recursive filter computes sample by sample. But what a zero-phase high-pass takes away is slow: over a tenth of a
+second it is a polynomial, and it depends only on the part of the signal that is a polynomial there. So a window of
+fixed length takes three small matrix products:
+
+    samples -> polynomials of each block -> polynomials of what is taken away -> its samples
+
+A worked example, in the default configuration: 5,000 samples of one lead at 500 Hz, high-pass at 0.5 Hz.
+
+    1. A block is 0.1 * 500 / 0.5 = 100 samples, so there are 50 blocks. Each is described by 9 numbers, its Legendre
+       coefficients:                              [50, 100] @ basis_KP [100, 9]  ->  50 * 9 = 450 numbers
+    2. `sosfiltfilt` extends the signal at its ends from the first and last 19 samples (`edge`). These are not smooth,
+       so they are added one by one:              450 + 2 * 19                   ->  488 numbers
+    3. The slow part's 450 numbers:               [488] @ into_CR @ out_RC       ->  450 numbers
+       (together into_CR @ out_RC is the matrix [488, 450]; the two factors come from its singular values, of rank R = 125)
+    4. Its samples:                               [50, 9] @ basis_KP.T [9, 100]  ->  5,000 samples
+    5. The result is the signal minus these samples.
+
+A constant signal shows it: each block's coefficients are one number and eight zeros, step 3 gives them back, and the
+result is zero.
 """
 
 from functools import lru_cache
@@ -14,25 +30,25 @@ from scipy import signal as sps
 from scipy.linalg import svd, toeplitz
 
 AVERAGED = 32
-"""Samples a block of the moving average: what was quickest at 5,000 samples."""
+"""Samples a block of the moving average: the fastest at 5,000 samples."""
 DEGREES = 9
 """Numbers that describe a smooth block: coefficients of Legendre polynomials."""
 EXACT = 1e-9
-"""By how much of a signal's size the result may differ from SciPy's; where it would, SciPy's own filter is used."""
+"""Largest difference from SciPy's result, as a share of the signal's size; beyond it SciPy's filter is used."""
 MIN_BLOCK = 24
-"""A shorter block would hardly be described by fewer numbers than it has samples."""
+"""In a shorter block, `DEGREES` numbers would hardly be fewer than its samples."""
 
 
 class SlowPart(NamedTuple):
-    """What a high-pass takes away from a window, for K samples a block, P numbers that describe one, and rank R."""
+    """The matrices of the example above: K samples a block, P numbers a block, C numbers in all, rank R."""
 
     basis_KP: np.ndarray
     edge: int
-    """Samples at each end that count one by one: those of which `sosfiltfilt` makes more signal beyond the ends."""
+    """Samples at each end that count one by one: those from which `sosfiltfilt` extends the signal."""
     into_CR: np.ndarray
-    """From the descriptions of all blocks, and the samples at both ends, …"""
+    """From the numbers of all blocks and the samples at both ends …"""
     out_RC: np.ndarray
-    """… to the descriptions of what is taken away from each block."""
+    """… to the numbers of what is taken away from each block."""
 
 
 def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.ndarray:
@@ -51,7 +67,7 @@ def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.nd
     whole = x if samples % block == 0 else np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -samples % block)])
     described = (whole.reshape(*x.shape[:-1], -1, block) @ slow.basis_KP).reshape(*x.shape[:-1], -1)
     ends = [x[..., : slow.edge], x[..., -slow.edge :]]
-    # Row by row: BLAS shares larger products among threads, which on a busy machine wait for each other.
+    # Row by row: BLAS would share a larger product among threads, which wait for each other on a busy machine.
     taken = np.concatenate([described, *ends], axis=-1)[..., None, :] @ slow.into_CR @ slow.out_RC
     low = taken.reshape(*x.shape[:-1], -1, slow.basis_KP.shape[1]) @ slow.basis_KP.T
     low = low.reshape(whole.shape)[..., :samples]
@@ -60,17 +76,17 @@ def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.nd
 
 @lru_cache(maxsize=8)
 def _sections(order: int, cutoff_hz: float, rate_hz: int) -> tuple[np.ndarray, int]:
-    """The filter, and by how many samples `sosfiltfilt` extends a signal at each end."""
+    """The filter, and the number of samples by which `sosfiltfilt` extends a signal at each end."""
     sos = sps.butter(order, cutoff_hz, "highpass", fs=rate_hz, output="sos")
     return sos, 3 * (2 * len(sos) + 1 - min((sos[:, 2] == 0).sum(), (sos[:, 5] == 0).sum()))
 
 
 @lru_cache(maxsize=8)
 def slow_part(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> SlowPart | None:
-    """Half a second of work at 5,000 samples. None where what is taken away is not smooth, or the window too short."""
+    """Takes half a second at 5,000 samples. None where the slow part is not smooth enough, or the window too short."""
     sos, extended = _sections(order, cutoff_hz, rate_hz)
     edge = extended + 1
-    block = int(0.1 * rate_hz / cutoff_hz)  # a twentieth of the shortest wave that is taken away as a whole
+    block = int(0.1 * rate_hz / cutoff_hz)  # a tenth of the cutoff's period, over which the slow part is smooth
     blocks = -(-samples // block) if block else 0
     last = samples - (blocks - 1) * block  # samples of the last block
     if block < max(MIN_BLOCK, edge + DEGREES) or last < edge + DEGREES or blocks < 2:
@@ -82,10 +98,10 @@ def slow_part(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> SlowP
         rows = np.arange(b * block, min((b + 1) * block, samples))
         unit_ST = np.zeros((len(rows), samples))
         unit_ST[np.arange(len(rows)), rows] = 1
-        # The filter itself says what each sample of the block does to every other.
+        # Filtering unit impulses shows the effect of each sample of the block on every other.
         taken_ST = unit_ST - sps.sosfiltfilt(sos, unit_ST, axis=-1)
         described_SC = _describe(taken_ST, basis_KP)
-        # The ends are not smooth: their samples have rows of their own, beside what the block's polynomials say.
+        # The ends are not smooth: their samples get rows of their own, for what the block's polynomials leave over.
         inner = (rows >= edge) & (rows < samples - edge)
         part_PC = np.linalg.lstsq(basis_KP[: len(rows)][inner], described_SC[inner], rcond=None)[0]
         matrix_CC[b * DEGREES : (b + 1) * DEGREES] = part_PC
@@ -106,7 +122,7 @@ def slow_part(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> SlowP
 
 
 def _describe(rows_ST: np.ndarray, basis_KP: np.ndarray) -> np.ndarray:
-    """[rows, blocks * P]: the polynomials' coefficients of each block; of the last from the samples that it has."""
+    """[rows, blocks * P]: the coefficients of each block; those of the last block from the samples that it has."""
     block, samples = len(basis_KP), rows_ST.shape[1]
     whole = samples // block * block
     parts = [(rows_ST[:, :whole].reshape(len(rows_ST), -1, block) @ basis_KP).reshape(len(rows_ST), -1)]
@@ -128,13 +144,13 @@ def moving_average(x: np.ndarray, taps: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def triangle(taps: int) -> np.ndarray:
-    """[AVERAGED + 2 (taps - 1), AVERAGED]: a window of samples to the averages in its middle."""
+    """[AVERAGED + 2 (taps - 1), AVERAGED]: from a window of samples to the averages in its middle."""
     weights = np.convolve(np.ones(taps), np.ones(taps)) / taps**2
     return toeplitz(np.pad(weights, (0, AVERAGED - 1)), np.zeros(AVERAGED))
 
 
 def _extend(padded: np.ndarray, x: np.ndarray, edge: int) -> None:
-    """`x`, and before and after it `edge` samples mirrored through its first and last point."""
+    """Writes `x` to `padded`, with `edge` samples before and after it, mirrored through its first and last point."""
     samples = x.shape[-1]
     padded[..., edge : edge + samples] = x
     np.subtract(2 * x[..., :1], x[..., edge:0:-1], out=padded[..., :edge])

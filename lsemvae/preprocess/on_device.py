@@ -1,8 +1,8 @@
 """The second half of preprocessing on an accelerator: the numbers of `preprocess.finish`, for training.
 
-The filter is linear, so over a window of fixed length it is a matrix. `lsemvae.preprocess.filters` factors
-it into three small matrices and a band, which takes a fiftieth of the arithmetic. Where that factorisation is not
-available, the whole matrix is used, made by filtering the identity with the one definition.
+The filter is linear, so over a window of fixed length it is a matrix. `lsemvae.preprocess.filters` factors it into
+three small matrices and a band, which needs a fiftieth of the arithmetic. Where there is no such factorisation, the
+whole matrix is used, made by filtering the identity with the one definition.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lsemvae.preprocess import PreprocessConfig, averaged_samples, filter_mv
 from lsemvae.preprocess.filters import AVERAGED, slow_part, triangle
 
 WINDOW_FIELDS = ("filled_mv_BLT", "nan_share_BL", "length_B")
-"""What of a batch this makes model input of."""
+"""The fields of a batch that `DeviceFinish.batch` turns into model input."""
 
 
 class DeviceFinish:
@@ -32,21 +32,22 @@ class DeviceFinish:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(device)
 
         slow = slow_part(config.highpass_order, config.highpass_hz, config.rate_hz, config.samples)
+        self._slow: tuple[Tensor, Tensor, Tensor] | None = None
         if slow is None:
-            self._slow, self._filter_TT = None, here(_operator(config))
+            self._filter_TT = here(_operator(config))
         else:
-            self._slow, self._edge = [here(array) for array in (slow.basis_KP, slow.into_CR, slow.out_RC)], slow.edge
+            self._slow, self._edge = (here(slow.basis_KP), here(slow.into_CR), here(slow.out_RC)), slow.edge
             self._triangle = here(triangle(self._taps)) if self._taps > 1 else None
 
     @torch.no_grad()
     def __call__(self, filled_mv_BLT: Tensor, nan_share_BL: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `preprocess.Windows` holds -> x_BLT float32, lead_mask_BL, accepted_B; nothing waits for the device.
+        """The fields of `preprocess.Windows` -> x_BLT float32, lead_mask_BL, accepted_B. Does not wait for the device.
 
-        The caller knows of records that were refused before: they are no longer among them.
+        Records that `window_signals` refused are not known here: the caller leaves them out.
         """
         config = self._config
         inside_B1T = (self._at_T < length_B[:, None]).unsqueeze(1)
-        # A constant comes out as zero; without it, float32 has more digits for the rest.
+        # The filter turns a constant into zero; without it, float32 has more digits for the rest.
         centre_BL1 = filled_mv_BLT.double().mean(dim=2, keepdim=True)
         level_BLT = (filled_mv_BLT - centre_BL1).float()
         with torch.autocast(level_BLT.device.type, enabled=False):
@@ -72,7 +73,7 @@ class DeviceFinish:
         return torch.where(lead_mask_BL[..., None], x_BLT, 0.0), lead_mask_BL, accepted_B
 
     def batch(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A feed's batch of windows -> one of model input. A record that is refused has weight 0, and every lead."""
+        """A feed's batch of windows -> a batch of model input. A refused record gets weight 0 and a full lead mask."""
         rest = {name: values for name, values in rows.items() if name not in WINDOW_FIELDS}
         x_BLT, lead_mask_BL, accepted_B = self(*(rows[name] for name in WINDOW_FIELDS))
         accepted_B = accepted_B & (rest["weight_B"] > 0)
@@ -94,18 +95,18 @@ class DeviceFinish:
         taken_BLC = torch.cat([described_BLC, *ends], dim=2) @ into_CR @ out_RC
         slow_BLT = (taken_BLC.reshape(*shape, -1, basis_KP.shape[1]) @ basis_KP.T).flatten(2)[..., :samples]
         fast_BLT = level_BLT - slow_BLT
-        return fast_BLT if self._triangle is None else self._average(fast_BLT)
+        return fast_BLT if self._triangle is None else self._average(fast_BLT, self._triangle)
 
-    def _average(self, x_BLT: Tensor) -> Tensor:
-        """`filters.moving_average`. Products of blocks: a convolution may round to TF32 on a GPU."""
+    def _average(self, x_BLT: Tensor, triangle: Tensor) -> Tensor:
+        """`filters.moving_average`, as products of blocks: a convolution may round to TF32 on a GPU."""
         samples, edge = x_BLT.shape[2], self._taps - 1
         before = 2 * x_BLT[..., :1] - x_BLT[..., 1 : edge + 1].flip(2)
         after = 2 * x_BLT[..., -1:] - x_BLT[..., -edge - 1 : -1].flip(2)
         padded = functional.pad(torch.cat([before, x_BLT, after], dim=2), (0, -samples % AVERAGED))
-        return (padded.unfold(2, AVERAGED + 2 * edge, AVERAGED) @ self._triangle).flatten(2)[..., :samples]
+        return (padded.unfold(2, AVERAGED + 2 * edge, AVERAGED) @ triangle).flatten(2)[..., :samples]
 
 
 @lru_cache(maxsize=2)
 def _operator(config: PreprocessConfig) -> np.ndarray:
-    """[T, T] float32, by which a row of samples is multiplied from the right: 100 MB at 5,000 samples."""
+    """[T, T] float32, by which rows of samples are multiplied from the right: 100 MB at 5,000 samples."""
     return filter_mv(np.eye(config.samples), config).astype(np.float32)

@@ -475,7 +475,7 @@ def test_the_encoder_is_kept_like_the_models_and_nothing_is_left_in_the_temporar
     with pytest.raises(LsemvaeError, match="no such"):
         load_encoder("models:/no-such@champion", kept, "cpu")
     assert list(temporary.iterdir()) == []
-    assert [path for path in kept.rglob("partial-*")] == []
+    assert list(kept.rglob("partial-*")) == []
 
 
 LOAD = """
