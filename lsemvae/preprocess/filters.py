@@ -13,7 +13,7 @@ A worked example, in the default configuration: 5,000 samples of one lead at 500
     2. `sosfiltfilt` extends the signal at its ends from the first and last 19 samples (`edge`). These are not smooth,
        so they are added one by one:              450 + 2 * 19                   ->  488 numbers
     3. The slow part's 450 numbers:               [488] @ into_CR @ out_RC       ->  450 numbers
-       (together into_CR @ out_RC is the matrix [488, 450]; the two factors come from its singular values, of rank R = 125)
+       (into_CR [488, 125] @ out_RC [125, 450], a matrix of rank R = 125 in two factors)
     4. Its samples:                               [50, 9] @ basis_KP.T [9, 100]  ->  5,000 samples
     5. The result is the signal minus these samples.
 
