@@ -118,8 +118,11 @@ def _current(uri: str, shelf: Shelf, kept: Kept | None, device: str) -> Reconstr
             log.warning(f"{uri}: the bundle kept on disk is damaged and is fetched again: {error}")
     with tempfile.TemporaryDirectory(dir=shelf.folder, prefix="partial-") as temporary:
         folder = Path(temporary) / "bundle"
-        download(wanted, folder)
-        reconstructor = Reconstructor(folder, device)
+        try:
+            download(wanted, folder)
+            reconstructor = Reconstructor(folder, device)
+        except BundleError as error:
+            raise BundleError(str(error).replace(str(folder), f"models:/{wanted.name}/{wanted.number}")) from None
         shelf.keep(folder, wanted, reconstructor.bundle.digest)
     return reconstructor
 

@@ -450,7 +450,13 @@ def test_the_encoder_is_kept_like_the_models_and_nothing_is_left_in_the_temporar
     mlflow_server: str, tmp_path: Path, between: Between, monkeypatch, caplog
 ):
     name, kept = "encoder-of-a-replica", tmp_path / "kept"
-    publish(name, make(tmp_path / "one", 1, LEADS, task=None))
+
+    def promote_encoder(folder: Path) -> None:
+        with monkeypatch.context() as direct:
+            direct.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+            publish(name, folder)
+
+    promote_encoder(make(tmp_path / "one", 1, LEADS, task=None))
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -464,15 +470,15 @@ def test_the_encoder_is_kept_like_the_models_and_nothing_is_left_in_the_temporar
     assert load_encoder(uri, kept, "cpu").bundle.digest == first.bundle.digest
     assert "version 1, kept on disk, answers" in caplog.text
     between.away = False
-    publish(name, make(tmp_path / "two", 2, LEADS, task=None))
+    promote_encoder(make(tmp_path / "two", 2, LEADS, task=None))
     second = load_encoder(uri, kept, "cpu")
     assert second.bundle.digest == bundles.describe(tmp_path / "two").digest
     (folder,) = (path for path in (kept / f"encoder-{name}").iterdir() if path.is_dir())
     (folder / WEIGHTS).write_bytes(b"damaged")
     assert load_encoder(uri, kept, "cpu").bundle.digest == second.bundle.digest
-    publish(name, make(tmp_path / "three", 3, LEADS))  # a classifier: refused, and the kept encoder answers
+    promote_encoder(make(tmp_path / "three", 3, LEADS))  # a classifier: refused, and the kept encoder answers
     assert load_encoder(uri, kept, "cpu").bundle.digest == second.bundle.digest
-    with pytest.raises(LsemvaeError, match="no such"):
+    with pytest.raises(LsemvaeError, match="no model 'no-such'"):
         load_encoder("models:/no-such@champion", kept, "cpu")
     assert list(temporary.iterdir()) == []
     assert list(kept.rglob("partial-*")) == []
