@@ -516,7 +516,7 @@ class Load:
     def wait_until(self, version: int) -> None:
         """Until 40 answers one after another, which two replicas share, are this version's."""
         began = time.time()
-        for _ in range(600):
+        for _ in range(2000):
             last = [answer[2] for answer in self.answers() if answer[0] >= began][-40:]
             if len(last) == 40 and set(last) == {version}:
                 return
@@ -604,7 +604,7 @@ def test_replicas_follow_under_load_without_a_failed_or_mixed_answer(
 
 def wait_for_replicas(cluster: Cluster, count: int) -> None:
     headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
-    for _ in range(600):
+    for _ in range(3000):
         state = httpx.get(f"{cluster.dashboard}/api/serve/applications/", headers=headers, timeout=30).json()
         replicas = [
             replica["state"]
@@ -621,7 +621,7 @@ def wait_for_replicas(cluster: Cluster, count: int) -> None:
 def wait_for_problem(url: str, *says: str) -> None:
     """Until every replica says so: 15 answers one after another. Without words: until none has a problem."""
     inside = 0
-    for _ in range(1200):
+    for _ in range(12_000):
         state = httpx.get(f"{url}/readyz", timeout=60)
         assert state.status_code == 200, state.text
         problems = " ".join(state.json()["problems"].values())

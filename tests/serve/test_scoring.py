@@ -123,7 +123,7 @@ def service(finetuned, pretrained, ray_cluster: Cluster, tmp_path_factory) -> It
 
 
 def until(true: Callable[[], bool], what: str) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if true():
             return
         time.sleep(0.2)

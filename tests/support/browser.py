@@ -83,7 +83,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition: str, attempts: int = 1200) -> None:
+    def wait(self, condition: str, attempts: int = 12_000) -> None:
         for _ in range(attempts):
             if self.run(f"Boolean({condition})"):
                 return

@@ -42,7 +42,7 @@ def lines_of(path: Path) -> list[str]:
     return text_of(path).rpartition("\n")[0].splitlines()
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path, attempts: int = 600, headers: dict | None = None) -> None:
+def wait_for(url: str, process: subprocess.Popen, log: Path, attempts: int = 3000, headers: dict | None = None) -> None:
     for _ in range(attempts):
         if process.poll() is not None:
             break

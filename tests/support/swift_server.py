@@ -159,7 +159,7 @@ def start(folder: Path) -> ObjectStore:
             processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True))
     endpoint = f"http://127.0.0.1:{ports['proxy']}"
     store = ObjectStore(endpoint, processes)
-    for _ in range(300):
+    for _ in range(6000):
         if all(_listens(port) for port in ports.values()):
             break
         time.sleep(0.1)

@@ -49,7 +49,7 @@ from lsemvae.training.pretrain import PretrainJob, pretrain_worker
 ROWS, VAL_ROWS, EPOCHS, STEPS = 160, 32, 4, 10
 SAMPLES, PAIR = 512, ("I", "II")
 FULL_BYTES = 2**16  # less than the weights, more than a log
-HANGS_S = 300
+HANGS_S = 600
 """A wait of this length has failed. It bounds waiting; it does not measure speed."""
 WATCHED = str(ROOT / "tests" / "support" / "watched.py")
 CURVES = ("step.loss", "step.kl", "train.loss", "train.records", "val.loss")
