@@ -1,10 +1,13 @@
 """How the tests are built: what they share is in tests/support and in conftest.py, never in another test file."""
 
 import ast
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
-from support.session import ROOT
+from support.session import ROOT, workflow
 
 TESTS = ROOT / "tests"
 FILES = sorted(TESTS.rglob("*.py"))
@@ -36,3 +39,16 @@ def test_an_import_of_a_test_file_would_be_found(tmp_path: Path):
     ):
         (tmp_path / "x.py").write_text(line)
         assert imported(tmp_path / "x.py") & TEST_FILES, line
+
+
+def test_a_workflow_here_is_one_in_a_process_of_its_own(tmp_path: Path):
+    """The same status and the same words, and nothing of this process is changed."""
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "cohort" / "x").touch()
+    words = ("simulate", "--output", tmp_path / "cohort", "--subjects", 2)
+    before = dict(os.environ), list(sys.argv), signal.getsignal(signal.SIGINT), Path.cwd(), sys.stdout
+    here = workflow(*words, check=False)
+    assert (dict(os.environ), sys.argv, signal.getsignal(signal.SIGINT), Path.cwd(), sys.stdout) == before
+    alone = workflow(*words, check=False, alone=True)
+    assert (here.returncode, here.stdout, here.stderr) == (alone.returncode, alone.stdout, alone.stderr)
+    assert here.returncode == 2 and here.stderr.startswith("error: ")

@@ -14,6 +14,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,14 +100,25 @@ def workflow(
     return done
 
 
+@contextlib.contextmanager
+def kept_signals() -> Iterator[None]:
+    """Ray takes SIGINT and SIGTERM over and keeps them: without this, Ctrl-C would no longer end pytest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # else it was not Python's
+                signal.signal(number, handler)
+
+
 def _run_here(path: Path, words: list[str]) -> subprocess.CompletedProcess:
     """The program as `__main__` of this process; the Ray session that it joins is joined for good."""
     out, err, status = _Written("stdout"), _Written("stderr"), 0
     environment, arguments = dict(os.environ), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Ray takes them over
     sys.argv = [str(path), *words]
     try:
-        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with kept_signals(), contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 runpy.run_path(str(path), run_name="__main__")
             except SystemExit as ended:
@@ -115,8 +127,6 @@ def _run_here(path: Path, words: list[str]) -> subprocess.CompletedProcess:
                 status = 1
                 traceback.print_exc()
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         sys.argv = arguments
         for name in {name for name, _ in environment.items() ^ os.environ.items()}:
             if name in environment:

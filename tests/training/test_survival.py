@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from support.checkpoints import checkpoints, saved
 from support.checkpoints import newest as newest_step
 from support.faults import Between, Fault
-from support.session import ROOT, end_group, text_of
+from support.session import ROOT, end_group, kept_signals, text_of
 from support.watched import Attempt, Watched
 
 from lsemvae import bundle as bundles
@@ -250,9 +250,10 @@ def train_here(job: PretrainJob, place: Path, run: Run) -> Attempt:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        TorchTrainer(
-            pretrain_worker, train_loop_config={"job": job}, scaling_config=ray.train.ScalingConfig(num_workers=0)
-        ).fit()
+        with kept_signals():
+            TorchTrainer(
+                pretrain_worker, train_loop_config={"job": job}, scaling_config=ray.train.ScalingConfig(num_workers=0)
+            ).fit()
     finally:
         Watched.read_with = None
         torch.set_num_threads(threads)
