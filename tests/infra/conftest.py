@@ -1,4 +1,4 @@
-"""What the tests of infra share."""
+"""Fixtures of the tests of infra."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Puts `os.environ` back (a workflow sets defaults), and keeps AWS and the home folder out of reach."""
+    """Restore `os.environ` afterwards (workflows set defaults), and keep AWS and the home folder out of reach."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)

@@ -19,7 +19,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 HEAVY = ("ray", "mlflow", "wfdb", "pydicom", "pyarrow", "pandas", "sklearn", "matplotlib", "boto3", "fastapi", "tyro")
 EVERYWHERE = {"numpy", "lsemvae"} | set(sys.stdlib_module_names)
 
-# What a file may import beside the standard library, numpy and this package; the longest matching path decides.
+# Libraries that a file may import besides the standard library, numpy and this package. The longest path applies.
 MAY_IMPORT = {
     "": set(),
     "record.py": set(),
@@ -89,9 +89,9 @@ def test_imports_go_only_downwards():
 
 
 def bare_environment(folder: Path, *distributions: str) -> Path:
-    """A virtual environment with these distributions, what they need, and this package's source -> its Python.
+    """Make a virtual environment with these distributions, their dependencies and this package's source -> its Python.
 
-    The files are those of the environment that runs the tests, linked: nothing is fetched.
+    It links to the files of the environment that runs the tests, so nothing is downloaded.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
@@ -113,7 +113,7 @@ def bare_environment(folder: Path, *distributions: str) -> Path:
 
 
 def test_a_model_trains_and_scores_in_a_bare_environment(tmp_path: Path):
-    """With torch, numpy, scipy and safetensors: no Ray, no MLflow, no library of any format."""
+    """It needs torch, numpy, scipy and safetensors, but not Ray, MLflow or the libraries of the formats."""
     python = bare_environment(tmp_path / "bare", "torch", "numpy", "scipy", "safetensors")
     listed = f"import importlib.util as u; print([n for n in {HEAVY!r} if u.find_spec(n)])"
     done = subprocess.run([python, "-I", "-c", listed], capture_output=True, text=True, check=True)

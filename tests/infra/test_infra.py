@@ -47,7 +47,7 @@ def test_cluster_is_valid_with_rays_defaults_filled_in(cluster: dict) -> None:
     filled = prepare_config(copy.deepcopy(cluster))
     validate_config(filled)
     assert filled["setup_commands"] == cluster["setup_commands"]
-    assert filled["head_setup_commands"] == cluster["setup_commands"]  # and not Ray's own, which install Ray
+    assert filled["head_setup_commands"] == cluster["setup_commands"]  # not Ray's own, which install Ray
     assert filled["available_node_types"]["head"]["max_workers"] == 0
 
 
@@ -61,7 +61,7 @@ def test_cluster_file_refuses_a_misspelt_field(cluster: dict) -> None:
 
 
 def test_rays_launcher_starts_every_node_type_on_mocked_aws(cluster: dict, environment: None) -> None:
-    """The real launcher: network, keys, security group, and one machine of each type, with moto for AWS."""
+    """Ray's own launcher makes the network, keys, security group and one machine of each type on moto."""
     import boto3
     from moto import mock_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
@@ -88,7 +88,7 @@ def test_rays_launcher_starts_every_node_type_on_mocked_aws(cluster: dict, envir
             gpus = sum(gpu["Count"] for gpu in kind.get("GpuInfo", {}).get("Gpus", []))
             cpus_and_gpus[name] = (kind["VCpuInfo"]["DefaultVCpus"], gpus)
     assert lifecycle == {"head": "on demand", "cpu": "spot", "a100": "spot"}
-    # What is declared is what such a machine has, but for the head, which is to do no work.
+    # The declared resources are those of the machine, except for the head, which does no work.
     for name in ("cpu", "a100"):
         declared = types[name]["resources"]
         assert (declared["CPU"], declared.get("GPU", 0)) == cpus_and_gpus[name]
@@ -133,12 +133,12 @@ MODELS = {"p4d": 8 * ["Amazon EC2 NVMe Instance Storage"], "root": ["Amazon Elas
 def test_gpu_nodes_mount_their_nvme_drives_for_the_cache(
     cluster: dict, tmp_path: Path, mounted: list[str], done: list[str]
 ) -> None:
-    """The commands themselves, with programs in place of those that change a machine."""
+    """Run the commands, with stubs for the programs that change a machine."""
     node_type = cluster["available_node_types"]["a100"]
     (command,) = node_type["initialization_commands"]
     target = re.search(r"--cache (\S+)", README)[1]
     assert node_type["docker"]["worker_run_options"] == [f"--volume {target}:{target}"]
-    assert re.search(rf"mkdir -p .*{target}\b", DOCKERFILE)  # where it is no mount, it belongs to the image's user
+    assert re.search(rf"mkdir -p .*{target}\b", DOCKERFILE)  # without a mount the folder belongs to the image's user
     drives = [f"/dev/nvme{n}n1 {model}" for n, model in enumerate(MODELS["root"] + MODELS["p4d"])]
     programs = {
         "sudo": 'echo "$*" >> "$LOG"',
@@ -151,7 +151,7 @@ def test_gpu_nodes_mount_their_nvme_drives_for_the_cache(
     log = tmp_path / "log"
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "LOG": str(log), "MOUNTED": " ".join(mounted)}
-    # As Ray's launcher runs it: `bash -c "… && (COMMAND)"`.
+    # Ray's launcher runs it in this form: `bash -c "… && (COMMAND)"`.
     subprocess.run(["bash", "-c", f"true && ({command})"], check=True, env=environment)
     joined = " ".join(f"/dev/nvme{n}n1" for n in range(1, 9))
     done = [line.replace(" M", f" {target}").replace(" D", f" {joined}") for line in done]
@@ -159,7 +159,7 @@ def test_gpu_nodes_mount_their_nvme_drives_for_the_cache(
 
 
 def test_setup_commands_check_the_pinned_versions(cluster: dict) -> None:
-    """The commands themselves are run, in this environment, which has the pinned versions."""
+    """Run the commands in this environment, which has the pinned versions."""
     text = " ".join(cluster["setup_commands"])
     assert f"version {PINS['ray']}" in text
     assert PINS["torch"] in text
@@ -256,7 +256,7 @@ def test_compose_services_are_pinned_private_and_watched(compose: dict) -> None:
             assert "healthcheck" in compose["services"][other]
         for volume in service.get("volumes", []):
             assert volume.split(":")[0] in compose["volumes"]
-        if name != "job":  # the others run until they are stopped
+        if name != "job":  # the other services run until they are stopped
             assert service["healthcheck"]["test"][0] == "CMD"
             assert service["restart"] == "unless-stopped"
     for service in own_services().values():
@@ -277,7 +277,7 @@ def test_compose_holds_no_secret_and_asks_for_those_it_needs(compose: dict) -> N
 
 
 def test_compose_names_one_mlflow_and_one_store(compose: dict) -> None:
-    """Who talks to whom, at which port, and that MLflow answers to the name it is called by."""
+    """Addresses and ports fit together, and MLflow answers to the name that the others use."""
     services = compose["services"]
     command = services["mlflow"]["command"]
     settings = dict(word.removeprefix("--").split("=", 1) for word in command if word.startswith("--"))
@@ -297,7 +297,7 @@ def test_compose_names_one_mlflow_and_one_store(compose: dict) -> None:
     database = settings["backend-store-uri"].removeprefix("sqlite:///")
     (mount,) = [volume.split(":")[1] for volume in services["mlflow"]["volumes"]]
     assert Path(database).parent == Path(mount)
-    assert mount in DOCKERFILE  # made there for the user, else it would be root's
+    assert mount in DOCKERFILE  # the image makes it, so that it does not belong to root
 
 
 def test_compose_starts_mlflow_with_options_that_it_has(compose: dict) -> None:
@@ -310,7 +310,7 @@ def test_compose_starts_mlflow_with_options_that_it_has(compose: dict) -> None:
 
 
 def test_compose_serves_on_the_containers_address(compose: dict, tmp_path: Path) -> None:
-    """The shell line up to `exec`, run: the configuration is serve/config.yaml's but for the address."""
+    """Run the shell line up to `exec`: its result equals serve/config.yaml except for the address."""
     shell, flag, line = compose["services"]["serve"]["command"]
     prepare, start = line.split(" && exec ")
     target = tmp_path / "serve.yaml"
@@ -347,7 +347,7 @@ def test_runtime_environment_is_valid_and_brings_no_secret() -> None:
 
 @pytest.mark.parametrize("with_file", [True, False], ids=["as in README.md", "without --runtime-env"])
 def test_job_uploads_the_code_and_little_else(with_file: bool, tmp_path: Path) -> None:
-    """The zip that Ray makes of `--working-dir .`, from a checkout that somebody has worked in."""
+    """Let Ray make its zip of `--working-dir .` from a checkout with local files."""
     from ray._private.runtime_env.packaging import create_package
     from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 
@@ -381,7 +381,7 @@ def test_job_uploads_the_code_and_little_else(with_file: bool, tmp_path: Path) -
 
 
 def test_job_and_workflow_name_different_variables(environment: None) -> None:
-    """Ray refuses a job when its driver names a variable again that the job's environment has."""
+    """Ray refuses a job whose driver passes a variable that the job's environment sets too."""
     from command import WORKERS_NEED
     from ray.runtime_env.runtime_env import _merge_runtime_env
 
@@ -410,7 +410,7 @@ def test_readme_commands_for_a_cluster_are_all_there(environment: None) -> None:
     assert pretraining.optim.batch_size == 8 * paper.optim.batch_size  # 128 a GPU
     assert pretraining.streams % 8 == 0 and pretraining.optim.warmup_steps > 0
     assert jobs["pretrain"].use_gpu and str(jobs["pretrain"].num_workers) == "8"
-    # Each takes what the one before gives.
+    # Each command takes the result of the one before.
     sources = {
         parse_command(shlex.split(line)).output
         for line in shell_commands()
@@ -448,7 +448,7 @@ def test_readme_links_and_paths_exist() -> None:
 
 
 def test_readme_names_exactly_the_recipes() -> None:
-    """Name, epochs, batch and learning rate: change the table in README.md with lsemvae/recipes.py."""
+    """The table in README.md has the names, epochs, batches and learning rates of lsemvae/recipes.py."""
     rows = re.findall(r"^\| (pretrain|finetune) \| `(\w+)` \| (\S+) \| (\S+) \| (\S+) \|", README, re.MULTILINE)
     shown = {(workflow, name): (float(e), float(b), float(rate)) for workflow, name, e, b, rate in rows}
     assert len(shown) == len(rows)
@@ -487,13 +487,13 @@ def test_readme_request_is_one_that_the_endpoint_takes() -> None:
     request = ScoreRequest.model_validate_json(example)
     record = to_record(request.records[0])
     assert record.leads == ("I", "II", "III", "aVR", "aVL", "aVF")
-    # The example is an ECG that can be: Einthoven's law holds.
+    # The example is a possible ECG: Einthoven's law holds.
     one, two, three = record.signal_mv_LT[:3]
     assert abs((two - one - three)[:2]).max() < 1e-6
 
 
 def test_readme_makes_a_request_from_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of README.md, run on a simulated recording: nothing is lost on the way but a rounding."""
+    """Run the Python of README.md on a simulated recording: only rounding changes it."""
     import numpy as np
 
     from lsemvae.cohorts.simulated import CohortConfig, simulate_cohort

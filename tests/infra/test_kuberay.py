@@ -1,4 +1,4 @@
-"""infra/kuberay: what KubeRay, Ray's autoscaler, Serve and the workflows each read of it, checked with no cluster."""
+"""Check infra/kuberay without a cluster: the parts that KubeRay, Ray's autoscaler, Serve and the workflows read."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ import lsemvae
 FOLDER = ROOT / "infra" / "kuberay"
 CLUSTERS = ("cluster", "pretrain", "serve")
 
-# The fields of KubeRay 1.6.2, from its API reference. Kubernetes drops what it does not know, or refuses it.
+# The fields of KubeRay 1.6.2, from its API reference. Kubernetes drops or refuses unknown fields.
 RAY_CLUSTER = (
     "upgradeStrategy authOptions suspend managedBy autoscalerOptions headServiceAnnotations enableInTreeAutoscaling "
     "gcsFaultToleranceOptions headGroupSpec rayVersion workerGroupSpecs"
@@ -68,7 +68,7 @@ def groups(name: str) -> list[dict]:
 
 
 def pods() -> Iterator[tuple[str, dict]]:
-    """Every pod of every file: (file and group, pod's spec)."""
+    """All pods of all files: (file and group, spec of the pod)."""
     for name in CLUSTERS:
         for group in groups(name):
             yield f"{name} {group.get('groupName', 'head')}", group["template"]["spec"]
@@ -100,7 +100,7 @@ def test_custom_resources_have_only_fields_that_kuberay_knows(name: str, kind: s
         assert group.keys() <= set(WORKERS.split())
         assert {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"} <= group.keys()
     for group in groups(name):
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())  # YAML's 0 would be refused
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())  # KubeRay refuses numbers here
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -115,7 +115,7 @@ def test_versions_are_the_pinned_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_rays_autoscaler_reads_the_cluster(name: str) -> None:
-    """Ray's own reader of a RayCluster, which also checks what it makes of it against Ray's schema."""
+    """Ray's own reader of a RayCluster accepts it; the reader also checks the result against Ray's schema."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     read = _derive_autoscaling_config_from_ray_cr(
@@ -131,7 +131,7 @@ def test_rays_autoscaler_reads_the_cluster(name: str) -> None:
         assert limits == {key: on_aws["available_node_types"][key]["max_workers"] for key in ("cpu", "a100")}
         assert gpus["a100"] == on_aws["available_node_types"]["a100"]["resources"]["GPU"]
         assert read["idle_timeout_minutes"] == on_aws["idle_timeout_minutes"]
-    if name == "pretrain":  # without an autoscaler the pods are what is asked for
+    if name == "pretrain":  # there is no autoscaler, so the pods must fit the command
         assert "enableInTreeAutoscaling" not in cluster_spec(name)
         (workers,) = cluster_spec(name)["workerGroupSpecs"]
         words = shlex.split(resource(name)["spec"]["entrypoint"])
@@ -156,19 +156,22 @@ def test_pod_runs_as_a_user_with_no_more_rights_than_it_needs(pod: dict) -> None
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == int(user)
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-    assert [set(volume) - {"name"} for volume in pod.get("volumes", [])] in ([], [{"emptyDir"}])  # none of the host's
+    assert [set(volume) - {"name"} for volume in pod.get("volumes", [])] in (
+        [],
+        [{"emptyDir"}],
+    )  # none of the host
     for container in pod["containers"]:
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         asked, allowed = container["resources"]["requests"], container["resources"]["limits"]
         assert asked["memory"] == allowed["memory"]
         if "nvidia.com/gpu" in allowed:
-            assert asked["nvidia.com/gpu"] == allowed["nvidia.com/gpu"]  # Kubernetes shares no GPU
+            assert asked["nvidia.com/gpu"] == allowed["nvidia.com/gpu"]  # Kubernetes does not share GPUs
             assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
             assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "p4d.24xlarge"}
             (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
             assert mount == {"name": volume["name"], "mountPath": re.search(r"--cache (\S+)", README)[1]}
         else:
-            assert "tolerations" not in pod  # no machine with GPUs is taken for work without
+            assert "tolerations" not in pod  # work without GPUs does not take a GPU machine
 
 
 def test_accounts_exist_and_workers_cannot_use_kubernetes() -> None:
@@ -180,7 +183,7 @@ def test_accounts_exist_and_workers_cannot_use_kubernetes() -> None:
     assert accounts.keys() == {"lsemvae-head", "lsemvae-worker"}
     assert accounts["lsemvae-worker"]["automountServiceAccountToken"] is False
     assert dict(pods())["pretrain submitter"]["automountServiceAccountToken"] is False
-    for name in CLUSTERS:  # the autoscaler runs beside the head, in a container of its own
+    for name in CLUSTERS:  # the autoscaler runs in its own container, beside the head
         options = cluster_spec(name).get("autoscalerOptions")
         assert options is None or options["securityContext"]["allowPrivilegeEscalation"] is False
         assert groups(name)[0]["template"]["spec"]["nodeSelector"] == {"eks.amazonaws.com/capacityType": "ON_DEMAND"}
@@ -196,12 +199,12 @@ def test_environment_comes_from_the_settings(pod: dict) -> None:
 
 
 def test_clusters_set_every_variable_that_the_code_reads() -> None:
-    """On AWS and on Kubernetes alike; the addresses of a store that is not S3, and a second name, may be left out."""
+    """On AWS and on Kubernetes. Optional: the address of a store other than S3, and alternative names."""
     sources = [path.read_text() for folder in ("lsemvae", "serve") for path in (ROOT / folder).rglob("*.py")]
     needed = set(re.findall(r"""environ(?:\.get\(|\[)["'](\w+)""", "\n".join(sources)))
     assert "MLFLOW_TRACKING_URI" in needed
     needed -= {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS"}
-    # Who may ask is a secret: a file on AWS, a Secret on Kubernetes.
+    # The endpoint's tokens are secret: a file on AWS, a Secret on Kubernetes.
     needed -= {"LSEMVAE_TOKENS", "LSEMVAE_TOKENS_FILE", "LSEMVAE_COHORT_PREFIXES", "LSEMVAE_COHORT_ARGS"}
     (settings,) = [d["data"] for d in documents("settings") if d["kind"] == "ConfigMap"]
     on_aws = docker_environment(load("ray_cluster.yaml"))
@@ -238,7 +241,7 @@ def test_token_authentication_is_on_everywhere_and_no_file_holds_a_secret() -> N
 
 
 def test_service_deploys_what_serve_config_says() -> None:
-    """Change infra/kuberay/serve.yaml with serve/config.yaml: they differ in the address alone."""
+    """infra/kuberay/serve.yaml equals serve/config.yaml except for the address: change both together."""
     from ray.serve.schema import ServeDeploySchema
 
     given, original = yaml.safe_load(resource("serve")["spec"]["serveConfigV2"]), load("serve/config.yaml")
@@ -249,7 +252,7 @@ def test_service_deploys_what_serve_config_says() -> None:
 
 
 def test_service_sends_requests_only_to_pods_that_answer() -> None:
-    """Ports and probe fit Serve's, and no probe needs a program that the image has not."""
+    """Ports and probe match Serve's, and no probe needs a program that the image lacks."""
     port = load("serve/config.yaml")["http_options"]["port"]
     head, *workers = groups("serve")
     for group in (head, *workers):
@@ -261,7 +264,7 @@ def test_service_sends_requests_only_to_pods_that_answer() -> None:
         assert "exec" not in container["readinessProbe"]
         assert group["minReplicas"] >= 1
     assert resource("serve")["spec"]["excludeHeadPodFromServeSvc"] is True
-    # The replicas that serve/config.yaml asks for fit into the fewest pods.
+    # The replicas of serve/config.yaml fit into the smallest number of pods.
     (deployment,) = load("serve/config.yaml")["applications"][0]["deployments"]
     wanted = deployment["ray_actor_options"]["num_cpus"] * (deployment.get("num_replicas") or 1)
     assert wanted <= sum(
@@ -276,14 +279,14 @@ def test_job_is_the_readmes_pretraining(environment: None) -> None:
 
     spec = resource("pretrain")["spec"]
     home = re.findall(r"^WORKDIR (\S+)", (ROOT / "infra" / "Dockerfile").read_text(), re.MULTILINE)[-1]
-    assert spec["entrypoint"].startswith(f"python {home}/workflows/")  # no working directory is uploaded
+    assert spec["entrypoint"].startswith(f"python {home}/workflows/")  # the job uploads no working directory
     args = parse_command(shlex.split(spec["entrypoint"].replace(f"{home}/", "")))
     (line,) = [line for line in shell_commands() if line.startswith("ray job submit") and "pretrain.py" in line]
     assert vars(args) == vars(parse_command(shlex.split(line)))
     brought = yaml.safe_load(spec["runtimeEnvYAML"])
     assert brought == {"env_vars": load("infra/runtime_env.yaml")["env_vars"]}
     assert _merge_runtime_env(RuntimeEnv(**brought), {"env_vars": dict.fromkeys(WORKERS_NEED, "x")}) is not None
-    assert spec["shutdownAfterJobFinishes"] is True  # GPUs cost nothing after it
+    assert spec["shutdownAfterJobFinishes"] is True  # no GPU costs after the job
     assert "clusterSelector" not in spec
 
 
@@ -294,5 +297,8 @@ def test_commands_in_the_comments_name_what_there_is() -> None:
     assert all((ROOT / path).is_file() for path in applied)
     names = {d["kind"]: d["metadata"]["name"] for name in CLUSTERS for d in documents(name)}
     services = set(re.findall(r"service/(\S+)", comments))
-    assert services == {f"{names['RayCluster']}-head-svc", f"{names['RayService']}-serve-svc"}  # as KubeRay names them
+    assert services == {
+        f"{names['RayCluster']}-head-svc",
+        f"{names['RayService']}-serve-svc",
+    }  # KubeRay's names
     assert re.findall(r"logs --follow job/(\S+)", comments) == [names["RayJob"]]

@@ -1,4 +1,4 @@
-"""What cannot be trained on is said in one line, with status 2, before a cluster or an MLflow server is asked for."""
+"""Unusable input is reported in one line, with status 2, before a command contacts a cluster or an MLflow server."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Refused:
-    """Gives a command where neither Ray nor MLflow answers -> the one line with which it refuses."""
+    """Run a command where neither Ray nor MLflow answers -> its one-line error."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
 

@@ -1,4 +1,4 @@
-"""workflows/scale.py and docs/scale.md: the arithmetic, and that the document shows what the command prints."""
+"""workflows/scale.py and docs/scale.md: the arithmetic, and whether the document shows the command's output."""
 
 import re
 import shlex
@@ -35,11 +35,11 @@ def test_document_works_through_the_three_runs() -> None:
 
 def test_document_says_what_is_not_measured() -> None:
     assert "**No A100 has been measured, one H100 has.**" in DOCUMENT
-    assert not re.search(r"[$€]\s?\d|\d\s?(USD|EUR|dollars)", DOCUMENT)  # no price is made up
+    assert not re.search(r"[$€]\s?\d|\d\s?(USD|EUR|dollars)", DOCUMENT)  # the document invents no price
 
 
 def test_figures_beside_the_tables_follow_from_them() -> None:
-    """What the text works out by hand, worked out again."""
+    """Compute the numbers in the text again."""
     weights = scale.parameters()
     one, eight, many = (parse_command(shlex.split(command)) for command in COMMANDS)
     assert f"{weights:,} parameters" in DOCUMENT
