@@ -1,8 +1,8 @@
-"""What can go wrong because of the input. Every message names the thing, the value and the mend."""
+"""Errors caused by the input. Every message names the file or setting, its value and the mend."""
 
 
 class LsemvaeError(ValueError):
-    """A mistake in what the user gave. Commands print its one line and exit with status 2."""
+    """A mistake in the user's input. Commands print it in one line and exit with status 2."""
 
 
 class StorageError(LsemvaeError):
@@ -26,7 +26,7 @@ class FileTooLarge(LsemvaeError):
 
 
 class UnreadableRecording(LsemvaeError):
-    """A recording that no reader can turn into a `Record`. `code` is the short reason used in tables."""
+    """A recording that no reader can turn into a `Record`. `code` is a short reason for tables."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class UnreadableRecording(LsemvaeError):
 
 
 class Refused(LsemvaeError):
-    """A readable recording that preprocessing refuses. `code` is the short reason used in tables."""
+    """A readable recording that preprocessing refuses. `code` is a short reason for tables."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -42,4 +42,4 @@ class Refused(LsemvaeError):
 
 
 class BundleError(LsemvaeError):
-    """A model directory that is incomplete, altered, or made by something this version does not know."""
+    """A model directory that is incomplete, altered, or written by an unknown version."""

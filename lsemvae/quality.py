@@ -1,7 +1,7 @@
-"""What is doubtful about a recording, as short flags. Nothing is refused here: `preprocess` decides.
+"""Doubts about the quality of a recording, as short flags. Nothing is refused here: `preprocess` decides.
 
-A flag is a kind, or a kind and a lead, such as "nan:V1" or "swapped:arms". `FLAGS` says what each kind means. The
-limits were set on 500 recordings of PTB-XL and 200 of LUDB; what each flags there is said beside it.
+A flag is a kind, or a kind and a lead, such as "nan:V1" or "swapped:arms". `FLAGS` explains each kind. The limits were
+chosen on 500 recordings of PTB-XL and 200 of LUDB; a comment beside each says how many of these 700 it flags.
 """
 
 from functools import lru_cache
@@ -13,65 +13,73 @@ from lsemvae.record import Record
 
 FLAGS = {
     "nan": "Samples are missing.",
-    "flat": "The lead holds one value for a second, or hardly moves at all.",
+    "flat": "The lead keeps one value for a second, or hardly moves at all.",
     "rail": "The lead is cut off: at the ends of 16 bits, or at plateaus of its own extreme values.",
-    "out_of_range": "The lead exceeds 10 mV: an artefact, or microvolts taken for millivolts.",
-    "mains": "A hum of 50 or 60 Hz goes through the lead, 0.05 mV or more from peak to peak.",
+    "out_of_range": "The lead exceeds 10 mV: an artefact, or microvolts read as millivolts.",
+    "mains": "The lead has a hum of 50 or 60 Hz of 0.05 mV or more from peak to peak.",
     "wander": "The baseline of the lead wanders by 2 mV or more, slower than 0.5 Hz.",
+    "scale": "All leads are about a thousand times too small or too large: check the gain and its unit (mV or uV).",
     "einthoven": "The limb leads contradict each other, so at least one of them is wrong.",
-    "swapped:aVL-aVF": "aVL and aVF contradict the other limb leads in a way that exchanging the two mends.",
+    "swapped:aVL-aVF": "aVL and aVF contradict the other limb leads, and would agree if exchanged.",
     "swapped:arms": "Lead I looks upside down: arm electrodes exchanged, dextrocardia, or an extreme right axis, which "
-    "pulmonary hypertension can cause. No reason to leave a recording out.",
+    "pulmonary hypertension can cause. This is no reason to leave the recording out.",
     "swapped:arm-leg": "Lead II looks upside down: right arm and left leg electrodes exchanged, or an extreme left "
-    "axis. No reason to leave a recording out.",
+    "axis. This is no reason to leave the recording out.",
     "length": "The recording does not last 10 s.",
     "rate": "The recording does not have 500 samples a second.",
-    "checksum": "The samples do not have the checksum that the file gives: some may have been altered.",
-    "enhanced": "Only the recording that the app has filtered is there, not the raw one.",
+    "checksum": "The samples do not match the checksum in the file: some may have been altered.",
+    "enhanced": "The file holds only the signal after the app's filters, not the raw one.",
+    "unknown_lead": "The file has a signal that is none of the twelve leads, or has an unknown name. It was left out.",
 }
-"""Kind -> what it means, for `quality_flags` and what readers notice; where kinds share a word, kind:detail."""
+"""Kind -> its meaning, for the flags of `quality_flags` and of readers; kind:detail where details differ in meaning."""
 
 EXPECTED_S = 10.0
 LENGTH_TOLERANCE_S = 0.1
 EXPECTED_HZ = 500.0
 
 FLAT_S = 1.0
-"""One value through a whole second, counted from the start. The longest hold in 700 recordings is 0.58 s."""
+"""One value through a whole second, counted from the start. The longest in 700 recordings lasts 0.58 s."""
 FLAT_MV = 0.03
 """Peak to peak; the smallest lead in 700 recordings has 0.235 mV."""
 
 RAIL_COUNT = 32767
-"""16 bits: a lead whose recorder has a known step reaches this count only when it is cut off."""
+"""The end of 16 bits. A larger count comes from more bits, so it does not mean that the lead is cut off."""
 RAIL_SHARE = 0.005
+RAIL_EXCESS = 2.0
 RAIL_DISTANCE_MV = 0.5
-"""Plateaus (three equal samples or more) at the extreme value, this far from the mean, with this share of the
-samples. Held ends do not count, PTB-XL's are padded. Flags 1 of 700 recordings."""
+"""Plateaus (three equal samples or more) at the extreme value, this far from the mean. They must hold this share of all
+samples, and this many times the samples within three steps of the extreme value: where a recorder has coarse steps,
+rounded peaks have plateaus too. Plateaus at the ends do not count, since PTB-XL's recordings are padded. Flags 1 of 700
+recordings, which is cut off; in steps of 25, 50 or 100 uV 2, 1 and 1."""
+
+SCALE_MV = (0.03, 100.0)
+"""Peak to peak: a lead of ordinary size, 0.3 to 30 mV, a thousand times too small or too large. Flags none of 700."""
 
 MAX_AMPLITUDE_MV = 10.0
 """Flags 1 of 700 recordings."""
 
 EINTHOVEN_MV = 0.025
-"""I + III - II reaches 20 uV where each lead is rounded to 5 uV; the augmented leads less. Flags 1 of 700."""
+"""If each lead is rounded to 5 uV, I + III - II reaches 20 uV, and the augmented leads less. Flags 1 of 700."""
 EINTHOVEN_STEPS = 4.0
-"""The same for coarser recorders: four times the largest step of the leads compared."""
+"""The same limit for coarser recorders: four times the largest step of the leads compared."""
 
 MAINS_HZ = (50.0, 60.0)
 MAINS_MV = 0.025
-"""Amplitude, half of peak to peak. Flags 1 of 700 recordings."""
+"""Amplitude, half of the peak-to-peak value. Flags 1 of 700 recordings."""
 MAINS_BESIDE_HZ = 4.0
-"""What a lead has this far from the mains on either side it has at the mains too: QRS complexes and muscle."""
+"""Power this far from the mains frequency on either side is subtracted: it comes from QRS complexes and muscle."""
 
 WANDER_HZ = 0.5
 WANDER_MV = 2.0
 """Peak to peak: 20 mm of paper. Flags 35 of 700 recordings (5 %); 1 mV would flag 110."""
 
 SWAPPED_CORRELATION = -0.5
-"""Of the steepness of lead I, or II, with that of V6. `swapped:arms` flags 2 of 700 recordings and 90 % of them
-once their arm leads are exchanged, `swapped:arm-leg` 1 and 94 % with right arm and left leg exchanged."""
+"""Correlation of the steepness of lead I, or II, with that of V6. `swapped:arms` flags 2 of 700 recordings, and 90 % of
+them after exchanging the arms; `swapped:arm-leg` flags 1, and 94 % after exchanging right arm and left leg."""
 SWAPPED_STEP_S = 0.01
-"""Steepness is the change over this time: the QRS complexes count, the baseline does not."""
+"""Steepness is the change over this time, so QRS complexes count and the baseline does not."""
 SWAPPED_SKEWNESS = (-1.0, 0.5)
-"""Without V6: lead I below, aVR above. Flags 1 of 700, and 62 % of them once the arms are exchanged."""
+"""Without V6: lead I is below, aVR above. Flags 1 of 700, and 62 % of them after exchanging the arms."""
 
 BEAT_REFRACTORY_S = 0.25
 BEAT_MIN_HZ = 100.0
@@ -79,11 +87,11 @@ BEAT_MIN_HZ = 100.0
 
 @np.errstate(invalid="ignore")  # an infinite sample counts as missing
 def quality_flags(record: Record) -> tuple[str, ...]:
-    """Flags in the order of `FLAGS`; those of `record.flags` are not repeated. 0.3 ms.
+    """Flags in the order of `FLAGS`, without those of `record.flags`. Takes 0.3 ms.
 
-    Two exchanges of electrodes are not looked for. Left arm with left leg: the best rule tried, limb leads
-    predicted from chest leads, found 23 % at 1.4 % false alarms. The right leg with another: lead I, II or III
-    nearly vanishes, which `flat` says where it does so wholly; no recording here has that electrode to exchange.
+    Two exchanges of electrodes are not detected. Left arm and left leg: the best rule tried, which predicts limb leads
+    from chest leads, found 23 % at 1.4 % false alarms. The right leg and another: lead I, II or III nearly vanishes.
+    `flat` reports it if it vanishes completely; there are no recordings to test more.
     """
     signal_mv_LT = record.signal_mv_LT
     finite_LT = np.isfinite(signal_mv_LT)
@@ -100,7 +108,7 @@ def quality_flags(record: Record) -> tuple[str, ...]:
 
     flags = []
     kinds = {
-        "nan": ~complete_L,  # any missing sample; how many are too many, `preprocess` says
+        "nan": ~complete_L,  # any missing sample; `preprocess` decides how many are too many
         "flat": flat_L,
         "rail": rail_L,
         "out_of_range": beyond_L,
@@ -109,6 +117,7 @@ def quality_flags(record: Record) -> tuple[str, ...]:
     }
     for kind, flagged_L in kinds.items():
         flags += [f"{kind}:{lead}" for lead, flagged in zip(record.leads, flagged_L, strict=True) if flagged]
+    flags += _scale_flags(record, high_mv_L - low_mv_L)
     flags += _limb_lead_flags(record)
     flags += _electrode_flags(record, usable_L=~flat_L & complete_L)
     if abs(signal_mv_LT.shape[1] / record.rate_hz - EXPECTED_S) > LENGTH_TOLERANCE_S:
@@ -121,10 +130,9 @@ def quality_flags(record: Record) -> tuple[str, ...]:
 def heart_rate_bpm(record: Record) -> float:
     """An estimate: 60 s over the median time between QRS complexes, NaN with fewer than three of them.
 
-    A complex is where the change over 20 ms, summed over the measured leads and averaged over 0.1 s, exceeds half
-    of what it usually peaks at (the median of its highest value in each 2 s). Leads with NaN are left out; below
-    100 samples a second there is no estimate. On 199 of LUDB's 200 recordings it is within 5 % of the rate of the
-    annotated beats.
+    The change over 20 ms is summed over the measured leads and averaged over 0.1 s. A complex is where it exceeds half
+    of its usual peak, the median of its highest values in each 2 s. Leads with NaN are left out; below 100 samples a
+    second there is no estimate. On 199 of LUDB's 200 recordings it is within 5 % of the rate of the annotated beats.
     """
     measured_L = np.array([lead not in record.derived for lead in record.leads])
     signal_mv_LT = record.signal_mv_LT[measured_L & np.isfinite(record.signal_mv_LT).all(axis=1)]
@@ -145,7 +153,7 @@ def heart_rate_bpm(record: Record) -> float:
 
 
 def _mains_mv(centred_mv_LT: np.ndarray, rate_hz: float) -> np.ndarray:
-    """Amplitude of the louder of 50 and 60 Hz in each lead: the median of its seconds, so a burst does not count."""
+    """Amplitude of the stronger of 50 and 60 Hz in each lead: the median over seconds, which ignores a burst."""
     block = int(rate_hz)
     seconds = centred_mv_LT.shape[1] // block if block else 0
     if not seconds:
@@ -161,7 +169,7 @@ def _mains_mv(centred_mv_LT: np.ndarray, rate_hz: float) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _mains_basis(block: int, rate_hz: float) -> np.ndarray:
-    """Hann-windowed cosines and sines of a second, at the mains and on both sides, where the rate allows it."""
+    """Hann-windowed cosines and sines of one second, at and beside the mains frequencies that the rate allows."""
     audible_hz = [hz for hz in MAINS_HZ if hz + MAINS_BESIDE_HZ < rate_hz / 2]
     beside_hz = np.array([0, -MAINS_BESIDE_HZ, MAINS_BESIDE_HZ])
     phase_FT = 2 * np.pi * np.add.outer(audible_hz, beside_hz).reshape(-1, 1) * np.arange(block) / rate_hz
@@ -171,7 +179,7 @@ def _mains_basis(block: int, rate_hz: float) -> np.ndarray:
 
 
 def _wander_mv(centred_mv_LT: np.ndarray, rate_hz: float) -> np.ndarray:
-    """Peak to peak of each lead's part below `WANDER_HZ`, in the worst of its stretches of about 10 s."""
+    """Peak-to-peak value of each lead below `WANDER_HZ`, in the worst of its stretches of about 10 s."""
     samples = centred_mv_LT.shape[1]
     stretches = min(samples, max(1, round(samples / rate_hz / EXPECTED_S)))
     block = samples // stretches
@@ -182,20 +190,20 @@ def _wander_mv(centred_mv_LT: np.ndarray, rate_hz: float) -> np.ndarray:
 
 
 def _blocks(signal_mv_LT: np.ndarray, count: int, block: int) -> np.ndarray:
-    """[L, N, T / N]: three axes, because products small enough for one thread do not wait for others."""
+    """[L, N, T / N]. Three axes make small matrix products, which numpy computes in one thread without waiting."""
     return signal_mv_LT[:, : count * block].reshape(len(signal_mv_LT), count, block)
 
 
 @lru_cache(maxsize=8)
 def _wander_basis(block: int, rate_hz: float) -> np.ndarray:
-    """Cosines of up to `WANDER_HZ` over a stretch (DCT-II), which follow a slope better than a Fourier series."""
+    """Cosines up to `WANDER_HZ` over a stretch (DCT-II); they follow a slope better than a Fourier series."""
     k_K = np.arange(1, min(block, int(2 * WANDER_HZ * block / rate_hz)) + 1)
-    # Column by column in memory: 0.04 ms a recording in place of 0.1.
+    # Column-major memory takes 0.04 ms a recording instead of 0.1.
     return np.asfortranarray(np.cos(np.pi * np.outer(np.arange(block) + 0.5, k_K) / block), dtype=np.float32)
 
 
 def _extremes(signal_mv_LT: np.ndarray, rate_hz: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lowest and highest value of each lead, NaN apart, and whether it holds one for a whole second."""
+    """Lowest and highest value of each lead, ignoring NaN, and whether it keeps one value for a whole second."""
     n_leads, n_samples = signal_mv_LT.shape
     block = min(max(int(FLAT_S * rate_hz), 1), n_samples)
     whole = n_samples - n_samples % block
@@ -209,26 +217,54 @@ def _extremes(signal_mv_LT: np.ndarray, rate_hz: float) -> tuple[np.ndarray, np.
 
 
 def _rails(record: Record, low_mv_L: np.ndarray, high_mv_L: np.ndarray) -> np.ndarray:
+    """Which leads are cut off: exactly at the end of 16 bits, or at plateaus of an extreme value."""
     signal_mv_LT = record.signal_mv_LT
     rails_L = np.zeros(len(record.leads), dtype=bool)
     if record.uv_per_lsb_L is not None:
-        rails_L |= np.maximum(-low_mv_L, high_mv_L) * 1000 > (RAIL_COUNT - 0.5) * record.uv_per_lsb_L
+        counts_L = np.maximum(-low_mv_L, high_mv_L) * 1000 / record.uv_per_lsb_L
+        rails_L |= (np.abs(counts_L - RAIL_COUNT) < 1.5) | np.isinf(counts_L)
     enough = RAIL_SHARE * signal_mv_LT.shape[1]
     for extreme_mv_L in (low_mv_L, high_mv_L):
         at_LT = signal_mv_LT == extreme_mv_L[:, None]
         n_at_L = np.array([np.count_nonzero(at_T) for at_T in at_LT])  # three times as fast as along an axis
         for lead in np.flatnonzero(n_at_L >= enough):
-            if abs(extreme_mv_L[lead] - np.nanmean(signal_mv_LT[lead])) < RAIL_DISTANCE_MV:
-                continue
-            edges = np.flatnonzero(np.diff(at_LT[lead], prepend=False, append=False))
-            starts, ends = edges[::2], edges[1::2]
-            plateau = (ends - starts >= 3) & (starts > 0) & (ends < signal_mv_LT.shape[1])
-            rails_L[lead] |= (ends - starts)[plateau].sum() >= enough
+            if abs(extreme_mv_L[lead] - np.nanmean(signal_mv_LT[lead])) >= RAIL_DISTANCE_MV:
+                n_on_plateaus = _on_plateaus(at_LT[lead])
+                n_beside = _just_beside(signal_mv_LT[lead], extreme_mv_L[lead])
+                rails_L[lead] |= n_on_plateaus >= max(enough, RAIL_EXCESS * n_beside)
     return rails_L
 
 
+def _on_plateaus(at_T: np.ndarray) -> int:
+    """Samples in runs of three or more, except runs at the ends of the recording."""
+    edges = np.flatnonzero(np.diff(at_T, prepend=False, append=False))
+    starts, ends = edges[::2], edges[1::2]
+    is_plateau = (ends - starts >= 3) & (starts > 0) & (ends < len(at_T))
+    return int((ends - starts)[is_plateau].sum())
+
+
+def _just_beside(signal_T: np.ndarray, extreme: float) -> int:
+    """Samples that differ from the extreme value by one to three of the smallest steps in the lead.
+
+    Example: in steps of 0.1 mV a rounded peak 0.8 0.9 1.0 1.0 1.0 0.9 0.8 has three samples at the extreme value and
+    four beside it. A peak that is cut off, 0.2 0.7 1.0 1.0 1.0 0.6 0.1, has one at the most.
+    """
+    values = np.unique(signal_T[np.isfinite(signal_T)])
+    step = np.diff(values).min(initial=np.inf)
+    away_T = np.abs(signal_T - extreme)
+    return int(np.count_nonzero((away_T > step / 2) & (away_T < 3.5 * step)))
+
+
+def _scale_flags(record: Record, range_mv_L: np.ndarray) -> list[str]:
+    """A gain per mV that is read as one per uV, or the reverse, changes every lead a thousandfold."""
+    measured_L = np.array([lead not in record.derived for lead in record.leads])
+    smallest, largest = range_mv_L[measured_L].min(), range_mv_L[measured_L].max()
+    (low, high) = SCALE_MV
+    return ["scale"] if 0.01 * low < largest < low or high < smallest < 100 * high else []
+
+
 def _limb_lead_flags(record: Record) -> list[str]:
-    """Einthoven's and Goldberger's relations among measured leads; derived ones fulfil them anyway."""
+    """Checks Einthoven's and Goldberger's relations among measured leads; derived leads always fulfil them."""
     measured = {lead: row for row, lead in enumerate(record.leads) if lead not in record.derived}
     if not {"I", "II"} <= measured.keys():
         return []
@@ -250,10 +286,10 @@ def _limb_lead_flags(record: Record) -> list[str]:
 
 
 def _electrode_flags(record: Record, usable_L: np.ndarray) -> list[str]:
-    """Exchanged electrodes turn a lead upside down, and every relation among the limb leads still holds.
+    """Exchanged electrodes turn a lead upside down without breaking the relations among the limb leads.
 
-    The arms turn I over; right arm and left leg turn II over. V6, which they do not touch, looks at the heart from
-    the same side as both.
+    Exchanging the arms inverts I; exchanging right arm and left leg inverts II. V6 does not change and normally has the
+    same direction as both.
     """
     usable = {lead: record.signal_mv_LT[row] for row, lead in enumerate(record.leads) if usable_L[row]}
     step = max(1, round(SWAPPED_STEP_S * record.rate_hz))

@@ -1,4 +1,4 @@
-"""`Record`: one ECG as it was recorded, with its leads by name."""
+"""`Record`: one ECG as recorded, with its leads by name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,14 +11,14 @@ from lsemvae.leads import LEADS, LIMB_FROM_I_II, canonical, in_order
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One recording. Leads that are not in `leads` are missing; those in `derived` were computed.
+    """One recording. Leads that are not in `leads` are missing; leads in `derived` were computed from I and II.
 
     leads          canonical names, in the fixed order I … V6
     signal_mv_LT   float32, in millivolts, unfiltered; NaN where nothing was recorded
     rate_hz        samples a second
-    uv_per_lsb_L   the recorder's own step in microvolts for each lead, where it is known: the shards then
-                   keep the recorder's integers exactly
-    flags          what the reader noticed, such as "checksum:V1"
+    uv_per_lsb_L   the recorder's step in microvolts for each lead, if known: shards then keep the recorder's integers
+                   exactly
+    flags          doubts of the reader, such as "checksum:V1"; see `quality.FLAGS`
     """
 
     leads: tuple[str, ...]
@@ -45,11 +45,10 @@ class Record:
         subject_id: str | None = None,
         flags: tuple[str, ...] = (),
     ) -> "Record":
-        """From a mapping of lead name to millivolts, names in any order and case.
+        """From a mapping of lead names, in any order and case, to millivolts.
 
-        III, aVR, aVL and aVF are derived where they are absent and I and II are there. Raises LsemvaeError
-        on an unknown or repeated lead, on leads of unequal length, an empty lead, or a rate that is not
-        positive and finite.
+        III, aVR, aVL and aVF are derived if they are absent and both I and II are present. Raises LsemvaeError for an
+        unknown or repeated lead, leads of unequal length, an empty lead, or a rate that is not positive and finite.
         """
         leads = in_order(signal_mv)
         if not (np.isfinite(rate_hz) and rate_hz > 0):
@@ -75,7 +74,7 @@ class Record:
         return record.with_derived_limb_leads()
 
     def with_derived_limb_leads(self) -> "Record":
-        """III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2, each only where it is absent."""
+        """With III = II - I, aVR = -(I + II)/2, aVL = I - II/2 and aVF = II - I/2 where they are absent."""
         absent = [lead for lead in LIMB_FROM_I_II if lead not in self.leads]
         if not absent or "I" not in self.leads or "II" not in self.leads:
             return self
@@ -84,7 +83,7 @@ class Record:
         for lead in absent:
             of_i, of_ii = LIMB_FROM_I_II[lead]
             rows[lead] = np.float32(of_i) * rows["I"] + np.float32(of_ii) * rows["II"]
-            if steps:  # exact where I and II have one step, else to a quarter of the finer one
+            if steps:  # exact if I and II have the same step, else to a quarter of the finer step
                 steps[lead] = min(steps["I"], steps["II"]) / 2
         leads = in_order(rows)
         return replace(
@@ -103,7 +102,7 @@ class Record:
         return "derived" if lead in self.derived else "measured"
 
     def signal_for(self, leads: Sequence[str] = LEADS) -> np.ndarray:
-        """Millivolts of the named leads in the order named, float32 [L, T]; a missing lead is all NaN."""
+        """Millivolts of the given leads in the given order, float32 [L, T]; a missing lead is all NaN."""
         signal_mv_LT = np.full((len(leads), self.signal_mv_LT.shape[1]), np.nan, dtype=np.float32)
         for row, lead in enumerate(leads):
             if lead in self.leads:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsemvae.errors import LsemvaeError
@@ -60,6 +60,7 @@ SYNONYMS = [
 ]
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(SYNONYMS),
     st.sampled_from(["", "Lead ", "lead_", "LEAD-", "ECG ", "EKG_", "ECG Lead ", "MDC_ECG_LEAD_"]),
@@ -72,6 +73,7 @@ def test_a_synonym_is_one_lead(synonym: tuple[str, str], prefix: str, case: Call
     assert canonical(f"{space}{case(prefix + name)}{space}") == lead
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="IiVvDdCcaRrLlFf123456 ()_-", max_size=8))
 def test_no_name_is_two_leads(name: str) -> None:
     """A name is a lead by one way of reading it: alone, among others, and with its spelling changed."""
@@ -94,6 +96,7 @@ def test_names_of_an_eeg_are_no_leads() -> None:
     assert identify(["C1", "D1", "resp", "aVF"]) == ["V1", "I", None, "aVF"]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80), st.integers(0, 63))
 def test_a_flag_repeats_no_free_text(name: str, position: int) -> None:
     flag = unknown_lead_flag(name, position)
@@ -111,6 +114,7 @@ def test_a_flag_names_what_the_signal_is(name: str) -> None:
     assert unknown_lead_flag(name, 0) == f"unknown_lead:{name}"
 
 
+@settings(deadline=None)
 @given(st.permutations(LEADS).flatmap(lambda order: st.tuples(st.just(order), st.integers(1, 12))))
 def test_in_order_depends_on_names_alone(drawn: tuple[list[str], int]) -> None:
     order, count = drawn

@@ -122,6 +122,52 @@ def test_one_fault(lead: str, change: Callable[[np.ndarray], np.ndarray], flags:
     assert quality_flags(changed(good_record(), lead, change)) == flags
 
 
+def in_steps(record: Record, step_mv: float) -> Record:
+    """The recording as a recorder of this resolution stores it."""
+    counts_LT = np.rint(record.signal_mv_LT / step_mv)
+    steps_uv_L = np.full(len(record.leads), 1000 * step_mv)
+    return replace(record, signal_mv_LT=(counts_LT * step_mv).astype(np.float32), uv_per_lsb_L=steps_uv_L)
+
+
+@pytest.mark.parametrize("step_mv", [1e-6, 3e-5, 0.025, 0.05, 0.1])
+def test_no_rail_where_nothing_is_cut_off(step_mv: float) -> None:
+    """32 and 24 bits go beyond the counts of 16; with 8 bits a rounded peak has plateaus."""
+    record = good_record()
+    slow_T = 1.5 * np.sin(2 * np.pi * 1.3 * np.arange(5000) / 500)  # peaks as rounded as T waves
+    record = in_steps(changed(record, "V5", lambda row: row + slow_T), step_mv)
+    assert not [flag for flag in quality_flags(record) if flag.startswith("rail")]
+
+
+@pytest.mark.parametrize("step_mv", [1e-6, 0.005, 0.025])
+def test_a_rail_is_found_at_any_resolution(step_mv: float) -> None:
+    record = in_steps(changed(good_record(), "V4", lambda row: np.clip(row, -0.7, 0.7)), step_mv)
+    assert [flag for flag in quality_flags(record) if flag.startswith("rail")] == ["rail:V4"]
+
+
+@pytest.mark.parametrize("factor", [0.001, 1000.0])
+def test_a_gain_a_thousand_times_off_is_named(factor: float) -> None:
+    record = good_record()
+    assert "scale" in quality_flags(replace(record, signal_mv_LT=record.signal_mv_LT * np.float32(factor)))
+    assert "gain and its unit" in FLAGS["scale"]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 10.0])
+def test_an_ordinary_size_is_no_wrong_gain(factor: float) -> None:
+    record = good_record()
+    assert "scale" not in quality_flags(replace(record, signal_mv_LT=record.signal_mv_LT * np.float32(factor)))
+
+
+@pytest.mark.shared_data
+def test_no_rail_in_real_recordings_of_coarse_steps(real_records: list[Record]) -> None:
+    """One of these recordings is cut off (LUDB 109); in steps of 50 uV it was one in six that was flagged."""
+    flagged = [record.record_id for record in real_records if _has_rail(in_steps(record, 0.05))]
+    assert len(flagged) <= 2
+
+
+def _has_rail(record: Record) -> bool:
+    return any(flag.startswith("rail") for flag in quality_flags(record))
+
+
 def test_rounding_of_the_recorder_is_no_contradiction() -> None:
     """I + III - II reaches 20 uV where each lead is rounded to 5 uV."""
     record = good_record()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsemvae.errors import LsemvaeError
@@ -15,6 +15,7 @@ def signals(leads: tuple[str, ...], samples: int = 50, seed: int = 0) -> dict[st
     return {lead: rng.normal(size=samples).astype(np.float32) for lead in leads}
 
 
+@settings(deadline=None)
 @given(st.permutations(LEADS), st.integers(1, 12), st.integers(0, 2**32 - 1))
 def test_order_and_case_of_the_input_change_nothing(order: list[str], count: int, seed: int) -> None:
     chosen = tuple(order[:count])

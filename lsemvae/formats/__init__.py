@@ -1,8 +1,8 @@
-"""Readers: one file a format, each recognised by what the file holds, never by its name.
+"""Readers: one module a format. Files are recognised by their content, never by their name.
 
-The same readers serve a folder, an object store and an upload: what they need of the outside is a `Fetch`,
-which gives the bytes of a file beside the recording. Nothing else is opened, no network is touched. Malformed
-input raises `UnreadableRecording`, which names the file, the value and the mend.
+The same readers serve a folder, an object store and an upload. They access files only through a `Fetch`, which gives
+the bytes of a file beside the recording; they open nothing else and never use the network. Malformed input raises
+`UnreadableRecording`, which names the file, the value and the mend.
 """
 
 import stat
@@ -44,19 +44,19 @@ class ReadBytes(Protocol):
 
 
 def read(path: Path | str, *, uv_per_lsb: float | None = None) -> Record:
-    """The recording in a local file; a WFDB record is named by its header, or by the path without extension.
+    """The recording in a local file. A WFDB record is given by its header, or by the path without extension.
 
-    Only files of the same folder (or below it) are read. Raises UnreadableRecording.
+    Only files in the same folder are read. Raises UnreadableRecording.
     """
     path = Path(path)
     return read_record(path.name, folder_fetch(path.parent), uv_per_lsb=uv_per_lsb)
 
 
 def read_relative(path: str, read_bytes: ReadBytes, *, uv_per_lsb: float | None = None) -> Record:
-    """Like `read`, for a path below a root that `read_bytes` reads from, such as `Storage.read_bytes`."""
+    """Like `read`, for a path below the root of `read_bytes`, such as `Storage.read_bytes`."""
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or path.startswith("/") or "\\" in path or "\0" in path:
-        raise UnreadableRecording("unsafe_name", f"{path[:200]!r} leads out of its source: give a path below it")
+        raise UnreadableRecording("unsafe_name", f"{path[:200]!r} points outside of its source: give a path below it")
     folder = PurePosixPath(*parts[:-1])
 
     def fetch(name: str) -> bytes:
@@ -69,10 +69,11 @@ def read_relative(path: str, read_bytes: ReadBytes, *, uv_per_lsb: float | None 
 
 
 def read_record(name: str, fetch: Fetch, *, uv_per_lsb: float | None = None) -> Record:
-    """The recording whose main file is `name` (or `name.hea`), with what `fetch` gives.
+    """The recording whose main file is `name` (or `name.hea`), read through `fetch`.
 
-    `record_id` is the name without its extension. `uv_per_lsb` replaces gain and baseline of the file: its
-    raw integers times that many microvolts. Raises UnreadableRecording; other errors of `fetch` pass through.
+    `record_id` is the name without its extension. With `uv_per_lsb` the gain and baseline of the file are ignored, and
+    a sample is its raw integer times that many microvolts. Raises UnreadableRecording; other errors of `fetch` pass
+    through.
     """
 
     def fetch_sibling(sibling: str) -> bytes:
@@ -81,8 +82,8 @@ def read_record(name: str, fetch: Fetch, *, uv_per_lsb: float | None = None) -> 
             raise _too_large(sibling, len(content))
         return content
 
-    # A name without extension is most likely a WFDB record: its header first, so that an object store is not
-    # asked 800,000 times for what is not there.
+    # A name without extension is most likely a WFDB record. Trying its header first spares an object store 800,000
+    # requests for files that do not exist.
     candidates = (name, f"{name}.hea") if "." in name else (f"{name}.hea", name)
     for candidate in candidates:
         try:
@@ -100,7 +101,7 @@ def read_record(name: str, fetch: Fetch, *, uv_per_lsb: float | None = None) -> 
 
 
 def folder_fetch(folder: Path) -> Fetch:
-    """Bytes of regular files of this folder; a link that leads out of it is refused."""
+    """Gives the bytes of regular files in this folder; refuses links that lead out of it."""
     root = folder.resolve()
 
     def fetch(name: str) -> bytes:
@@ -109,7 +110,7 @@ def folder_fetch(folder: Path) -> Fetch:
             path = path.resolve()
             if not path.is_relative_to(root):
                 raise UnreadableRecording(
-                    "unsafe_name", f"{name!r} is a link out of its folder: put the file itself there"
+                    "unsafe_name", f"{name!r} is a link that leads out of its folder: put the file itself there"
                 )
             status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a folder, a pipe, a device
@@ -122,7 +123,7 @@ def folder_fetch(folder: Path) -> Fetch:
 
 
 def _plain(name: str) -> str:
-    """The name itself; raises UnreadableRecording unless it names a file of the folder it is used in."""
+    """The name itself; raises UnreadableRecording unless it can only be a file in the same folder."""
     if (
         not name.isprintable()
         or name.startswith(".")
@@ -130,7 +131,7 @@ def _plain(name: str) -> str:
         or not 0 < len(name.encode("utf-8", "replace")) <= 255
     ):
         raise UnreadableRecording(
-            "unsafe_name", f"{name[:200]!r} is no plain file name: a recording's files lie beside each other"
+            "unsafe_name", f"{name[:200]!r} is no plain file name: put the files of a recording into one folder"
         )
     return name
 
