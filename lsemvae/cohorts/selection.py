@@ -10,7 +10,7 @@ import pandas as pd
 from lsemvae.cohorts import aspire, folder, kardia, ludb, mimic_iv_ecg, ptb_xl, ukb_20205
 from lsemvae.cohorts.source import Source
 from lsemvae.cohorts.tables import read_labels
-from lsemvae.data.withdrawn import NOBODY, WITHDRAWN, Withdrawn, read_withdrawn, require_withdrawn
+from lsemvae.cohorts.withdrawn import NOBODY, WITHDRAWN, Withdrawn, read_withdrawn, require_withdrawn
 from lsemvae.errors import LsemvaeError
 from lsemvae.formats import PassedOver
 from lsemvae.formats.readers import HEAD_BYTES, reader_of

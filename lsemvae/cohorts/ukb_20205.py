@@ -31,7 +31,7 @@ from lsemvae.cohorts.tables import (
     read_table,
     require_columns,
 )
-from lsemvae.data.withdrawn import WITHDRAWN, read_withdrawn
+from lsemvae.cohorts.withdrawn import WITHDRAWN, read_withdrawn
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 

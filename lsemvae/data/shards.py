@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lsemvae.cohorts.withdrawn import NOBODY, Withdrawn, read_withdrawn, require_withdrawn
 from lsemvae.data.overlay import NO_LABELS, Labels, has_labels, read_labels_beside
-from lsemvae.data.withdrawn import NOBODY, Withdrawn, read_withdrawn, require_withdrawn
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.leads import LEADS
 from lsemvae.preprocess import PreprocessConfig, lead_positions, preprocess_signals
