@@ -55,6 +55,8 @@ class Feed:
     shards: tuple[ShardFile, ...]
     order: Order
     layout: Layout
+    withdrawn_rows: tuple[int, ...] = ()
+    """Rows, as `row_B` numbers them, of subjects who have withdrawn since ingest: they stay in the order, unused."""
 
     @classmethod
     def of(cls, data: ShardedDataset, split: str, *args: Any, **kwargs: Any) -> "Feed":
@@ -80,8 +82,12 @@ class Feed:
         """
         _require_different(data)
         layout = (Windows if on_device else ModelInput)(tuple(leads), preprocess)
-        shards, rows, repeats = [], [], []
+        shards: list[ShardFile] = []
+        rows: list[int] = []
+        repeats: list[int] = []
+        withdrawn: list[int] = []
         for dataset, times in data:
+            withdrawn += (sum(rows) + dataset.withdrawn_rows(split)).tolist()
             meaning = f"{dataset.storage.uri} {dataset.manifest.digest} {layout.meaning}"
             kept = Cache(Path(cache).absolute(), meaning) if cache else None
             for shard in dataset.manifest.of_split(split):
@@ -89,7 +95,7 @@ class Feed:
                 rows.append(shard.rows)
                 repeats.append(times)
         repeated = tuple(repeats) if max(repeats, default=1) > 1 else ()
-        return cls(tuple(shards), Order(tuple(rows), repeats=repeated, **order), layout)
+        return cls(tuple(shards), Order(tuple(rows), repeats=repeated, **order), layout, tuple(withdrawn))
 
     @property
     def on_device(self) -> bool:
@@ -124,10 +130,11 @@ class Feed:
         """This worker's part of every step: the arrays of the layout, `weight_B` float32 and `row_B` int64.
 
         A worker's batch has the same size in every step. `weight_B` is 0 if there is no record (at the end of an
-        epoch), if it was refused and if its row group cannot be read, else 1. `row_B` numbers the records of the split,
-        data set by data set; it is NOBODY if there is none, and DAMAGED if it cannot be read. `read` brings the
-        records of the blocks: `read_on_ray` by default, or `read_here`. Raises LsemvaeError if a shard is absent,
-        StorageError if the storage fails for longer than its clients try again.
+        epoch), if its subject has withdrawn, if it was refused and if its row group cannot be read, else 1. `row_B`
+        numbers the records of the split, data set by data set; it is NOBODY if there is none or its subject has
+        withdrawn, and DAMAGED if it cannot be read. `read` brings the records of the blocks: `read_on_ray` by default,
+        or `read_here`. Raises LsemvaeError if a shard is absent, StorageError if the storage fails for longer than its
+        clients try again.
         """
         order = self.order
         streams = order.streams_of(worker, workers)
@@ -146,7 +153,11 @@ class Feed:
                     queues[block.stream].extend(found[skipped:])
                 records += [queues[stream].popleft() for _ in range(take)]
                 records += [nobody] * (order.per_stream - take)
-            yield _copied(records)
+            batch = _copied(records)
+            if self.withdrawn_rows:  # after the cache, which does not know of them
+                is_gone_B = np.isin(batch["row_B"], self.withdrawn_rows)
+                batch["weight_B"][is_gone_B], batch["row_B"][is_gone_B] = 0, NOBODY
+            yield batch
 
     def read(self, block: Block) -> Rows:
         """One block's records in their order. The records of a damaged row group have weight 0, and it is logged."""

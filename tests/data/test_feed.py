@@ -418,3 +418,21 @@ def test_a_run_goes_on_where_the_cache_has_no_room(data: ShardedDataset, tmp_pat
     assert caplog.text.count("takes no more (Not a directory): going on without") == 1
     with pytest.raises(LsemvaeError, match="cannot be written to"):
         require_room(feed)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_who_withdraws_after_ingest_is_in_no_step_and_moves_nobody(data: ShardedDataset, tmp_path: Path, cached: bool):
+    """Also where the cache was filled before: the order stays, so a run that was interrupted continues in it."""
+    cache = tmp_path / "cache" if cached else None
+    whole = copied(data, tmp_path / "shards")
+    before = list(feed_of(whole, cache=cache).batches(1, read=read_here))
+    gone = {1, 75, 140}
+    (tmp_path / "shards" / "withdrawn.csv").write_text("".join(f"r{row}\n" for row in gone))
+    after = list(feed_of(ShardedDataset.open(whole.storage.uri), cache=cache).batches(1, read=read_here))
+    for was, now in zip(before, after, strict=True):
+        is_gone_B = np.isin(was["row_B"], list(gone))
+        assert (now["weight_B"][is_gone_B] == 0).all() and (now["row_B"][is_gone_B] == NOBODY).all()
+        for name in was:
+            np.testing.assert_array_equal(now[name][~is_gone_B], was[name][~is_gone_B])
+    assert not gone & {row for batch in after for row in batch["row_B"].tolist()}
+    assert sum(batch["weight_B"].sum() for batch in before) - sum(batch["weight_B"].sum() for batch in after) == 3
