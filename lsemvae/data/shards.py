@@ -255,9 +255,10 @@ class ShardedDataset:
         gone = read_withdrawn(data.storage) | (require_withdrawn(withdrawn) if withdrawn else NOBODY)
         if gone.subjects:
             data = replace(data, withdrawn=gone)
+            held = data.shards_of_withdrawn()
             log.info(
                 f"{len(data.withdrawn_rows())} recordings of subjects who have withdrawn are not used (list "
-                f"{gone.digest} of {len(gone.subjects)} subjects)"
+                f"{gone.digest} of {len(gone.subjects)} subjects); stored in {', '.join(held) or 'no shard'}"
             )
         if has_labels(data.storage):
             keys = replace(data, withdrawn=NOBODY).read(["path", "record_id", "subject_id"]).to_pandas()
@@ -300,6 +301,12 @@ class ShardedDataset:
             return np.empty(0, dtype=np.int64)
         tables = [self._read(shard, ["subject_id"]) for shard in self.manifest.of_split(split)]
         return np.flatnonzero(self.withdrawn.mask(pa.concat_tables(tables)["subject_id"].to_pylist()))
+
+    def shards_of_withdrawn(self) -> list[str]:
+        """The files that still hold recordings of subjects who have withdrawn: ingest again to have them removed."""
+        shards = self.manifest.of_split("all")
+        ends = np.cumsum([shard.rows for shard in shards])
+        return [shards[i].path for i in np.unique(np.searchsorted(ends, self.withdrawn_rows(), side="right"))]
 
     def rows(self, split: str) -> int:
         """Recordings of the split that may be used."""

@@ -30,6 +30,7 @@ from lsemvae.data.shards import (
 )
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS
+from lsemvae.preprocess import PreprocessConfig
 from lsemvae.record import Record
 
 
@@ -216,12 +217,14 @@ def test_who_withdraws_after_ingest_is_in_no_answer(data_set: Path, caplog: pyte
         data.require_rows("val")
     said = "\n".join(record.message for record in caplog.records)
     assert f"3 recordings of subjects who have withdrawn are not used (list {data.withdrawn.digest} of 2" in said
+    assert "stored in train.parquet, val.parquet" in said
     data.verify()
 
     (data_set / "withdrawn.csv").unlink()
     (data_set / "list.txt").write_text("1\n")
     given = ShardedDataset.open(str(data_set), withdrawn=str(data_set / "list.txt"))
     assert given.read(["record_id"])["record_id"].to_pylist() == ["b", "c", "d"]
+    assert given.shards_of_withdrawn() == ["train.parquet"]
     with pytest.raises(LsemvaeError, match="does not exist"):
         ShardedDataset.open(str(data_set), withdrawn=str(data_set / "none.txt"))
     (data_set / "withdrawn.csv").write_text("2\n1,3\n")
@@ -242,6 +245,20 @@ def test_labels_beside_the_shards_take_the_place_of_theirs(data_set: Path):
     assert data.require_label("af") == "label.af"
     (data_set / "withdrawn.csv").write_text("3\n")
     assert ShardedDataset.open(str(data_set)).manifest.labels["af"] == {"0": 1, "1": 0, "other": 0, "null": 2}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_model_input_has_the_new_labels_and_nobody_who_has_withdrawn(ray_cluster, data_set: Path, batch_size: int):
+    (data_set / "labels.csv").write_text("record_id,af\na,yes\nb,no\nc,yes\n")
+    (data_set / "withdrawn.csv").write_text("1\n")
+    data = ShardedDataset.open(str(data_set))
+    columns = ["record_id", "label.af", "label.ph"]
+    rows = data.model_input(
+        ("I", "II"), PreprocessConfig(), columns=columns, batch_size=batch_size, labelled="label.af"
+    )
+    found = sorted((row["record_id"], row["label.af"], row["label.ph"]) for row in rows.take_all())
+    assert found == [("b", 0, 1), ("c", 1, 0)]
 
 
 def test_a_manifest_with_fields_that_this_version_does_not_know_is_read(data_set: Path):
