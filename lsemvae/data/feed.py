@@ -143,6 +143,7 @@ class Feed:
         queues: dict[int, deque[tuple[Rows, int]]] = {stream: deque() for stream in streams}
         sizes = {stream: sum(b.records - s for b, s in wanted if b.stream == stream) for stream in streams}
         nobody = (self.layout.nothing(1) | {"row_B": np.full(1, NOBODY)}, 0)
+        gone = frozenset(self.withdrawn_rows)
         for _ in range(start_step, order.steps):
             records: list[tuple[Rows, int]] = []
             for stream in streams:
@@ -153,11 +154,9 @@ class Feed:
                     queues[block.stream].extend(found[skipped:])
                 records += [queues[stream].popleft() for _ in range(take)]
                 records += [nobody] * (order.per_stream - take)
-            batch = _copied(records)
-            if self.withdrawn_rows:  # after the cache, which does not know of them
-                is_gone_B = np.isin(batch["row_B"], self.withdrawn_rows)
-                batch["weight_B"][is_gone_B], batch["row_B"][is_gone_B] = 0, NOBODY
-            yield batch
+            if gone:  # here, since the cache does not know of them
+                records = [nobody if rows["row_B"][row] in gone else (rows, row) for rows, row in records]
+            yield _copied(records)
 
     def read(self, block: Block) -> Rows:
         """One block's records in their order. The records of a damaged row group have weight 0, and it is logged."""

@@ -12,6 +12,7 @@ from command import start_ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsemvae.cohorts.withdrawn import WITHDRAWN
 from lsemvae.data.feed import DAMAGED, NOBODY, Feed, read_here, require_room
 from lsemvae.data.order import Block, Order, Piece
 from lsemvae.data.row_groups import footer
@@ -241,6 +242,21 @@ def test_several_data_sets_each_with_its_repeats(data: ShardedDataset, few: Shar
         for x_LT, row in zip(batch["x_BLT"], batch["row_B"], strict=True):
             if row >= 0:
                 np.testing.assert_array_equal(x_LT, wanted_x_BLT[row - 202 if row >= 202 else row])
+
+
+def test_subjects_who_have_withdrawn_are_left_out(data: ShardedDataset, few: ShardedDataset, tmp_path: Path):
+    """Their places stay empty, so that every other record stays in its step."""
+    gone = {3, 69, 70, 200}
+    beside = copied(data, tmp_path / "shards")
+    (tmp_path / "shards" / WITHDRAWN).write_text("subject_id\n" + "".join(f"r{row}\n" for row in sorted(gone)))
+    less = ShardedDataset.open(beside.storage.uri)
+    whole = steps_of(feed_of(data), 1, 1)
+    assert steps_of(feed_of(less), 1, 2) == [[row for row in step if row not in gone] for step in whole]
+    for batch in feed_of(less, cache=tmp_path / "cache").batches(1, read=read_here):
+        nobody = batch["row_B"] == NOBODY
+        assert not batch["weight_B"][nobody].any() and not batch["x_BLT"][nobody].any()
+    rows = [row for step in steps_of(several([(few, 2), (less, 1)]), 0, 1) for row in step]
+    assert Counter(rows) == {row: 2 if row < 70 else 1 for row in range(272) if row - 70 not in gone}
 
 
 def test_one_data_set_once_is_what_it_was(data: ShardedDataset):
