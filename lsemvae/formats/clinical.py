@@ -50,12 +50,13 @@ _RATE_ROUNDING = 1e-3
 
 
 def recognise(head: bytes) -> bool:
-    """Whether it has a root element of the three kinds of XML, or SCP-ECG's section 0, which lists itself first."""
+    """Whether it has a root element of the three kinds of XML, or SCP-ECG's section 0."""
     return _kind(head) is not None
 
 
 def _kind(head: bytes) -> str | None:
-    if head[8:10] == head[22:24] == b"\0\0" and head[28:32] == b"\x07\0\0\0":
+    # The name in section 0 is what the standard asks for; some devices omit it, others deviate in their pointers.
+    if head[16:22] == b"SCPECG" or (head[8:10] == head[22:24] == b"\0\0" and head[28:32] == b"\x07\0\0\0"):
         return "SCP"
     root = xml.root_name(head)
     return root if root in _FORMATS else None
@@ -112,7 +113,10 @@ def _parse(kind: str, content: bytes) -> "ECGRecord":
             reason = type(error).__name__
             if type(error).__module__ == "ecgdatakit.exceptions":
                 reason = re.sub(r"""(['"]).*?\1""", "…", str(error).replace(str(path), "it"))[:120]
-            raise UnreadableRecording("format", f"it cannot be read as {title} ({reason}): export it again") from None
+            mend = "export it again"
+            if kind == "SCP":
+                mend = "some devices' SCP-ECG deviates from EN 1064, export DICOM, XML or CSV instead"
+            raise UnreadableRecording("format", f"it cannot be read as {title} ({reason}): {mend}") from None
 
 
 def _scaled(lead: str, found: "Lead", uv_per_lsb: float | None) -> tuple[np.ndarray, float, float]:

@@ -419,3 +419,17 @@ def test_damaged_bytes_raise_nothing_else(content: bytes, data) -> None:
     with contextlib.suppress(UnreadableRecording):
         record = clinical.read("a.ecg", bytes(damaged[:cut]), no_fetch)
         assert set(record.leads) <= set(LEADS) and record.rate_hz > 0
+
+
+def test_scp_that_deviates_from_the_standard_is_recognised_and_explained() -> None:
+    """Some devices count pointers from 0. Section 0 still names SCP-ECG; what cannot be read says why."""
+    content = scp(random_raw())
+    assert content[16:22] == b"SCPECG" and content[28:32] == b"\7\0\0\0"
+    assert_holds(read(content[:28] + b"\6" + content[29:]), random_raw(), 5.0)
+    shifted = bytearray(content)
+    for pointer in (38, 48):
+        position = int.from_bytes(content[pointer : pointer + 4], "little") - 1
+        shifted[pointer : pointer + 4] = position.to_bytes(4, "little")
+    error = refusal(bytes(shifted))
+    assert error.code == "format"
+    assert "points to section 3" in str(error) and "export DICOM, XML or CSV instead" in str(error)
