@@ -32,20 +32,20 @@ from lsemvae.errors import FileTooLarge, LsemvaeError, StorageError
 
 CONNECT_TIMEOUT_S = 10
 REQUEST_TIMEOUT_S = 30
-"""A server that sends nothing for so long counts as silent."""
+"""A server that sends nothing for this long counts as silent."""
 MAX_ATTEMPTS = 7
 AWS_ENDPOINT = "https://s3.amazonaws.com"
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder-like place. Cheap to make and to send to another process; connections are made on first use."""
+    """A folder, or a prefix of a bucket. Cheap to make and to send to another process; it connects on first use."""
 
     uri: str
 
     @classmethod
     def open(cls, uri: str | Path) -> "Storage":
-        """Checks only the form of the URI; raises LsemvaeError when no such kind of place is known."""
+        """Checks only the form of the URI. Raises LsemvaeError when it is neither a folder nor S3."""
         text = str(uri)
         scheme = urlsplit(text).scheme
         if scheme == "s3":
@@ -122,7 +122,7 @@ class Storage:
             raise FileTooLarge(self._shown(relative), size, max_bytes)
 
     def write_bytes(self, relative: str, content: bytes) -> None:
-        """Whole or not at all: a reader never sees a part of it. Raises StorageError."""
+        """Writes the file whole or not at all: a reader never sees a part of it. Raises StorageError."""
         with explained(self._shown(relative)):
             if self.is_local:
                 with whole_file(Path(self.path(relative))) as stream:
@@ -147,11 +147,11 @@ class Storage:
                     shutil.copyfileobj(spool, stream, 2**20)
 
     def remove(self, relative: str) -> None:
-        """A file, and the folder it was in where nothing else is left there. Raises StorageError."""
+        """Deletes a file, and then its folder if that is empty. Raises StorageError."""
         with explained(self._shown(relative)):
             self.filesystem.delete_file(self.path(relative))
             if self.is_local:
-                with suppress(OSError):  # there is something else
+                with suppress(OSError):  # it holds other files
                     Path(self.path(relative)).parent.rmdir()
 
     def exists(self, relative: str = "") -> bool:
@@ -186,7 +186,7 @@ class Storage:
 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Turns a storage's own error into a StorageError: one line that names the place and the mend."""
+    """Turns an error of the storage into a StorageError: one line that names the place and what to do."""
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -201,7 +201,7 @@ def explained(path: str) -> Iterator[None]:
 _OVERLOADED = "the object store is overloaded: give the same command again later, or with fewer --threads"
 _MENDS = [
     (
-        # 400 without a body is what some servers answer to a request without credentials.
+        # Some servers answer 400 without a body to a request without credentials.
         ("ACCESS_DENIED", "HTTP status 403", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "HTTP status 400"),
         "access denied: check the credentials (AWS_ACCESS_KEY_ID, …), or add ?anonymous=true for a public bucket",
     ),
@@ -296,14 +296,14 @@ def _s3_filesystem(anonymous: bool, endpoint: str | None, region: str | None) ->
         where = {"endpoint_override": parts.netloc or parts.path, "scheme": parts.scheme or "https"}
     if region or endpoint:
         where["region"] = region or "us-east-1"
-    if endpoint:  # Ceph and others do not know the trailing checksums that the AWS client sends by default
+    if endpoint:  # Ceph and others do not support the trailing checksums that the AWS client sends by default
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     return pafs.S3FileSystem(
         anonymous=anonymous,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(int(os.environ.get("AWS_MAX_ATTEMPTS", MAX_ATTEMPTS))),
-        # With True an upload that cannot begin would be closed, and so completed, with what was left in the buffer.
+        # With True, an upload that cannot begin would be closed, and so completed with the rest of the buffer.
         allow_delayed_open=False,
         **where,
     )

@@ -58,9 +58,9 @@ class Args:
     """The command stops with status 3 as soon as more than this share of all recordings is unreadable. Finished shards
     are kept: give the command again with a larger share, or with corrected recordings, to continue."""
     threads: int = 16
-    """Concurrent reads in each task."""
+    """Concurrent reads in each task, at most."""
     concurrent_reads: int = 256
-    """Concurrent reads on the whole cluster. An object store that has more to do answers SlowDown."""
+    """Concurrent reads on the whole cluster, at most. An object store that gets too many answers SlowDown."""
     patience_s: float = 300
     """How long a task waits for an object store that is overloaded before the command ends."""
 

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -119,12 +119,14 @@ def _chance(seed: int, name: str) -> float:
 def make_shards(table: pd.DataFrame, tasks: list[Task], job: Job, concurrent_reads: int) -> Iterator[dict[str, Any]]:
     """The summary of every task, in the order in which Ray Data finishes them; finished shards are not made again.
 
-    At most `concurrent_reads` recordings are read at the same time on the whole cluster. Each worker holds one shard
-    in memory. Raises StorageError when the source or the output fails.
+    At most `concurrent_reads` recordings are read at the same time on the whole cluster: with many CPUs each task gets
+    fewer threads. Each worker holds one shard in memory. Raises StorageError when the source or the output fails.
     """
     import ray
     import ray.data
 
+    threads, at_once = divide_reads(concurrent_reads, job.threads, int(ray.cluster_resources().get("CPU", 1)))
+    job = replace(job, threads=threads)
     recordings = ray.put(pa.Table.from_pandas(table, preserve_index=False))  # once per node, however many tasks
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
@@ -136,13 +138,23 @@ def make_shards(table: pd.DataFrame, tasks: list[Task], job: Job, concurrent_rea
         return {"result": json.dumps(result)}
 
     items = [{"number": number} for number in range(len(tasks))]
-    at_once = ray.data.TaskPoolStrategy(max(1, concurrent_reads // job.threads))
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(work, compute=at_once)
+    pool = ray.data.TaskPoolStrategy(at_once)
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(work, compute=pool)
     for row in dataset.iter_rows():
         result = json.loads(row["result"])
         if failure := result.get("failure"):
             raise StorageError(f"{failure}; finished shards are kept: give the same command again to continue")
         yield result
+
+
+def divide_reads(concurrent_reads: int, threads: int, cpus: int) -> tuple[int, int]:
+    """Threads of a task, and tasks at once, so that their product is at most `concurrent_reads`.
+
+    256 reads on 4 CPUs: 16 threads each (if `threads` is 16), and 16 tasks at once if the cluster grows. On 64 CPUs: 4
+    threads each, so that all CPUs have work. On 1,000 CPUs: 256 tasks of one thread.
+    """
+    of_task = max(1, min(threads, concurrent_reads // max(cpus, 1)))
+    return of_task, max(1, concurrent_reads // of_task)
 
 
 def make_shard(task: Task, recordings: list[dict[str, Any]], job: Job) -> dict[str, Any]:

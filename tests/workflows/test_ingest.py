@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.session import ROOT, workflow
 
-from lsemvae.data.ingest import make_plan
+from lsemvae.data.ingest import divide_reads, make_plan
 from lsemvae.data.shards import ShardedDataset, unpack
 from lsemvae.formats import read
 
@@ -183,6 +183,13 @@ def test_a_plan_stays_what_it_was():
     table["label.ph"] = [0.0, 1.0, np.nan] * 4
     plan = make_plan(table, "folder", "/in", shard_records=4, val_share=0.3, seed=5)[2]
     assert plan == "c8818716f5e965fa"
+
+
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(0, 5000))
+def test_reads_are_bounded_over_the_cluster_and_every_cpu_has_a_task(reads: int, threads: int, cpus: int):
+    of_task, at_once = divide_reads(reads, threads, cpus)
+    assert 1 <= of_task <= threads and of_task * at_once <= reads
+    assert at_once >= min(cpus, reads)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 9), st.sampled_from([0.0, 0.1, 0.5]))
