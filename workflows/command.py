@@ -131,6 +131,8 @@ def start_ray(cpus: int = 4) -> None:
 
     if ray.is_initialized():
         return
+    if _is_local():  # workers inherit this variable; without it each would make a SQLite file in its own folder
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     environment = workers_environment()
     where: dict[str, Any] = {}
     if _is_local():
@@ -140,8 +142,6 @@ def start_ray(cpus: int = 4) -> None:
         # Ray Train's clean-up looks for the cluster by itself, and would find another one that runs on this machine.
         os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
         environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ['RAY_GCS_SERVER_PORT']}"
-        # Local workers inherit this variable. Unset, each would make a SQLite file in its own folder.
-        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     try:
         ray.init(logging_level="ERROR", runtime_env={"env_vars": environment}, **where)
     except ConnectionError as error:
