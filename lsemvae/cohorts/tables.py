@@ -277,19 +277,24 @@ def label_values(labels: pd.DataFrame, name: str = "the labels") -> pd.DataFrame
     Yes and true are 1, no and false are 0, in any case; an empty cell is NaN. A warning names every other column and
     says why it is no label.
     """
-    columns, others = {}, []
+    columns: dict[str, pd.Series] = {}
+    nearly, text = [], []
     for column in labels.columns:
         if plain_name(column) in _IDENTIFIERS or str(column).startswith("Unnamed"):
             continue
         values = labels[column]
         is_number = pd.api.types.is_numeric_dtype(values)
         numbers = values.astype("Float64").astype("float64") if is_number else values.map(_number).astype("float64")
-        if (wrong := numbers.isna() & values.notna()).any():
-            others.append(_why_no_label(column, values, wrong))
-        else:
+        wrong = numbers.isna() & values.notna()
+        if not wrong.any():
             columns[LABEL_PREFIX + str(column).removeprefix(LABEL_PREFIX)] = numbers
-    if others:
-        logger.warning(f"{name}: no label is made of {'; '.join(others)}")
+        elif 2 * wrong.sum() <= values.notna().sum():
+            nearly.append(_why_no_label(column, values, wrong))
+        else:
+            text.append(repr(str(column)[:40]))
+    reasons = nearly + ([f"{', '.join(text)} (mostly text)"] if text else [])
+    if reasons:
+        logger.warning(f"{name}: no label is made of {'; '.join(reasons)}")
     return pd.DataFrame(columns, index=labels.index)
 
 
@@ -308,13 +313,11 @@ def _number(value: object) -> float:
 
 
 def _why_no_label(column: str, values: pd.Series, wrong: pd.Series) -> str:
-    """A value is shown only where most others are numbers or answers: in any other column it may say who it is."""
-    count, known = int(wrong.sum()), int(values.notna().sum())
+    """Shows a value, because most others are numbers or answers: in a column of text it might be a name."""
     row = int(np.flatnonzero(wrong.to_numpy())[0])
-    shown = f", such as {str(values.iloc[row])[:12]!r}" if count * 2 <= known else ""
     return (
-        f"{str(column)[:40]!r} ({count} of {known} values are no number, yes or no{shown}, the first in "
-        f"row {row + 2}: correct them, or leave the cells empty)"
+        f"{str(column)[:40]!r} ({wrong.sum()} of {values.notna().sum()} values are no number, yes or no, such as "
+        f"{str(values.iloc[row])[:12]!r}, the first in row {row + 2}: correct them, or leave the cells empty)"
     )
 
 

@@ -137,4 +137,4 @@ def _participants(table: pd.DataFrame, name: str) -> pd.DataFrame:
             f"{name}, {first_row(again)}: a participant who is in it before ({again.sum()} such rows): keep one row, "
             f"or say in a column 'instance' of which visit each is"
         )
-    return keys.join(label_values(table.drop(columns=keys.columns)))
+    return keys.join(label_values(table.drop(columns=keys.columns), name))
