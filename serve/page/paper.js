@@ -1,10 +1,10 @@
-// Draws an ECG on ECG paper as SVG: user units are millimetres, the same both ways.
+// Draws an ECG on ECG paper as SVG. One user unit is one millimetre in both directions.
 
 export const MM_PER_S = 25;
 export const MM_PER_MV = 10;
 export const PAGE_S = 10;
 
-const SVG = "http://www.w3.org/2000/svg"; // a name, nothing is fetched
+const SVG = "http://www.w3.org/2000/svg"; // only a name; nothing is fetched from there
 const LIMB_ROWS = [
   ["I", "aVR"],
   ["II", "aVL"],
@@ -21,7 +21,7 @@ const LEFT_MM = 15; // room for the calibration pulse
 const RIGHT_MM = 5;
 const FOOT_MM = 10;
 const LEAST_MM = 15; // above the baseline: the calibration pulse and the name
-export const MOST_MM = 40; // above or below the baseline: what exceeds it is cut off, and the caption says so
+export const MOST_MM = 40; // above or below the baseline; beyond it a trace is cut off, and the caption says so
 
 /** The layouts that suit a recording, the usual one first: [[key, name], …]. */
 export function layouts(record) {
@@ -37,7 +37,7 @@ export function seconds(record) {
   return Math.max(0, ...Object.values(record.leads).map((row) => row.length)) / record.rate_hz;
 }
 
-/** {svg, cut}: the paper from `start_s` on, and the leads that leave it. Each lead is drawn around its median. */
+/** {svg, cut}: the paper from `start_s` on, and the leads that are cut off. Each lead is drawn around its median. */
 export function drawPaper(record, { layout, start_s, label }) {
   const length_s = Math.min(PAGE_S, seconds(record) - start_s);
   const rows = layout === "rows" ? gridRows(record) : LEADS.filter((lead) => record.leads[lead]).map((lead) => [lead]);
@@ -77,7 +77,7 @@ export function drawPaper(record, { layout, start_s, label }) {
     element("path", { d: grid(width_mm, height_mm, 5), class: "coarse" }),
   );
   for (const { parts, top_mm, up_mm, down_mm } of bands) {
-    // An inner svg cuts off what leaves the row.
+    // An inner svg cuts off what is outside its row.
     const band = element("svg", {
       y: top_mm,
       width: width_mm,
@@ -115,7 +115,7 @@ export function drawPaper(record, { layout, start_s, label }) {
   return { svg, cut: [...cut] };
 }
 
-/** The usual order, with leads that were not recorded in their places, and the rhythm strip below. */
+/** The usual order, with a place for each lead that was not recorded, and the rhythm strip below. */
 function gridRows(record) {
   const there = Object.keys(record.leads);
   const rows = there.some((lead) => lead.startsWith("V")) ? TWELVE_ROWS : LIMB_ROWS;
@@ -123,7 +123,7 @@ function gridRows(record) {
   return [...rows, [rhythm]];
 }
 
-/** The values between two times less the median of the whole page, and their range; nothing where there is no lead. */
+/** The values between two times, minus the median of the whole page, and their range; no values without the lead. */
 function segment(record, lead, from_s, to_s, page_s, length_s) {
   const row = record.leads[lead];
   if (!row || to_s <= from_s) return { low_mv: 0, high_mv: 0, values_mv: null, first_s: 0 };
@@ -144,7 +144,7 @@ function segment(record, lead, from_s, to_s, page_s, length_s) {
   return { low_mv, high_mv, values_mv, first_s: index(from_s) / record.rate_hz - page_s };
 }
 
-/** One path for one lead; it pauses where nothing was recorded. */
+/** One path for one lead, interrupted where nothing was recorded. */
 function trace(values_mv, rate_hz, x_mm, baseline_mm) {
   const step_mm = MM_PER_S / rate_hz;
   const points = [];
@@ -167,7 +167,7 @@ function grid(width_mm, height_mm, step_mm) {
   return lines.join("");
 }
 
-/** Millivolts -> millimetres of room for them, on a line of the coarse grid. */
+/** Millivolts -> the millimetres that they need, rounded up to a line of the coarse grid. */
 function limit(value_mv, least_mm) {
   return Math.min(MOST_MM, Math.max(least_mm, Math.ceil((value_mv * MM_PER_MV + 2) / 5) * 5));
 }

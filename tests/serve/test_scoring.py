@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -320,6 +320,37 @@ def test_what_a_hostile_client_sends_is_refused_over_the_wire(service: Service, 
             pass  # it was refused before all was sent
         assert connection.recv(4096).split(b"\r\n")[0].split()[1] == str(status).encode()
     assert service.client.get(f"{service.url}/healthz").json() == {"status": "ok"}
+
+
+@pytest.mark.ray
+def test_connections_without_a_token_hold_up_nobody(service: Service, recordings):
+    """Through Ray Serve's own proxy: 80 clients announce a body, send a byte of it and wait; a user is answered."""
+    host, port = service.url.removeprefix("http://").split(":")
+    record = next(iter(recordings.values()))
+    with ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(80)]
+        for k, connection in enumerate(idle):
+            path = ("/healthz", "/v1/score")[k % 2]
+            lines = [f"POST {path} HTTP/1.1", "Host: x", "Transfer-Encoding: chunked", "", "1", "{", ""]
+            connection.sendall("\r\n".join(lines).encode())
+        assert service.score(as_json(record, LIMB_LEADS)).status_code == 200
+        statuses = [connection.recv(4096).split()[1] for connection in idle]  # at once, not after a time limit
+    assert statuses == [b"405", b"401"] * 40
+
+
+@pytest.mark.ray
+def test_one_impossible_rate_among_requests_at_once_fails_alone(service: Service, recordings):
+    record = next(iter(recordings.values()))
+    good = as_json(record, LIMB_LEADS)
+
+    async def at_once() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+            bodies = [{"records": [good | ({"rate_hz": 1e-310} if k == 2 else {})]} for k in range(5)]
+            return await asyncio.gather(*(client.post(f"{service.url}/v1/score", json=body) for body in bodies))
+
+    answers = asyncio.run(at_once())
+    assert [answer.status_code for answer in answers] == [200, 200, 422, 200, 200]
+    assert answers[2].json()["detail"][0]["loc"][-1] == "rate_hz"
 
 
 # --- what happens to it ---------------------------------------------------------------------------------------
