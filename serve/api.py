@@ -2,24 +2,21 @@
 
 import asyncio
 import logging
-import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel, FiniteFloat
 from starlette.middleware.cors import CORSMiddleware
 
 from lsemvae.errors import LsemvaeError, Refused
 from lsemvae.leads import LEADS, LIMB_LEADS, canonical
 from lsemvae.record import Record
-from serve import cohorts, page
+from serve import about, cohorts, page
 from serve.inputs import (
     DRAWN_BYTES_PER_SAMPLE,
     FILE_EXPANSION,
@@ -32,17 +29,10 @@ from serve.inputs import (
     to_record,
     uploaded,
 )
-from serve.observed import Metrics
-from serve.openapi import EXAMPLE, FILES_BODY, NPY_BODY, json_body, openapi
-from serve.reconstruct import Reconstructor
-from serve.registry import Registry, Served
+from serve.openapi import EXAMPLE, FILES_BODY, NPY_BODY, PROBLEMS, TOKEN_IN_OPENAPI, json_body, openapi
 from serve.schema import (
-    Health,
-    ModelCard,
-    ModelOut,
     Problem,
     Rate,
-    Readiness,
     ReconstructOut,
     ReconstructRequest,
     ReconstructResponse,
@@ -53,40 +43,11 @@ from serve.schema import (
     ScoreResponse,
     Unit,
 )
-from serve.scoring import NothingServed, Scoring, min_leads
+from serve.scoring import NothingServed, Scoring
 from serve.security import Guard, charge
+from serve.service import Service, TheService
 
 log = logging.getLogger("ray.serve")
-
-INTENDED_USE = (
-    "Research on ECG models, by people who can judge them. Not a medical device: not evaluated for clinical use, and "
-    "its scores must not guide anybody's care."
-)
-LIMITS = [
-    "The label is defined by the training data and its patients. On other patients the score, the probability and the "
-    "threshold may mean something else: validate there first.",
-    "A probability holds where the disease is as frequent as in the training cohort. Without calibration there is "
-    "none, and a score of 0.7 is not a risk of 70 %.",
-    "Reliability describes the recording. None of these numbers measures the model's uncertainty.",
-    "With missing or derived leads the scores have another distribution, so that the threshold finds another share of "
-    "positives. Reliability names these leads; `min_leads` is the least that this model accepts.",
-]
-
-
-@dataclass(frozen=True)
-class Service:
-    """What answers the requests, and its limits."""
-
-    registry: Registry
-    metrics: Metrics
-    reconstructor: Reconstructor | None = None
-    reconstructor_problem: str = ""
-    """Why the configured encoder could not be loaded."""
-    tokens: frozenset[str] = frozenset()
-    cors_origins: list[str] = field(default_factory=list)
-    max_body: int = 32 * 2**20
-    max_held: int = 512 * 2**20
-    body_timeout_s: float = 30.0
 
 
 def make_api(service: Service) -> FastAPI:
@@ -94,7 +55,7 @@ def make_api(service: Service) -> FastAPI:
     api = FastAPI(title="LS-EMVAE", version="1", docs_url=None, redoc_url=None)  # those pages load from other sites
     api.state.service = service
     api.state.scoring = Scoring(lambda: service.registry.served, service.metrics)
-    for router in (v1, cohorts.router, health, page.router):
+    for router in (v1, about.router, cohorts.router, page.router):
         api.include_router(router)
     api.add_exception_handler(RequestValidationError, _malformed)
     api.add_exception_handler(LsemvaeError, _unusable)
@@ -118,25 +79,13 @@ def make_api(service: Service) -> FastAPI:
     return api
 
 
-async def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-TheService = Annotated[Service, Depends(_service)]
-
 # --- scoring --------------------------------------------------------------------------------------------------
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"model": ScoreResponse | Problem, "description": "The body is unreadable, or every recording is refused."}
 }
 
-# The guard checks the token; the dependency only adds it to the OpenAPI description.
-v1 = APIRouter(
-    prefix="/v1",
-    dependencies=[Depends(HTTPBearer(auto_error=False))],
-    responses={status: {"model": Problem} for status in (400, 401, 408, 413, 415, 503)},
-)
+v1 = APIRouter(prefix="/v1", dependencies=[TOKEN_IN_OPENAPI], responses=PROBLEMS)
 
 
 @v1.post("/score", response_model=ScoreResponse, responses=_REFUSALS, openapi_extra=json_body(ScoreRequest, EXAMPLE))
@@ -245,62 +194,6 @@ async def reconstruct(request: Request, service: TheService) -> Response:
         results[b] = out
     response = ReconstructResponse(model=service.reconstructor.bundle.digest, results=results)
     return await _answer(response, 422 if all(result.refused for result in results) else 200, is_large=True)
-
-
-# --- models and health ----------------------------------------------------------------------------------------
-
-
-@v1.get("/models")
-async def models(service: TheService) -> list[ModelCard]:
-    """The model cards of the served models."""
-    return [_card(served) for served in service.registry.served.values()]
-
-
-health = APIRouter()
-
-
-@health.get("/healthz")
-async def healthz() -> Health:
-    """Answers while the process is alive."""
-    return Health()
-
-
-@health.get("/readyz", responses={503: {"model": Readiness, "description": "No model is loaded."}})
-async def readyz(service: TheService) -> Any:
-    """Whether recordings can be scored, which models answer, and why a promoted version does not."""
-    registry = service.registry
-    models = [f"{m.name}/{m.version}" if m.version else m.name for m in _described(registry.served)]
-    # An address may hold a password, and this path needs no token.
-    problems = {name: re.sub(r"//[^/@\s]+@", "//", text) for name, text in registry.problems.items()}
-    state = Readiness(ready=registry.ready, models=models, problems=problems)
-    return state if state.ready else JSONResponse(state.model_dump(), 503)
-
-
-def _described(served: Mapping[str, Served]) -> list[ModelOut]:
-    return [model.described for model in served.values()]
-
-
-def _card(served: Served) -> ModelCard:
-    bundle = served.scorer.bundle
-    return ModelCard(
-        **served.described.model_dump(),
-        min_leads=min_leads(bundle),
-        architecture=bundle.architecture,
-        preprocess=asdict(bundle.preprocess),
-        calibration=asdict(bundle.calibration) if bundle.calibration else None,
-        provenance=_finite(bundle.provenance),
-        intended_use=INTENDED_USE,
-        limits=LIMITS,
-    )
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- bodies and answers ---------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from ray.serve import Application
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.memory import keep_freed_memory
-from serve.api import Service, make_api
+from serve.api import make_api
 from serve.observed import Metrics
 from serve.reconstruct import load_encoder
 from serve.registry import Registry
 from serve.security import tokens_from_environment
+from serve.service import Service
 
 log = logging.getLogger("ray.serve")
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from serve.inputs import MAX_FILES
-from serve.schema import RESEARCH_ONLY, ReconstructRequest, ScoreRequest
+from serve.schema import RESEARCH_ONLY, Problem, ReconstructRequest, ScoreRequest
 
 DESCRIPTION = f"""Scores ECGs of 12 leads, 6 leads, or any subset that a model takes. {RESEARCH_ONLY}
 
@@ -31,6 +32,10 @@ def json_body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]
     content = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example}
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
+
+# The guard checks the token; this dependency only adds it to the description.
+TOKEN_IN_OPENAPI = Depends(HTTPBearer(auto_error=False))
+PROBLEMS: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 401, 408, 413, 415, 503)}
 
 NPY_BODY = {
     "requestBody": {

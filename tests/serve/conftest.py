@@ -13,10 +13,11 @@ from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import build
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.record import Record
-from serve.api import Service, make_api
+from serve.api import make_api
 from serve.observed import Metrics
 from serve.reconstruct import Reconstructor
 from serve.registry import Registry
+from serve.service import Service
 
 
 @pytest.fixture(scope="module")

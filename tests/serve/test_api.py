@@ -39,13 +39,14 @@ from lsemvae.leads import CHEST_LEADS, LEADS, LIMB_LEADS
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.record import Record
 from serve import scoring
-from serve.api import Service, make_api
+from serve.api import make_api
 from serve.inputs import TooLarge, from_files, from_json, json_memory, to_record
 from serve.observed import Metrics
 from serve.reconstruct import Reconstructor
 from serve.registry import Registry
 from serve.schema import MAX_RECORDS, MAX_SAMPLES, RecordIn, RecordOut, ScoreRequest
 from serve.scoring import Batcher, min_leads
+from serve.service import Service
 
 # --- what is answered -----------------------------------------------------------------------------------------
 

@@ -21,10 +21,11 @@ from support.serving import TOKEN, answering, as_json, ask, npy, only, score, sc
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.record import Record
-from serve.api import Service, make_api
+from serve.api import make_api
 from serve.app import Config, make_service
 from serve.observed import Metrics
 from serve.security import OPEN_PATHS, Guard, tokens_from_environment
+from serve.service import Service
 
 OTHER = "another-token-of-somebody-else"
 LIMIT = 800_000

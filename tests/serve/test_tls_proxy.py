@@ -17,7 +17,8 @@ from support.serving import TOKEN, as_json, listening
 from support.session import ROOT, end_group
 
 from lsemvae.record import Record
-from serve.api import Service, make_api
+from serve.api import make_api
+from serve.service import Service
 
 CONFIGURATION = ROOT / "infra" / "haproxy.cfg"
 BEARER = f"Authorization: Bearer {TOKEN}"

@@ -83,7 +83,8 @@ def parse_workflow(script: str, words: list[str]) -> object:
 
 def endpoint_paths() -> set[str]:
     """The paths that the endpoint answers."""
-    from serve.api import Service, make_api
+    from serve.api import make_api
+    from serve.service import Service
 
     api = make_api(Service(registry=None, metrics=None))
     return {*api.openapi()["paths"], api.openapi_url}

@@ -13,7 +13,8 @@ import uvicorn
 
 from lsemvae.leads import LEADS
 from lsemvae.record import Record
-from serve.api import Service, make_api
+from serve.api import make_api
+from serve.service import Service
 
 TOKEN = "the-tests-own-token"
 

@@ -1,0 +1,34 @@
+"""What every route needs: the models, the limits and the metrics of a replica."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from serve.observed import Metrics
+from serve.reconstruct import Reconstructor
+from serve.registry import Registry
+
+
+@dataclass(frozen=True)
+class Service:
+    """What answers the requests, and its limits."""
+
+    registry: Registry
+    metrics: Metrics
+    reconstructor: Reconstructor | None = None
+    reconstructor_problem: str = ""
+    """Why the configured encoder could not be loaded."""
+    tokens: frozenset[str] = frozenset()
+    cors_origins: list[str] = field(default_factory=list)
+    max_body: int = 32 * 2**20
+    max_held: int = 512 * 2**20
+    body_timeout_s: float = 30.0
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(_service)]
