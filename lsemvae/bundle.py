@@ -23,6 +23,7 @@ from torch import nn
 
 from lsemvae import __version__
 from lsemvae.errors import BundleError, LsemvaeError, Refused
+from lsemvae.fields import as_json
 from lsemvae.leads import LEADS, in_order
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
@@ -89,7 +90,7 @@ class Bundle:
         """The description of a model that `models.build` made."""
         config: Any = model.config
         leads: Any = model.leads  # every architecture has both, which nn.Module does not know
-        return cls(architecture_name(config), asdict(config), tuple(leads), preprocess, **rest)
+        return cls(architecture_name(config), as_json(config), tuple(leads), preprocess, **rest)
 
 
 def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:

@@ -1,13 +1,13 @@
-"""What a run is made of: frozen dataclasses, every field of which the command line may override."""
+"""What a run is made of: frozen dataclasses. The command line may override every field."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lsemvae.errors import BundleError, LsemvaeError
-from lsemvae.fields import read_fields
+from lsemvae.fields import as_json, read
 from lsemvae.leads import LEADS
-from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.models.contract import EncoderConfig
 from lsemvae.preprocess import PreprocessConfig
 
 Recipe = TypeVar("Recipe")
@@ -15,7 +15,7 @@ Recipe = TypeVar("Recipe")
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and how long it runs."""
+    """AdamW, its schedule, and how long training takes."""
 
     epochs: int
     batch_size: int
@@ -25,13 +25,14 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     accumulate: int = 1
-    """Parts that a worker's batch goes through the model in, for one step: less memory, the same gradient."""
+    """Split each worker's batch into so many parts, which go through the model one after another: less memory, the same
+    gradient."""
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0 to its full value."""
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False
-    """torch.compile: worth its minute on a GPU."""
+    """Use torch.compile. It takes a minute to start, and pays on a GPU."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,28 +47,28 @@ class OptimConfig:
 class PretrainRecipe:
     """A pre-training run on unlabelled recordings."""
 
-    model: LSEMVAEConfig
+    model: EncoderConfig
     optim: OptimConfig
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     preprocess_on: Literal["cpu", "device"] = "cpu"
-    """Where records are filtered and scaled. On the device they are equal within 1e-4 of a standard deviation, and the
-    processors only decode."""
+    """Where records are filtered and scaled. On the device the result is equal within 1e-4 of a standard deviation,
+    and the CPUs only decode."""
     leads: tuple[str, ...] = LEADS
     kl_warmup_epochs: float = 10.0
-    """Beta annealing: the KL term's weight rises from 0 to its full value over so many epochs."""
+    """Epochs over which the weight of the KL term rises from 0 to its full value (beta annealing)."""
     streams: int = 8
-    """Parts that the recordings are dealt to; each worker reads some of them. At least the number of workers, a
-    divisor of the batch size; with the same streams, other numbers of workers see the same batches."""
+    """Streams that the recordings are dealt to; each worker reads some of them. Must be at least the number of workers
+    and divide the batch size. With the same streams, any number of workers sees the same batches."""
     shuffle_buffer: int = 1024
-    """Recordings that are mixed at any time (0.24 MB each), over all streams, on top of the shards' own order."""
+    """Shuffle-buffer size in recordings (0.24 MB each), over all streams."""
     checkpoint_steps: int = 0
-    """Steps between two checkpoints within an epoch; 0 for none. Each epoch ends with one."""
+    """Write a checkpoint every so many steps within an epoch; 0 for none. Each epoch ends with one."""
     early_stop_epochs: int = 0
-    """Stop when the validation loss has not improved for so many epochs; 0 for never."""
+    """Stop when the validation loss has not improved for so many epochs; 0 never stops early."""
     max_damaged_share: float = 0.01
-    """Stop when more of an epoch's recordings than this cannot be read from damaged shards."""
+    """Stop when a larger share of an epoch's recordings is unreadable because shards are damaged."""
     plot_every: int = 5
-    """Epochs between two pictures of reconstructions."""
+    """Draw reconstructions every so many epochs."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class FinetuneRecipe:
     dropout: float = 0.5
     focal_gamma: float = 2.0
     balance: bool = True
-    """Weigh the classes of the focal loss by the other's share, so that both count alike."""
+    """Weight each class in the focal loss by the share of the other, so that both count the same."""
     bootstrap_draws: int = 300
     embed_batch_size: int = 64
 
@@ -90,19 +91,19 @@ class FinetuneRecipe:
 
 
 def recipe_from(kind: type[Recipe], values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `dataclasses.asdict`, and perhaps JSON, made `values` of.
+    """The recipe that `fields.as_json` turned into `values`.
 
     Raises LsemvaeError naming a field that is unknown, missing, of another type or out of range.
     """
     try:
-        return read_fields(kind, values, "recipe")
+        return read(kind, values, "recipe")
     except BundleError as error:
         raise LsemvaeError(str(error)) from None
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """The recipe with some fields set, named as in `{"model.beta": 0.5}`. Raises LsemvaeError as `recipe_from`."""
-    values = asdict(recipe)
+    values = as_json(recipe, every_tag=True)
     for name, value in settings.items():
         *outer, last = name.split(".")
         place = values

@@ -4,16 +4,19 @@ Any field can be overridden after the name.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from lsemvae.config import FinetuneRecipe, OptimConfig, PretrainRecipe, Recipe, recipe_from
 from lsemvae.errors import LsemvaeError
-from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.fields import as_json
+from lsemvae.models import PRESETS
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.storage import Storage
 
+_MODELS = PRESETS["lsemvae"]
+
 _PAPER = PretrainRecipe(
-    model=LSEMVAEConfig(),
+    model=_MODELS["paper"],
     optim=OptimConfig(epochs=100, batch_size=128, learning_rate=1e-4, precision="bf16"),
     kl_warmup_epochs=50,
     shuffle_buffer=4096,
@@ -25,20 +28,20 @@ PRETRAIN: dict[str, PretrainRecipe] = {
     # The released code's fusion, objective, preprocessing and schedule, with every batch's gradient used.
     "released": replace(
         _PAPER,
-        model=LSEMVAEConfig.released(),
+        model=_MODELS["released"],
         optim=replace(_PAPER.optim, learning_rate=5e-4, weight_decay=1e-5),
         preprocess=PreprocessConfig(scale="lead"),
     ),
     # Sixteen million parameters, for a few hundred or thousand recordings on a CPU.
     "small": PretrainRecipe(
-        model=LSEMVAEConfig(latent=128, channels=(4, 8, 8)),
+        model=_MODELS["small"],
         optim=OptimConfig(epochs=10, batch_size=32, learning_rate=1e-3),
         kl_warmup_epochs=4,
         shuffle_buffer=256,
     ),
     # Seconds: for tests.
     "smoke": PretrainRecipe(
-        model=LSEMVAEConfig(latent=16, channels=(4, 8, 8)),
+        model=_MODELS["smoke"],
         optim=OptimConfig(epochs=4, batch_size=32, learning_rate=2e-3),
         kl_warmup_epochs=2,
         shuffle_buffer=128,
@@ -60,8 +63,8 @@ FINETUNE: dict[str, FinetuneRecipe] = {
 
 
 def recipe_json(recipe: PretrainRecipe | FinetuneRecipe) -> str:
-    """A recipe as the text of a file that `read_recipe` reads: every field, as JSON."""
-    return json.dumps(asdict(recipe), indent=2) + "\n"
+    """A recipe as the text of a file that `read_recipe` reads: every field, and the architecture's name."""
+    return json.dumps(as_json(recipe, every_tag=True), indent=2) + "\n"
 
 
 def read_recipe(uri: str, kind: type[Recipe]) -> Recipe:

@@ -1,16 +1,48 @@
-"""Architectures by configuration: one contract, `embed(x_BLT, lead_mask_BL) -> h_BF`, one file each."""
+"""Architectures by configuration: one contract (`lsemvae.models.contract`), one file for each architecture.
+
+To add one: a file with a configuration (an `EncoderConfig`), a module that follows the contract, and `PRESETS`; and
+its line in `ARCHITECTURES` and `PRESETS` here. Tests over every architecture then include it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from lsemvae import fields
 from lsemvae.errors import BundleError
-from lsemvae.fields import read_fields
+from lsemvae.models import lsemvae
 from lsemvae.models.classifier import Classifier, ClassifierConfig
+from lsemvae.models.contract import (
+    Encoder,
+    EncoderConfig,
+    Predicts,
+    Pretrains,
+    Reconstructs,
+    Trains,
+    Validation,
+)
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
 
-ARCHITECTURES: dict[type, type[nn.Module]] = {LSEMVAEConfig: LSEMVAE, ClassifierConfig: Classifier}
+__all__ = [
+    "ARCHITECTURES",
+    "PRESETS",
+    "Encoder",
+    "EncoderConfig",
+    "Predicts",
+    "Pretrains",
+    "Reconstructs",
+    "Trains",
+    "Validation",
+    "architecture_name",
+    "build",
+    "config_from",
+]
+
+ARCHITECTURES: dict[type[Any], type[nn.Module]] = {LSEMVAEConfig: LSEMVAE, ClassifierConfig: Classifier}
+
+PRESETS: Mapping[str, Mapping[str, EncoderConfig]] = {"lsemvae": lsemvae.PRESETS}
+"""Configurations that recipes name, by architecture."""
 
 
 def build(config: Any, leads: Sequence[str]) -> nn.Module:
@@ -22,17 +54,16 @@ def build(config: Any, leads: Sequence[str]) -> nn.Module:
 
 
 def architecture_name(config: Any) -> str:
-    """How a bundle's config.json calls the architecture of this configuration: `"lsemvae"`."""
+    """The name of this configuration's architecture in a bundle's config.json: `"lsemvae"`."""
     return type(config).architecture
 
 
 def config_from(name: str, values: Mapping[str, Any]) -> Any:
-    """The configuration that a bundle's config.json holds: what `dataclasses.asdict` and JSON made of it.
+    """The configuration that a bundle's config.json holds, as `fields.as_json` wrote it.
 
     Raises BundleError naming an architecture or a field that is not known, missing, or of another type.
     """
-    for config_type in ARCHITECTURES:
-        if config_type.architecture == name:
-            return read_fields(config_type, values, "config")
-    known = ", ".join(config_type.architecture for config_type in ARCHITECTURES)
-    raise BundleError(f"unknown architecture {name!r}: this version knows {known}")
+    known: dict[str, Any] = {config_type.architecture: config_type for config_type in ARCHITECTURES}
+    if name not in known:
+        raise BundleError(f"unknown architecture {name!r}: this version knows {', '.join(known)}")
+    return fields.read(known[name], values, "config")

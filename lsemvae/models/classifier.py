@@ -1,16 +1,16 @@
-"""A head on frozen lead encoders: what is fine-tuned, scored and served."""
+"""An encoder and a head: what is fine-tuned, scored and served."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import in_order
-from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig, embed_leads
-from lsemvae.models.parts.blocks import LeadEncoders
+from lsemvae.models.contract import EncoderConfig
+from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.models.parts.head import Head
 
 
@@ -24,7 +24,7 @@ class ClassifierConfig:
 
     architecture: ClassVar[str] = "classifier"
 
-    encoder: LSEMVAEConfig = field(default_factory=LSEMVAEConfig)
+    encoder: EncoderConfig = field(default_factory=LSEMVAEConfig)
     hidden: int = 128
     dropout: float = 0.5
     focal_gamma: float = 2.0
@@ -42,22 +42,13 @@ class ClassifierConfig:
 
 
 class Classifier(nn.Module):
-    """Lead encoders without log-variance heads, and a head: x_BLT, lead_mask_BL -> probability_B.
-
-    Inputs as for LSEMVAE, over this model's `leads`.
-    """
+    """The part of an encoder that embeds, and a head. Inputs as in `lsemvae.models.contract`."""
 
     def __init__(self, config: ClassifierConfig, leads: Sequence[str]) -> None:
         super().__init__()
         self.config = config
         self.leads = in_order(leads)
-        self.encoders = LeadEncoders(
-            self.leads,
-            samples=config.encoder.samples,
-            latent=config.encoder.latent,
-            channels=config.encoder.channels,
-            log_variance=False,
-        )
+        self.encoders: Any = config.encoder.embedder(self.leads)  # bundles hold its weights by this name
         self.head = Head(
             self.embedding_size,
             hidden=config.hidden,
@@ -67,10 +58,11 @@ class Classifier(nn.Module):
         )
 
     @classmethod
-    def from_encoder(cls, model: LSEMVAE, leads: Sequence[str], head: Head) -> Self:
-        """The encoders of the named leads of a pre-trained model under a head trained on their embeddings.
+    def from_encoder(cls, model: Any, leads: Sequence[str], head: Head) -> Self:
+        """What embeds the named leads in a pre-trained model, under a head trained on its embeddings.
 
-        Memory is shared with `model` where LeadEncoders.select can, and with `head`.
+        `model` is a `lsemvae.models.contract.Pretrains`. Memory is shared with it where its `embedder` can, and with
+        `head`. Raises LsemvaeError where the head reads another number of features.
         """
         config = ClassifierConfig(
             encoder=model.config,
@@ -86,24 +78,30 @@ class Classifier(nn.Module):
                 f"the head reads {len(head.mean_F)} features and {', '.join(classifier.leads)} give "
                 f"{classifier.embedding_size}: train it on embeddings of these leads"
             )
-        classifier.encoders = model.encoders.select(leads, log_variance=False)
+        classifier.encoders = model.embedder(classifier.leads)
         classifier.head = head
         return classifier.train(head.training)
 
     @property
     def embedding_size(self) -> int:
-        """F = L x D."""
-        return len(self.leads) * self.config.encoder.latent
+        """F."""
+        return self.encoders.embedding_size
 
     def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
-        """h_BF: the lead means one after another, zeros for an absent lead."""
-        return embed_leads(self.encoders, x_BLT, lead_mask_BL)
+        """h_BF."""
+        return self.encoders.embed(x_BLT, lead_mask_BL)
+
+    def observed(self, lead_mask_BL: Tensor) -> Tensor:
+        """Which features hold something of the recording, [B, F] bool."""
+        return self.encoders.observed(lead_mask_BL)
 
     def predict(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """probability_B of the positive class."""
-        return self.head.predict(self.embed(x_BLT, lead_mask_BL), lead_mask_BL)
+        return self.head.predict(self.embed(x_BLT, lead_mask_BL), self.observed(lead_mask_BL))
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """batch: `x_BLT`, `lead_mask_BL`, `y_B` -> what Head.forward gives: training end to end."""
-        h_BF = self.embed(batch["x_BLT"], batch["lead_mask_BL"])
-        return self.head({"h_BF": h_BF, "y_B": batch["y_B"], "lead_mask_BL": batch["lead_mask_BL"]})
+    def forward(self, batch: Mapping[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
+        """batch: `x_BLT`, `lead_mask_BL`, `y_B`, optionally `share_B` -> what Head.forward gives, end to end."""
+        given = {name: batch[name] for name in ("y_B", "share_B") if name in batch}
+        given["h_BF"] = self.embed(batch["x_BLT"], batch["lead_mask_BL"])
+        given["observed_BF"] = self.observed(batch["lead_mask_BL"])
+        return self.head(given, check=check)

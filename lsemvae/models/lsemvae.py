@@ -6,16 +6,17 @@ model and the ablations are settings of the same class.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS, in_order
+from lsemvae.models.contract import EncoderConfig
 from lsemvae.models.parts import fusion, objectives
 from lsemvae.models.parts.blocks import Decoder, LeadEncoders
-from lsemvae.models.parts.diagnostics import Diagnostics
+from lsemvae.models.parts.diagnostics import Evaluated, ReconstructionPass
 
 DecoderKind = Literal["lead", "paper"]
 Fusion = Literal["hime", "product", "mixture", "released"]
@@ -23,33 +24,33 @@ Objective = Literal["paper", "released"]
 
 
 @dataclass(frozen=True)
-class LSEMVAEConfig:
-    """The shape of the model, its fusion and what it minimises. The defaults are the paper's sizes."""
+class LSEMVAEConfig(EncoderConfig):
+    """Sizes, fusion and objective of the model. The defaults are the paper's sizes."""
 
     architecture: ClassVar[str] = "lsemvae"
 
     samples: int = 5000
-    """Time points a record, divisible by 8."""
+    """Time points of a record; a multiple of 8."""
     latent: int = 256
-    """D, the units of the latent."""
+    """D, the number of latent units."""
     channels: tuple[int, int, int] = (16, 32, 64)
-    """Of the three convolutions."""
+    """Output channels of the three convolutions."""
     decoder: DecoderKind = "lead"
-    """lead: reconstructions differ by lead; paper: one tensor for every lead."""
+    """lead: each lead has its own reconstruction; paper: all leads get the same one."""
     decoder_leads: tuple[str, ...] = ()
-    """What is reconstructed; empty: the leads that are read."""
+    """Leads to reconstruct; by default the leads that the encoders read."""
     fusion: Fusion = "hime"
-    """hime; the ablations product and mixture (of the leads alone); released."""
+    """hime (the paper's); product and mixture, its ablations; released, that of the released code."""
     objective: Objective = "paper"
-    """paper (eqs. 1 and 2), or released, whose terms have other units."""
+    """paper (eqs. 1 and 2), or released, that of the released code, whose terms have other units."""
     reconstruction_weight: float = 1000.0
-    """lambda of eq. 2, the same for every lead. At 1 the posterior collapses: see docs/performance.md."""
+    """lambda of eq. 2, the same for every lead. At 1 the posterior collapses, see docs/performance.md."""
     beta: float = 1.0
-    """Weight of the KL of eq. 2, once it has risen."""
+    """Weight of the KL term of eq. 2, after it has risen to its full value."""
     gamma: float = 0.01
-    """Weight of the alignment, eq. 1; 0 is the ablation without it."""
+    """Weight of the alignment term, eq. 1; 0 leaves it out."""
     lead_dropout: float = 0.0
-    """Mean share of observed leads that training hides from the encoders (up to 0.5)."""
+    """Mean share of the observed leads that training hides from the encoders, up to 0.5."""
 
     def __post_init__(self) -> None:
         if self.samples < 8 or self.samples % 8:
@@ -69,8 +70,14 @@ class LSEMVAEConfig:
         if not 0 <= self.lead_dropout <= 0.5:
             raise LsemvaeError(f"lead_dropout is {self.lead_dropout}: give a share between 0 and 0.5")
 
+    def embedder(self, leads: Sequence[str]) -> LeadEncoders:
+        """Untrained lead encoders without log-variance heads."""
+        return LeadEncoders(
+            in_order(leads), samples=self.samples, latent=self.latent, channels=self.channels, log_variance=False
+        )
+
     @classmethod
-    def released(cls, **changes: object) -> Self:
+    def released(cls, **changes: Any) -> Self:
         """The authors' released code: its fusion, decoder, objective and weights."""
         preset = cls(decoder="paper", fusion="released", objective="released", reconstruction_weight=1e-3, gamma=0.1)
         return replace(preset, **changes)
@@ -82,21 +89,30 @@ TERMS = (
 """What `LSEMVAE.forward` returns."""
 
 
-class LSEMVAE(nn.Module):
-    """The model over `leads`, by name, in the fixed order I … V6.
+class _Pass(NamedTuple):
+    """What a batch gave: its terms and which records are finite, the posterior, targets with their mask."""
 
-    Inputs are `x_BLT` (the model's leads in the order of `.leads`, T = config.samples) and `lead_mask_BL`
-    (True = observed); what a masked lead holds, NaN included, changes nothing. A wrong shape raises
-    LsemvaeError.
-    """
+    terms: tuple[dict[str, Tensor], Tensor]
+    posterior: fusion.Posterior
+    targets: tuple[Tensor, Tensor]
+
+
+class LSEMVAE(nn.Module):
+    """The model over `leads`, by name, in the fixed order I … V6. Inputs as in `lsemvae.models.contract`."""
 
     def __init__(self, config: LSEMVAEConfig, leads: Sequence[str] = LEADS) -> None:
         super().__init__()
         self.config = config
         self.leads = in_order(leads)
-        sizes = {"samples": config.samples, "latent": config.latent, "channels": config.channels}
-        self.encoders = LeadEncoders(self.leads, **sizes)
-        self.decoder = Decoder(config.decoder_leads or self.leads, kind=config.decoder, **sizes)
+        self.noise_size = config.latent
+        self.encoders = LeadEncoders(self.leads, samples=config.samples, latent=config.latent, channels=config.channels)
+        self.decoder = Decoder(
+            config.decoder_leads or self.leads,
+            samples=config.samples,
+            latent=config.latent,
+            channels=config.channels,
+            kind=config.decoder,
+        )
 
     @property
     def decoder_leads(self) -> tuple[str, ...]:
@@ -106,11 +122,19 @@ class LSEMVAE(nn.Module):
     @property
     def embedding_size(self) -> int:
         """F = L x D."""
-        return len(self.leads) * self.config.latent
+        return self.encoders.embedding_size
 
     def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
-        """h_BF: the lead means mu_i one after another, zeros for an absent lead. Computes no log-variance."""
-        return embed_leads(self.encoders, x_BLT, lead_mask_BL)
+        """h_BF: the lead means mu_i one after another, zeros for an absent lead."""
+        return self.encoders.embed(x_BLT, lead_mask_BL)
+
+    def observed(self, lead_mask_BL: Tensor) -> Tensor:
+        """Which features belong to an observed lead, [B, F] bool."""
+        return self.encoders.observed(lead_mask_BL)
+
+    def embedder(self, leads: Sequence[str]) -> LeadEncoders:
+        """The named leads' encoders without log-variance heads. See LeadEncoders.select."""
+        return self.encoders.select(leads, log_variance=False)
 
     def posterior(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> fusion.Posterior:
         """q(z given the observed leads), with its experts and their weights."""
@@ -121,57 +145,53 @@ class LSEMVAE(nn.Module):
         return self.decoder(self.posterior(x_BLT, lead_mask_BL).mu_BD)
 
     def select(self, leads: Sequence[str]) -> Self:
-        """The model that reads only the named leads and reconstructs what this one does. See LeadEncoders."""
+        """The model that reads only the named leads and reconstructs what this one does. See LeadEncoders.select."""
         with torch.device("meta"):
             chosen = type(self)(replace(self.config, decoder_leads=self.decoder_leads), leads)
         chosen.encoders = self.encoders.select(leads)
         chosen.decoder = self.decoder
         return chosen.train(self.training)
 
-    def forward(
-        self,
-        batch: Mapping[str, Tensor],
-        *,
-        kl_scale: float | Tensor = 1.0,
-        noise_BD: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        diagnostics: Diagnostics | None = None,
-        check: bool = True,
-    ) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, each a scalar: means over the records (eqs. 1 and 2).
+    def forward(self, batch: Mapping[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
+        """The loss of a batch and its terms (eqs. 1 and 2), as in `lsemvae.models.contract.Trains`.
 
-        batch: `x_BLT`, `lead_mask_BL`; optionally `target_BLT` and `target_mask_BL` over the decoder's leads,
-        by default the input and its mask (a decoder lead that is not read is then no target), `share_B`, each
-        record's share in the means (by default 1/B), and `noise_BD`.
-        `kl_scale` is how far beta has risen, 0 to 1. z = mu + s * noise, in training and out of it; pass
-        noise, or a generator, to repeat it. `diagnostics` is updated with the posterior and with the
-        reconstruction from its mean.
+        batch: `x_BLT`, `lead_mask_BL`; optionally `target_BLT` and `target_mask_BL` over the decoder's leads, by
+        default the input and its mask (a lead that is decoded but not read is then no target); `share_B`; `kl_scale`,
+        how far beta has risen; and `noise_BD`, with z = mu + s * noise, in training and in evaluation.
 
-        Returns "loss" (the only one with a gradient), the unweighted "reconstruction", "kl" (nats) and
-        "alignment", and "weighted_reconstruction", "weighted_kl" and "weighted_alignment", which sum to it.
-        Raises NonFiniteBatch with the positions of records that hold NaN, or no lead at all, or whose loss
-        is not finite. With `check=False` it does not look, which would make an accelerator wait, but also returns
-        "good_B": which records are none of these.
+        Returns "loss", the unweighted "reconstruction", "kl" (nats) and "alignment", and "weighted_reconstruction",
+        "weighted_kl" and "weighted_alignment", which sum to the loss. A record with no lead at all is not finite.
         """
+        found, good_B = self._evaluate(batch).terms
+        if not check:
+            return found | {"good_B": good_B}
+        objectives.require(good_B, "NaN, infinity or no lead at all")
+        return found
+
+    def validation(self) -> ReconstructionPass:
+        """Loss terms, active units and how well each lead is reconstructed from the posterior mean."""
+        device = self.decoder.fc.weight.device
+
+        def evaluate(batch: Mapping[str, Tensor]) -> Evaluated:
+            now = self._evaluate({name: values for name, values in batch.items() if name != "kl_scale"})
+            found, good_B = now.terms
+            objectives.require(good_B, "NaN, infinity or no lead at all")
+            prediction_BLT = self.decoder(now.posterior.mu_BD)
+            return Evaluated(found, now.posterior.mu_BD, now.posterior.logvar_BD, prediction_BLT, *now.targets)
+
+        return ReconstructionPass(evaluate, TERMS, self.config.latent, self.decoder_leads, device)
+
+    def _evaluate(self, batch: Mapping[str, Tensor]) -> _Pass:
         x_BLT, lead_mask_BL, share_B = batch["x_BLT"], batch["lead_mask_BL"], batch.get("share_B")
         target_BLT, target_mask_BL = self._targets(batch)
         seen_mask_BL = lead_mask_BL
         if self.training and self.config.lead_dropout > 0:
-            seen_mask_BL = hide_leads(lead_mask_BL, self.config.lead_dropout, generator)
+            seen_mask_BL = hide_leads(lead_mask_BL, self.config.lead_dropout)
 
         mu_BLD, logvar_BLD = self._experts(x_BLT, seen_mask_BL)
         posterior = self._fuse(mu_BLD, logvar_BLD, seen_mask_BL)
-        if noise_BD is None:
-            noise_BD = batch.get("noise_BD")
-        if noise_BD is None:
-            noise_BD = torch.randn(
-                posterior.mu_BD.shape,
-                dtype=posterior.mu_BD.dtype,
-                device=posterior.mu_BD.device,
-                generator=generator,
-            )
-        z_BD = posterior.mu_BD + (0.5 * posterior.logvar_BD).exp() * noise_BD
-        prediction_BLT = self.decoder(z_BD)
+        noise_BD = batch["noise_BD"] if "noise_BD" in batch else torch.randn_like(posterior.mu_BD)
+        prediction_BLT = self.decoder(posterior.mu_BD + (0.5 * posterior.logvar_BD).exp() * noise_BD)
 
         if self.config.objective == "paper":
             reconstruction_B = objectives.reconstruction(prediction_BLT, target_BLT, target_mask_BL)
@@ -180,11 +200,6 @@ class LSEMVAE(nn.Module):
         else:
             reconstruction_B = objectives.released_reconstruction(prediction_BLT, target_BLT, target_mask_BL)
             kl_B, alignment_B = objectives.released_kl_and_alignment(mu_BLD, logvar_BLD, seen_mask_BL)
-
-        if diagnostics is not None:
-            with torch.no_grad():
-                from_mean_BLT = self.decoder(posterior.mu_BD)
-            diagnostics.update(posterior.mu_BD, posterior.logvar_BD, from_mean_BLT, target_BLT, target_mask_BL)
         terms = {
             "reconstruction": objectives.average(reconstruction_B, share_B),
             "kl": objectives.average(kl_B, share_B),
@@ -192,7 +207,7 @@ class LSEMVAE(nn.Module):
         }
         weights = {
             "reconstruction": self.config.reconstruction_weight,
-            "kl": self.config.beta * kl_scale,
+            "kl": self.config.beta * batch.get("kl_scale", 1.0),
             "alignment": self.config.gamma,
         }
         weighted = {f"weighted_{name}": weights[name] * term for name, term in terms.items()}
@@ -202,14 +217,12 @@ class LSEMVAE(nn.Module):
             & objectives.finite_records((reconstruction_B + kl_B + alignment_B).detach())
             & lead_mask_BL.any(dim=1)
         )
-        found = {"loss": sum(weighted.values())} | {name: term.detach() for name, term in (terms | weighted).items()}
-        if not check:
-            return found | {"good_B": good_B}
-        objectives.require(good_B, "NaN, infinity or no lead at all")
-        return found
+        loss = weighted["weighted_reconstruction"] + weighted["weighted_kl"] + weighted["weighted_alignment"]
+        found = {"loss": loss} | {name: term.detach() for name, term in (terms | weighted).items()}
+        return _Pass((found, good_B), posterior, (target_BLT, target_mask_BL))
 
     def _experts(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoders(_masked_input(self.encoders, x_BLT, lead_mask_BL))
+        return self.encoders(self.encoders.masked(x_BLT, lead_mask_BL))
 
     def _fuse(self, mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> fusion.Posterior:
         match self.config.fusion:
@@ -244,35 +257,26 @@ class LSEMVAE(nn.Module):
         return target_BLT, mask_BL
 
 
-def _masked_input(encoders: LeadEncoders, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
-    """The input with zeros in place of absent leads, once its shape is what the encoders read."""
-    expected = (len(encoders.leads), encoders.samples)
-    if x_BLT.ndim != 3 or x_BLT.shape[1:] != expected or lead_mask_BL.shape != x_BLT.shape[:2]:
-        raise LsemvaeError(
-            f"the input is {list(x_BLT.shape)} with a mask {list(lead_mask_BL.shape)}: give [batch, "
-            f"{expected[0]}, {expected[1]}] and [batch, {expected[0]}] for {', '.join(encoders.leads)}"
-        )
-    return torch.where(lead_mask_BL.unsqueeze(-1), x_BLT, torch.zeros_like(x_BLT))
+def hide_leads(lead_mask_BL: Tensor, share: float) -> Tensor:
+    """Lead dropout: the mask with random observed leads hidden, never all of them, [B, L].
 
-
-def embed_leads(encoders: LeadEncoders, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
-    """h_BF in float32 or better: the means of the leads one after another, zeros for an absent lead."""
-    mu_BLD = fusion.full_precision(encoders.means(_masked_input(encoders, x_BLT, lead_mask_BL)))
-    return torch.where(lead_mask_BL.unsqueeze(-1), mu_BLD, torch.zeros_like(mu_BLD)).flatten(1)
-
-
-def hide_leads(lead_mask_BL: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """The mask with random observed leads hidden, never all of them: lead dropout, [B, L].
-
-    Each record draws its own rate from U(0, 2 share), so that few leads are seen as often as many: at a share
-    of 0.5 every number of hidden leads is equally likely.
+    Each record draws its own rate from U(0, 2 share), so that few observed leads are as frequent as many: at a share of
+    0.5 every number of hidden leads is equally likely.
     """
-    draws = torch.rand((len(lead_mask_BL), lead_mask_BL.shape[1] + 1), device=lead_mask_BL.device, generator=generator)
+    draws = torch.rand((len(lead_mask_BL), lead_mask_BL.shape[1] + 1), device=lead_mask_BL.device)
     chance_BL, rate_B1 = draws[:, 1:], 2 * share * draws[:, :1]
     kept_mask_BL = chance_BL >= rate_B1
     luckiest_B1 = chance_BL.masked_fill(~lead_mask_BL, -1.0).argmax(dim=1, keepdim=True)
     return lead_mask_BL & kept_mask_BL.scatter(1, luckiest_B1, True)
 
+
+PRESETS = {
+    "paper": LSEMVAEConfig(),
+    "released": LSEMVAEConfig.released(),
+    "small": LSEMVAEConfig(latent=128, channels=(4, 8, 8)),
+    "smoke": LSEMVAEConfig(latent=16, channels=(4, 8, 8)),
+}
+"""Configurations that recipes name."""
 
 _ENCODER_PARTS = ("conv1", "conv2", "conv3", "fc_mu", "fc_logvar")
 _DECODER_PARTS = ("fc", "convtrans1", "convtrans2", "convtrans3")

@@ -1,7 +1,7 @@
-"""What a run goes on from: checkpoints that describe themselves, of which the newest whole one counts.
+"""Checkpoints: a run resumes from the newest intact one.
 
-A checkpoint is a folder with the bundle, the optimiser's tensors, and `state.json`, which comes last and has the
-digests of both. So a part of one, or one that was altered, is known as such wherever it comes from.
+A checkpoint is a folder with the bundle, the optimiser's tensors, and `state.json`, which is written last and holds the
+digests of both. So an incomplete or altered checkpoint is recognised, wherever it comes from.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lsemvae.data.order import ORDER_VERSION, Order
 from lsemvae.errors import BundleError, LsemvaeError, StorageError
 from lsemvae.models import build
 from lsemvae.storage import Storage, explained
-from lsemvae.training.fit import make_optimizer
+from lsemvae.training.fit import Start, make_optimizer, sum_over_workers
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ _FULL = ("No space left", "quota exceeded", "File too large")
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers beside weights: where to go on, and how well the run did so far."""
+    """What a checkpoint holds beside the weights: where to resume, and the best result so far."""
 
     epoch: int = 0
     step: int = 0
-    """The step to go on with in this epoch."""
+    """The next step of this epoch."""
     best: float = float("inf")
     """Lowest validation loss."""
     best_epoch: int = -1
@@ -50,69 +50,93 @@ class Progress:
     damaged: int = 0
     """Records that could not be read in these steps, on all workers."""
 
+    @property
+    def start(self) -> Start:
+        """Where `fit` resumes."""
+        return Start(self.epoch, self.step, self.sums)
 
-Started = tuple[Progress, nn.Module, torch.optim.Optimizer]
+
+Started = tuple[Progress, Any, torch.optim.Optimizer]
 
 
 def start(place: Storage, recipe: PretrainRecipe, order: Order, rank: int, device: torch.device) -> Started:
     """From the newest whole checkpoint in the run's folder, or a new model where there is none.
 
-    Rank 0 chooses for all, loudly where one is damaged. Raises LsemvaeError where all are, or where the run began
-    with another model or order, and StorageError.
+    Every worker calls this. Rank 0 lists the checkpoints, and all agree on the newest that each of them finds whole;
+    rank 0 logs those that are damaged. The workers of one machine share one download. Raises LsemvaeError where all
+    checkpoints are damaged, or where the run began with another model or order; StorageError.
     """
     from ray.train.collective import broadcast_from_rank_zero
 
-    if rank == 0:
-        name, started = newest_whole(place, recipe, order, device)
-        broadcast_from_rank_zero(name)
-        return started
-    return _load(place, broadcast_from_rank_zero(None), recipe, order, device)
+    # The very objects travel: Ray's Checkpoint is downloaded once a machine for all processes that hold a copy of it.
+    kept = broadcast_from_rank_zero(_checkpoints(place) if rank == 0 else None)
+    return _newest(place, kept, recipe, order, device, loud=rank == 0)[1]
 
 
 def newest_whole(
     place: Storage, recipe: PretrainRecipe, order: Order, device: torch.device
 ) -> tuple[str | None, Started]:
-    """Its name, and what is in it. What is in the storage counts, not what was reported: a machine can be lost
-    between the two."""
-    names = {path.split("/")[0] for path in place.list() if path.startswith("checkpoint_") and "/" in path}
-    for name in sorted(names, reverse=True):  # they are named by their time
-        try:
-            started = _load(place, name, recipe, order, device)
-        except BundleError as error:
-            log.error(f"checkpoint {name} is damaged and passed over: {error}")
-            continue
-        log.info(f"going on at epoch {started[0].epoch}, step {started[0].step}, from {name}")
-        return name, started
-    if names:
-        raise LsemvaeError(f"every checkpoint of {place.uri} is damaged: give another --name to start anew")
-    return None, _load(place, None, recipe, order, device)
+    """The name of the newest whole checkpoint and what is in it; (None, a new model) where there is no checkpoint.
+
+    The storage counts, not what was reported to Ray Train: a machine can be lost between the two.
+    """
+    return _newest(place, _checkpoints(place), recipe, order, device)
 
 
-def _load(place: Storage, name: str | None, recipe: PretrainRecipe, order: Order, device: torch.device) -> Started:
-    """A checkpoint, or a new model. Raises BundleError for a damaged one."""
+def _checkpoints(place: Storage) -> list[tuple[str, Any]]:
+    """Names and Ray's Checkpoint of each, newest first: they are named by their time."""
     from ray.train import Checkpoint
 
-    if name is None:
-        torch.manual_seed(recipe.optim.seed)  # the same weights everywhere before DDP broadcasts them
-        model = build(recipe.model, recipe.leads).to(device)
-        return Progress(), model, make_optimizer(model, recipe.optim)
-    kept = Checkpoint(place.path(name), place.filesystem)
-    with explained(f"{place.uri}/{name}"), kept.as_directory() as path:
-        folder = Path(path)
-        state = read_state(folder)
-        bundle, model = load(folder / BUNDLE)
-        if bundle.digest != state["bundle"]:
-            raise BundleError(f"{folder / BUNDLE} is not the one of this checkpoint")
-        model = model.train().to(device)
-        optimizer = make_optimizer(model, recipe.optim)
-        load_optimizer(optimizer, folder)
-    began = state["order"]
-    now = _meaning_of(order)
+    names = {path.split("/")[0] for path in place.list() if path.startswith("checkpoint_") and "/" in path}
+    return [(name, Checkpoint(place.path(name), place.filesystem)) for name in sorted(names, reverse=True)]
+
+
+def _newest(
+    place: Storage,
+    kept: Sequence[tuple[str, Any]],
+    recipe: PretrainRecipe,
+    order: Order,
+    device: torch.device,
+    *,
+    loud: bool = True,
+) -> tuple[str | None, Started]:
+    for name, checkpoint in kept:
+        started, damage = None, None
+        try:
+            with explained(f"{place.uri}/{name}"), checkpoint.as_directory() as path:
+                started = _load(Path(path), recipe, order, device)
+        except BundleError as error:
+            damage = error
+        if sum_over_workers(torch.tensor(float(damage is not None))) > 0:  # of any worker
+            if loud:
+                log.error(f"checkpoint {name} is damaged and passed over: {damage or 'another worker found it so'}")
+            continue
+        assert started is not None
+        if loud:
+            log.info(f"resuming at epoch {started[0].epoch}, step {started[0].step}, from {name}")
+        return name, started
+    if kept:
+        raise LsemvaeError(f"every checkpoint of {place.uri} is damaged: give another --name to start anew")
+    torch.manual_seed(recipe.optim.seed)  # the same weights everywhere before DDP broadcasts them
+    model = build(recipe.model, recipe.leads).to(device)
+    return None, (Progress(), model, make_optimizer(model, recipe.optim))
+
+
+def _load(folder: Path, recipe: PretrainRecipe, order: Order, device: torch.device) -> Started:
+    """A checkpoint's folder. Raises BundleError for a damaged one, LsemvaeError for one of another run."""
+    state = read_state(folder)
+    bundle, model = load(folder / BUNDLE)
+    if bundle.digest != state["bundle"]:
+        raise BundleError(f"{folder / BUNDLE} is not the one of this checkpoint")
+    model = model.train().to(device)
+    optimizer = make_optimizer(model, recipe.optim)
+    load_optimizer(optimizer, folder)
+    began, now = state["order"], _meaning_of(order)
     changed = [f"{key}={began.get(key)}, not {value}" for key, value in now.items() if began.get(key) != value]
     if changed:
-        raise LsemvaeError(f"the run began with {'; '.join(changed)}: go on with the same, or give another --name")
+        raise LsemvaeError(f"the run began with {'; '.join(changed)}: resume it with the same, or give another --name")
     if model.config != recipe.model or model.leads != recipe.leads:
-        raise LsemvaeError("the run began with another model: go on with the same, or give another --name")
+        raise LsemvaeError("the run began with another model: resume it with the same, or give another --name")
     return Progress(**{name: state[name] for name in vars(Progress()) if name in state}), model, optimizer
 
 
@@ -131,14 +155,14 @@ def save_checkpoint(
 
 
 def keep_as_best(folder: Path, place: Storage) -> None:
-    """Puts a checkpoint's bundle into the run's folder, in place of the one of the best epoch before."""
+    """Replace the bundle in the run's folder, the best so far, by this checkpoint's."""
     for file in (WEIGHTS, CONFIG):
         place.write_bytes(f"{BUNDLE}/{file}", (folder / BUNDLE / file).read_bytes())
 
 
 @contextlib.contextmanager
 def writing_to(place: Storage) -> Iterator[None]:
-    """Raises LsemvaeError where there is no room; anything else that the storage does is a StorageError."""
+    """Raises LsemvaeError where there is no room, StorageError where the storage fails in another way."""
     try:
         with explained(place.uri):
             yield
@@ -146,26 +170,29 @@ def writing_to(place: Storage) -> Iterator[None]:
         if any(sign in str(error) for sign in _FULL):
             raise LsemvaeError(
                 f"no checkpoint can be written ({error}): make room there, or in {tempfile.gettempdir()} on the "
-                "worker's machine, and give the same command again"
+                "worker's machine, and run the same command again"
             ) from error
         raise
 
 
-def _meaning_of(order: Order) -> dict[str, int]:
-    """What decides which records (epoch, step) stands for."""
+def _meaning_of(order: Order) -> dict[str, Any]:
+    """The settings that decide which records belong to (epoch, step)."""
     settings = asdict(order)
     fixed = {"order_version": ORDER_VERSION, "records": order.records}
-    return fixed | {name: settings[name] for name in ("batch_size", "streams", "buffer", "seed")}
+    found = fixed | {name: settings[name] for name in ("batch_size", "streams", "buffer", "seed")}
+    if any(repeats != 1 for repeats in order.repeats):  # left out otherwise, as in checkpoints older than it
+        found["repeats"] = list(order.repeats)
+    return found
 
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, **state: Any) -> None:
-    """Tensors as safetensors and numbers as JSON: a checkpoint that never has to be unpickled.
+    """Write tensors as safetensors and numbers as JSON: nothing has to be unpickled to read them.
 
-    `state.json` comes last and holds the SHA-256 of the tensors and of itself, so that a part of a checkpoint, and one
-    that was altered, is known as such.
+    `state.json` is written last and holds the SHA-256 of the tensors and of itself, so that an incomplete or altered
+    checkpoint is recognised.
     """
     tensors = {
         f"{index}.{name}": value.detach().cpu()

@@ -1,4 +1,4 @@
-"""What a training run makes of failures: what may pass is tried again, a mistake ends it with one line."""
+"""Failures of a training run: transient ones are retried, a user's mistake ends the run with one line."""
 
 import logging
 from collections.abc import Iterable
@@ -10,15 +10,15 @@ log = logging.getLogger(__name__)
 
 
 def end_at_once() -> Any:
-    """A callback for Ray Train that ends a run where its workers would fail in the same way again."""
+    """A callback for Ray Train that ends a run when its workers would fail in the same way again."""
     import ray.train
 
     class EndAtOnce(ray.train.UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             try:
                 raise_lasting(worker_exceptions.values())
-            except LsemvaeError as error:
-                raise ray.train.ControllerError(error) from error  # the kind that Ray does not try again
+            except LsemvaeError as lasting:
+                raise ray.train.ControllerError(lasting) from lasting  # Ray does not retry after this one
             for rank, error in worker_exceptions.items():
                 log.warning(f"training worker {rank} failed: {root_cause(error)}")
 
@@ -26,14 +26,14 @@ def end_at_once() -> Any:
 
 
 def raise_lasting(errors: Iterable[BaseException]) -> None:
-    """Raises the first error that another try would not change; a machine that was lost is none."""
+    """Raises the first error that a retry would not change. The loss of a machine is not one."""
     for error in errors:
         if isinstance(error, LsemvaeError) and not (isinstance(error, StorageError) and error.passing):
             raise error
 
 
 def root_cause(error: BaseException) -> str:
-    """One line: what the user can mend, if one of the workers said so, else what the first that failed said."""
+    """One line: a worker's LsemvaeError, which the user can mend, otherwise the message of the first that failed."""
     while True:
         inner = getattr(error, "controller_failure", None) or error.__cause__
         if failures := list(getattr(error, "worker_failures", {}).values()):

@@ -1,6 +1,6 @@
-"""One training loop for everything that is trained. It knows nothing of Ray or MLflow.
+"""One training loop for everything that is trained. It knows nothing of Ray, MLflow or any architecture.
 
-`fit` takes batches and calls back: after each step with its numbers, after each epoch, and when a checkpoint is due.
+`fit` takes batches and tells a `Watcher` of each step, of each epoch, and when a checkpoint is due.
 """
 
 import logging
@@ -8,29 +8,33 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lsemvae.config import OptimConfig, PretrainRecipe
+from lsemvae.config import OptimConfig
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.parts.objectives import NonFiniteBatch, require
 
 log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
+MAX_SKIPPED_STEPS = 10
+"""Steps of an epoch that may be left out because their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What `fit` hands back after each epoch: terms are means over the records of all workers."""
+    """The numbers of an epoch: terms are means over the records of all workers. Steps left out do not count."""
 
     index: int
     terms: dict[str, float]
     records: int
     seconds: float
+    skipped: int = 0
+    """Steps that were left out because they were not finite."""
 
 
 @dataclass(frozen=True)
@@ -43,79 +47,120 @@ class Step:
     records: int
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: the epoch, the step in it, and the sums of this epoch's steps before that."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+
+class Watcher:
+    """What `fit` tells of its progress. Override what is of interest."""
+
+    def before_step(self, epoch: int, step: int) -> None:
+        """A step begins."""
+
+    def on_step(self, step: Step) -> None:
+        """The numbers of a step are known; the next one may be under way."""
+
+    def on_checkpoint(self, epoch: int, step: int, sums: dict[str, float]) -> None:
+        """A checkpoint is due. All steps up to this one have finite numbers.
+
+        `sums` given in `Start` make the numbers of the epoch those of the whole epoch.
+        """
+
+    def on_epoch(self, epoch: Epoch) -> bool | None:
+        """An epoch has ended. True ends the training."""
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: OptimConfig,
     batches: Callable[[int], Iterable[Batch]],
-    on_epoch: Callable[[Epoch], bool | None],
+    watcher: Watcher | None = None,
     *,
-    start: tuple[int, int] = (0, 0),
+    start: Start | None = None,
     steps_per_epoch: int | None = None,
-    forward_kwargs: Callable[[int, int], dict[str, Any]] = lambda epoch, step: {},
-    before_step: Callable[[int, int], None] = lambda epoch, step: None,
-    on_step: Callable[[Step], None] = lambda step: None,
     checkpoint_every: int = 0,
-    on_checkpoint: Callable[[int, int, dict[str, float]], None] = lambda epoch, step, sums: None,
-    sums: Mapping[str, float] | None = None,
 ) -> None:
-    """Train to `config.epochs`, or until `on_epoch` returns True.
+    """Train to `config.epochs`, or until `watcher.on_epoch` returns True.
 
-    `batches(epoch)` gives that epoch's batches, from step `start[1]` on in the epoch `start[0]`. A batch may have
-    `weight_B`: how much each record counts in the mean over the whole step, over all workers; 0 takes no part.
-    `config.accumulate` parts of a batch go through the model one after another, for one step of the optimiser.
-    `forward_kwargs(epoch, step)` is what the model's `forward` takes beside a batch. `on_checkpoint` is called
-    after every `checkpoint_every` steps, once their numbers are known to be finite. Its third argument is what this
-    epoch's numbers need of these steps: given as `sums` with `start`, they are those of the whole epoch.
+    `model(batch)` follows `lsemvae.models.contract.Trains`. `batches(epoch)` gives that epoch's batches, in the epoch
+    `start.epoch` from `start.step` on. A batch may have `weight_B`: how much each record counts in the mean over the
+    whole step, over all workers; a record of weight 0 takes no part. A scalar in a batch is for the whole batch.
+    `config.accumulate` parts of a batch go through the model one after another, for one step of the optimiser. After
+    every `checkpoint_every` steps a checkpoint is due.
 
-    `model(batch)` returns `{"loss": …, "good_B": …, other named terms}`. Raises NonFiniteBatch when a record or the
-    gradient is not finite: the weights are then those of the last good step (a fused AdamW leaves such a step out
-    on the device, so that nothing has to wait for it). Raises LsemvaeError when an epoch has no batch, or the
-    schedule needs `steps_per_epoch`.
+    A step whose loss or gradient is not finite is left out: the weights stay those of the last good step (a fused
+    AdamW does so on the device, so nothing has to wait for it). Raises NonFiniteBatch, with the positions of the bad
+    records where they are known, when more than MAX_SKIPPED_STEPS of an epoch are left out, or all of them. Raises
+    LsemvaeError when an epoch has no batch, or the schedule needs `steps_per_epoch`.
     """
+    watcher, start = watcher or Watcher(), start or Start()
     workers = torch.distributed.get_world_size() if _distributed() else 1
-    device_type = next(model.parameters()).device.type
-    if config.schedule == "cosine" and steps_per_epoch is None:
-        raise LsemvaeError("schedule='cosine' needs the number of steps: give steps_per_epoch")
-    for epoch in range(start[0], config.epochs):
+    if needs_steps(config) and steps_per_epoch is None:
+        raise LsemvaeError("a cosine schedule and a warm-up need the number of steps: give steps_per_epoch")
+    for epoch in range(start.epoch, config.epochs):
         model.train()
-        before = dict(sums or {}) if epoch == start[0] else {}
+        resumed = epoch == start.epoch
+        before = dict(start.sums) if resumed else {}
         began = time.monotonic() - before.pop("seconds", 0.0)
-        tally = _Tally(on_step, before)
-        for step, batch in enumerate(batches(epoch), start=start[1] if epoch == start[0] else 0):
-            before_step(epoch, step)
+        tally = _Tally(watcher.on_step, before)
+        for step, batch in enumerate(batches(epoch), start=start.step if resumed else 0):
+            watcher.before_step(epoch, step)
             if steps_per_epoch:
-                rate = learning_rate(config, epoch * steps_per_epoch + step, config.epochs * steps_per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-            batch, total = _with_shares(batch, workers)
-            optimizer.zero_grad(set_to_none=True)
-            terms: dict[str, Tensor] = {}
-            goods = []
-            parts = _split(batch, config.accumulate)
-            for number, part in enumerate(parts):
-                with ExitStack() as stack:
-                    if number < len(parts) - 1 and hasattr(model, "no_sync"):
-                        stack.enter_context(model.no_sync())  # workers exchange gradients once a step
-                    with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
-                        of_part = model(part, check=False, **forward_kwargs(epoch, step))
-                    of_part["loss"].backward()
-                goods.append(of_part.pop("good_B"))
-                for name, term in of_part.items():
-                    terms[name] = terms[name] + term.detach() if name in terms else term.detach()
-            tally.settle()  # the step before has ended by now; this one goes on, on an accelerator
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
-            optimizer.found_inf = (~norm.isfinite()).float()  # workers agree: the gradient is that of all
-            optimizer.step()
-            tally.add(_Later(epoch, step, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers))
+                _set_rate(optimizer, config, epoch * steps_per_epoch + step, config.epochs * steps_per_epoch)
+            tally.pending(_take_step(model, optimizer, config, batch, workers, (epoch, step), tally))
             if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 != steps_per_epoch:
                 tally.settle()
-                on_checkpoint(epoch, step, tally.sums | {"seconds": time.monotonic() - began})
+                watcher.on_checkpoint(epoch, step, tally.sums | {"seconds": time.monotonic() - began})
         tally.settle()
-        if tally.records == 0:
-            raise LsemvaeError(f"epoch {epoch} has no training recordings: all were refused, or the split is empty")
-        if on_epoch(Epoch(epoch, tally.means(), tally.records, time.monotonic() - began)):
+        tally.require_records(epoch)
+        if watcher.on_epoch(Epoch(epoch, tally.means(), tally.records, time.monotonic() - began, tally.skipped)):
             return
+
+
+def _take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    batch: Batch,
+    workers: int,
+    at: tuple[int, int],
+    tally: "_Tally",
+) -> "_Later":
+    """One step of the optimiser on a batch, in parts; its numbers are read later."""
+    device_type = next(model.parameters()).device.type
+    shared, total = _with_shares(batch, workers)
+    optimizer.zero_grad(set_to_none=True)
+    terms: dict[str, Tensor] = {}
+    goods = []
+    parts = _split(shared, config.accumulate)
+    no_sync: Any = getattr(model, "no_sync", None)  # of DDP
+    for number, part in enumerate(parts):
+        with ExitStack() as stack:
+            if number < len(parts) - 1 and no_sync:
+                stack.enter_context(no_sync())  # workers exchange gradients once a step
+            with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
+                of_part = model(part, check=False)
+            of_part["loss"].backward()
+        goods.append(of_part.pop("good_B"))
+        for name, term in of_part.items():
+            terms[name] = terms[name] + term.detach() if name in terms else term.detach()
+    tally.settle()  # the step before has ended by now; on an accelerator this one is still running
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+    # Read by fused optimisers. Workers agree: the gradient is that of all.
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return _Later(at, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers)
+
+
+def needs_steps(config: OptimConfig) -> bool:
+    """Whether the learning rate depends on how many steps an epoch has."""
+    return config.schedule == "cosine" or config.warmup_steps > 0
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -128,16 +173,21 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
+def _set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, steps)
+
+
 class _Later:
     """A step's numbers, copied while the device goes on: reading them at once would make it wait each step."""
 
     def __init__(
-        self, epoch: int, step: int, terms: dict[str, Tensor], total: Tensor, good_B: Tensor, workers: int
+        self, at: tuple[int, int], terms: dict[str, Tensor], total: Tensor, good_B: Tensor, workers: int
     ) -> None:
-        self._at, self._names, self._good_B = (epoch, step), [*terms], good_B
+        self._at, self._names, self._good_B = at, [*terms], good_B
         # The loss of a step is that of its records, however many workers share them, and all see that it is not finite.
         values = sum_over_workers(torch.stack([term.float() for term in (*terms.values(), total)])) / workers
-        self._event = None
+        self._event: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -154,7 +204,7 @@ class _Later:
         if not all(math.isfinite(value) for value in values):
             where = f"epoch {epoch}, step {index}: the loss or its gradient is not finite; NaN, infinity or no lead"
             require(self._good_B, where)
-            raise NonFiniteBatch(f"{where}, on another worker or in the gradient alone: lower the learning rate", ())
+            raise NonFiniteBatch(f"{where}, on another worker or in the gradient alone", ())
         return Step(epoch, index, dict(zip(self._names, values, strict=True)), round(total))
 
 
@@ -164,28 +214,56 @@ class _Tally:
     def __init__(self, on_step: Callable[[Step], None], sums: dict[str, float]) -> None:
         self._on_step = on_step
         self._pending: _Later | None = None
-        self.sums = {"records": 0.0} | sums
+        self._latest: NonFiniteBatch | None = None
+        self.sums = {"records": 0.0, "skipped": 0.0} | sums
 
-    def add(self, latest: _Later) -> None:
+    def pending(self, latest: _Later) -> None:
         self._pending = latest
 
     def settle(self) -> None:
-        """Read the step that is not read yet. Raises NonFiniteBatch."""
+        """Read the step that is not read yet. Raises NonFiniteBatch when too many of the epoch are left out."""
         if self._pending is None:
             return
-        step = self._pending.read()
-        self._pending = None
+        later, self._pending = self._pending, None
+        try:
+            step = later.read()
+        except NonFiniteBatch as error:
+            self._skip(error)
+            return
         for name, value in step.terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * step.records
         self.sums["records"] += step.records
         self._on_step(step)
 
+    def _skip(self, error: NonFiniteBatch) -> None:
+        self.sums["skipped"] += 1
+        self._latest = error
+        if self.skipped > MAX_SKIPPED_STEPS:
+            raise NonFiniteBatch(
+                f"{error}; {self.skipped} steps of this epoch were left out, at most {MAX_SKIPPED_STEPS} may be: lower "
+                "the learning rate, or look at these records",
+                error.positions,
+            )
+        log.warning(f"{error}: this step is left out ({self.skipped} of at most {MAX_SKIPPED_STEPS} in an epoch)")
+
+    def require_records(self, epoch: int) -> None:
+        """Raises LsemvaeError where the epoch had no record, NonFiniteBatch where all of its steps were left out."""
+        if self.records:
+            return
+        if self._latest is not None:
+            raise self._latest
+        raise LsemvaeError(f"epoch {epoch} has no training recordings: all were refused, or the split is empty")
+
     @property
     def records(self) -> int:
         return round(self.sums["records"])
 
+    @property
+    def skipped(self) -> int:
+        return round(self.sums["skipped"])
+
     def means(self) -> dict[str, float]:
-        return {name: total / self.records for name, total in self.sums.items() if name != "records"}
+        return {name: total / self.records for name, total in self.sums.items() if name not in ("records", "skipped")}
 
 
 def _with_shares(batch: Batch, workers: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -193,7 +271,7 @@ def _with_shares(batch: Batch, workers: int) -> tuple[dict[str, Tensor], Tensor]
 
     DDP averages the workers' gradients, so a share is multiplied by their number.
     """
-    first = next(iter(batch.values()))
+    first = next(values for values in batch.values() if values.ndim)
     weight_B = batch["weight_B"] if "weight_B" in batch else torch.ones(len(first), device=first.device)
     total = sum_over_workers(weight_B.sum())
     return {**batch, "share_B": weight_B * (workers / total.clamp(min=1e-9))}, total
@@ -202,8 +280,9 @@ def _with_shares(batch: Batch, workers: int) -> tuple[dict[str, Tensor], Tensor]
 def _split(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
     if parts == 1:
         return [dict(batch)]
-    chunks = {name: values.chunk(parts) for name, values in batch.items()}
-    return [{name: chunks[name][i] for name in chunks} for i in range(len(next(iter(chunks.values()))))]
+    whole = {name: values for name, values in batch.items() if not values.ndim}
+    chunks = {name: values.chunk(parts) for name, values in batch.items() if values.ndim}
+    return [whole | {name: chunks[name][i] for name in chunks} for i in range(len(next(iter(chunks.values()))))]
 
 
 def _distributed() -> bool:
@@ -222,11 +301,5 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters; fused, so that it leaves out a step that is not finite."""
     return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-
-
-def kl_scale(recipe: PretrainRecipe, epoch: int, step: int, steps: int) -> float:
-    """Beta annealing: from 0 to 1, linear in steps over `recipe.kl_warmup_epochs`, then 1."""
-    if recipe.kl_warmup_epochs <= 0:
-        return 1.0
-    return min(1.0, (epoch + step / max(steps, 1)) / recipe.kl_warmup_epochs)

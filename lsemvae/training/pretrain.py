@@ -22,7 +22,7 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.storage import Storage
 from lsemvae.training.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
-from lsemvae.training.fit import Batch, Epoch, Step, fit, kl_scale, learning_rate, sum_over_workers
+from lsemvae.training.fit import Batch, Epoch, Step, Watcher, fit, learning_rate, sum_over_workers
 from lsemvae.training.validation import validate
 
 log = logging.getLogger(__name__)
@@ -49,163 +49,211 @@ def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     Every epoch ends with one report and a checkpoint; so does every `checkpoint_steps`-th step. Raises LsemvaeError
     where another try would not help, see `lsemvae.training.failures`.
     """
-    import ray.train
-    from ray.experimental import tqdm_ray
-    from ray.train.torch import get_device, prepare_model
-
     _print_no_reports()
-    job = config["job"]
-    recipe, optim, order = job.recipe, job.recipe.optim, job.train.order
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    device = get_device()
-    if context.get_local_rank() == 0:
-        require_room(job.train, job.val)
-    finish = DeviceFinish(recipe.preprocess, recipe.leads, device) if job.train.on_device else None
-    progress, model, optimizer = start(job.place, recipe, order, rank, device)
-    if optim.compile:
-        model.compile()
-    ddp = prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+    Worker(config["job"]).train()
 
-    run, bar, ending = None, None, contextlib.ExitStack()  # what is done at the end, a bad one too
-    if rank == 0:
-        from lsemvae.tracking import Run, system_metrics
 
-        done = progress.epoch * order.records + progress.step * order.batch_size
-        bar = tqdm_ray.tqdm(total=optim.epochs * order.records, desc="pre-training", unit="records")
-        bar.update(done)
-        ending.callback(bar.close)
-        if job.tracking_run:
-            run = Run(job.tracking_run)
-            ending.enter_context(system_metrics(job.tracking_run))
-            ending.callback(run.flush)
-    damaged = 0
-    last_shown = time.monotonic()
+def kl_scale(recipe: PretrainRecipe, epoch: int, step: int, steps: int) -> float:
+    """Beta annealing: from 0 to 1, linear in steps over `recipe.kl_warmup_epochs`, then 1."""
+    if recipe.kl_warmup_epochs <= 0:
+        return 1.0
+    return min(1.0, (epoch + step / max(steps, 1)) / recipe.kl_warmup_epochs)
 
-    def batches(feed: Feed, epoch: int, first: int = 0) -> Iterator[Batch]:
-        nonlocal damaged
-        split = 0 if feed is job.train else 1
 
-        def with_noise() -> Iterator[Rows]:
-            streams = list(feed.order.streams_of(rank, workers))
-            for step, rows in enumerate(feed.batches(epoch, rank, workers, first), first):
-                noise = _noise(feed.order, recipe.model.latent, (optim.seed, split, epoch, step))[streams]
-                yield rows | {"noise_BD": noise.reshape(-1, recipe.model.latent)}
+class Worker(Watcher):
+    """One worker of a run: its model, its part of the data, and what happens at each step, checkpoint and epoch."""
 
-        for rows in batches_ahead(with_noise(), device):
-            damaged += rows.pop("damaged")
-            yield finish.batch(rows) if finish else rows
+    def __init__(self, job: PretrainJob) -> None:
+        import ray.train
+        from ray.train.torch import get_device, prepare_model
 
-    def train_batches(epoch: int) -> Iterator[Batch]:
-        nonlocal damaged
-        damaged = progress.damaged if rank == 0 and epoch == progress.epoch else 0
-        return batches(job.train, epoch, progress.step if epoch == progress.epoch else 0)
+        self.job, self.recipe, self.order = job, job.recipe, job.train.order
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+        assert job.place is not None, "make_trainer names the run's folder"
+        self.place = job.place
+        if context.get_local_rank() == 0:
+            require_room(job.train, job.val)
+        self.finish = None
+        if job.train.on_device:
+            self.finish = DeviceFinish(self.recipe.preprocess, self.recipe.leads, self.device)
+        self.progress, self.model, self.optimizer = start(self.place, self.recipe, self.order, self.rank, self.device)
+        if self.recipe.optim.compile:
+            self.model.compile()
+        self.shared_model = prepare_model(self.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+        self.tracker = Tracker(job, self.progress) if self.rank == 0 else NoTracker()
+        self.damaged = 0
+        """Records of this epoch that this worker could not read."""
 
-    def before_step(epoch: int, step: int) -> None:
-        # What is drawn beside the noise depends on nothing that a restart would change either.
-        torch.manual_seed(int(np.random.SeedSequence([optim.seed, epoch, step, rank]).generate_state(1)[0]))
-
-    def forward_kwargs(epoch: int, step: int) -> dict[str, Any]:
-        # A tensor: torch.compile would compile anew for each number.
-        return {"kl_scale": torch.tensor(kl_scale(recipe, epoch, step, order.steps), device=device)}
-
-    def on_step(step: Step) -> None:
-        nonlocal last_shown
-        if rank != 0:
-            return
-        number = step.epoch * order.steps + step.index
-        now = time.monotonic()
-        bar.set_description(
-            f"pre-training  loss {step.terms['loss']:.3g}, reconstruction "
-            f"{step.terms['weighted_reconstruction']:.3g}, KL {step.terms['kl']:.3g}"
-        )
-        bar.update(step.records)
-        if run:
-            run.metrics(
-                {f"step.{name}": value for name, value in step.terms.items()}
-                | {
-                    "step.learning_rate": learning_rate(optim, number, optim.epochs * order.steps),
-                    "step.kl_scale": kl_scale(recipe, step.epoch, step.index, order.steps),
-                    "step.records_per_s": step.records / max(now - last_shown, 1e-9),
-                },
-                number,
+    def train(self) -> None:
+        with self.tracker:
+            fit(
+                self.shared_model,
+                self.optimizer,
+                self.recipe.optim,
+                self.train_batches,
+                self,
+                start=self.progress.start,
+                steps_per_epoch=self.order.steps,
+                checkpoint_every=self.recipe.checkpoint_steps,
             )
-        last_shown = now
 
-    def report(progress: Progress, metrics: dict[str, float], best: bool = False) -> None:
-        if rank != 0:
-            ray.train.report(metrics)
-            return
-        with writing_to(job.place), tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            bundle = Bundle.of(model, recipe.preprocess, provenance=job.provenance | {"metrics": progress.metrics})
-            save_checkpoint(folder, bundle, model, optimizer, progress, order, workers)
-            if best:  # before the report: a run that is killed in between does this epoch's end again
-                keep_as_best(folder, job.place)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    # --- batches -----------------------------------------------------------------------------------------------
 
-    def on_checkpoint(epoch: int, step: int, sums: dict[str, float]) -> None:
-        unreadable = int(sum_over_workers(torch.tensor(damaged)))
-        now = Progress(
-            epoch, step + 1, progress.best, progress.best_epoch, progress.metrics, sums=sums, damaged=unreadable
-        )
-        report(now, {"epoch": epoch, "step": step})
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        resumed = epoch == self.progress.epoch
+        self.damaged = self.progress.damaged if self.rank == 0 and resumed else 0
+        first = self.progress.step if resumed else 0
+        for step, batch in enumerate(self.batches(self.job.train, epoch, first), first):
+            # A tensor: torch.compile would compile anew for each number.
+            scale = torch.tensor(kl_scale(self.recipe, epoch, step, self.order.steps), device=self.device)
+            yield {**batch, "kl_scale": scale}
 
-    def on_epoch(epoch: Epoch) -> bool:
-        nonlocal damaged
-        left_out = _require_readable(damaged, order.records, recipe.max_damaged_share)
-        last = epoch.index == optim.epochs - 1
+    def batches(self, feed: Feed, epoch: int, first: int = 0) -> Iterator[Batch]:
+        for rows in batches_ahead(self.rows(feed, epoch, first), self.device):
+            self.damaged += rows.pop("damaged")
+            yield self.finish.batch(rows) if self.finish else rows
+
+    def rows(self, feed: Feed, epoch: int, first: int) -> Iterator[Rows]:
+        """This worker's part of each step, with its noise: a record's is the same for any number of workers."""
+        streams = list(feed.order.streams_of(self.rank, self.workers))
+        split = 0 if feed is self.job.train else 1
+        size = self.model.noise_size
+        for step, rows in enumerate(feed.batches(epoch, self.rank, self.workers, first), first):
+            if size:
+                seed = (self.recipe.optim.seed, split, epoch, step)
+                rows = rows | {"noise_BD": _noise(feed.order, size, seed)[streams].reshape(-1, size)}
+            yield rows
+
+    # --- what fit tells ------------------------------------------------------------------------------------------
+
+    def before_step(self, epoch: int, step: int) -> None:
+        # What the model draws beside the noise depends on nothing that a restart would change either.
+        seed = [self.recipe.optim.seed, epoch, step, self.rank]
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+    def on_step(self, step: Step) -> None:
+        self.tracker.step(step)
+
+    def on_checkpoint(self, epoch: int, step: int, sums: dict[str, float]) -> None:
+        before = self.progress
+        unreadable = int(sum_over_workers(torch.tensor(self.damaged)))
+        now = Progress(epoch, step + 1, before.best, before.best_epoch, before.metrics, sums=sums, damaged=unreadable)
+        self.report(now, {"epoch": epoch, "step": step})
+
+    def on_epoch(self, epoch: Epoch) -> bool:
+        recipe, progress = self.recipe, self.progress
+        last = epoch.index == recipe.optim.epochs - 1
         metrics = {f"train.{name}": value for name, value in epoch.terms.items()}
         metrics |= {
             "epoch": epoch.index,
-            "kl_scale": kl_scale(recipe, epoch.index, order.steps - 1, order.steps),
+            "kl_scale": kl_scale(recipe, epoch.index, self.order.steps - 1, self.order.steps),
             "records_per_s": epoch.records / epoch.seconds,
             "train.records": epoch.records,
-            "train.damaged": left_out,
+            "train.damaged": _require_readable(self.damaged, self.order.records, recipe.max_damaged_share),
+            "train.skipped_steps": epoch.skipped,
         }
         example, best = None, last  # where nothing is held out the last epoch is the result
-        if job.val:
-            damaged = 0
-            validation, example = validate(model, batches(job.val, 0), recipe)
-            metrics["val.damaged"] = _require_readable(damaged, job.val.order.records, recipe.max_damaged_share)
-            metrics |= {f"val.{name}": value for name, value in validation.items()}
+        if self.job.val:
+            validation, example = self.validate(self.job.val)
+            metrics |= validation
             best = metrics["val.loss"] < progress.best
             if best:
                 progress.best, progress.best_epoch = metrics["val.loss"], epoch.index
         progress.metrics = metrics
-        if run:
-            run.metrics(metrics, epoch.index)
-            if example and (last or epoch.index % recipe.plot_every == 0):
-                _track_reconstructions(run, example, recipe, epoch.index)
-        report(Progress(epoch.index + 1, 0, progress.best, progress.best_epoch, metrics), metrics, best)
+        self.tracker.epoch(epoch.index, metrics, example if last or epoch.index % recipe.plot_every == 0 else None)
+        self.report(Progress(epoch.index + 1, 0, progress.best, progress.best_epoch, metrics), metrics, best)
         patience = recipe.early_stop_epochs
-        return bool(job.val and patience and epoch.index - progress.best_epoch >= patience)
+        return bool(self.job.val and patience and epoch.index - progress.best_epoch >= patience)
 
-    with ending:
-        fit(
-            ddp,
-            optimizer,
-            optim,
-            train_batches,
-            on_epoch,
-            start=(progress.epoch, progress.step),
-            steps_per_epoch=order.steps,
-            forward_kwargs=forward_kwargs,
-            before_step=before_step,
-            on_step=on_step,
-            checkpoint_every=recipe.checkpoint_steps,
-            on_checkpoint=on_checkpoint,
-            sums=progress.sums,
-        )
+    def validate(self, feed: Feed) -> tuple[dict[str, float], dict[str, torch.Tensor] | None]:
+        """Metrics named `val.…` over all workers, and an example for a picture."""
+        self.damaged = 0
+        found, example = validate(self.model, self.batches(feed, 0), self.recipe.optim.precision)
+        unreadable = _require_readable(self.damaged, feed.order.records, self.recipe.max_damaged_share)
+        return {f"val.{name}": value for name, value in (found | {"damaged": unreadable}).items()}, example
+
+    def report(self, progress: Progress, metrics: dict[str, float], best: bool = False) -> None:
+        """Tells Ray Train; rank 0 adds the checkpoint, and keeps its bundle where it is the best."""
+        import ray.train
+
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        with writing_to(self.place), tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            provenance = self.job.provenance | {"metrics": progress.metrics}
+            bundle = Bundle.of(self.model, self.recipe.preprocess, provenance=provenance)
+            save_checkpoint(folder, bundle, self.model, self.optimizer, progress, self.order, self.workers)
+            if best:  # before the report: a run that is killed in between does this epoch's end again
+                keep_as_best(folder, self.place)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _noise(order: Order, latent: int, seed: Sequence[int]) -> np.ndarray:
-    """The noise of a step [streams, records of each, D]: a record's is the same whatever the number of workers."""
-    return np.random.default_rng(seed).standard_normal((order.streams, order.per_stream, latent), dtype=np.float32)
+class NoTracker(contextlib.ExitStack):
+    """What workers other than rank 0 tell of their steps and epochs: nothing."""
+
+    def step(self, step: Step) -> None:
+        """The numbers of a step."""
+
+    def epoch(self, index: int, metrics: dict[str, float], example: dict[str, torch.Tensor] | None) -> None:
+        """The numbers of an epoch, and recordings to draw with their reconstructions."""
+
+
+class Tracker(NoTracker):
+    """Rank 0's progress bar and MLflow run; leaving it ends both."""
+
+    def __init__(self, job: PretrainJob, progress: Progress) -> None:
+        super().__init__()
+        from ray.experimental import tqdm_ray
+
+        self._recipe, self._order = job.recipe, job.train.order
+        done = progress.epoch * self._order.records + progress.step * self._order.batch_size
+        total = self._recipe.optim.epochs * self._order.records
+        self._bar = tqdm_ray.tqdm(total=total, desc="pre-training", unit="records")
+        self._bar.update(done)
+        self.callback(self._bar.close)
+        self._run = None
+        if job.tracking_run:
+            from lsemvae.tracking import Run, system_metrics
+
+            self._run = Run(job.tracking_run)
+            self.enter_context(system_metrics(job.tracking_run))
+            self.callback(self._run.flush)
+        self._last_s = time.monotonic()
+
+    def step(self, step: Step) -> None:
+        optim, steps = self._recipe.optim, self._order.steps
+        number, now_s = step.epoch * steps + step.index, time.monotonic()
+        shown = {n: v for n, v in step.terms.items() if n != "grad_norm" and not n.startswith("weighted_")}
+        self._bar.set_description("pre-training  " + ", ".join(f"{n} {v:.3g}" for n, v in shown.items()))
+        self._bar.update(step.records)
+        if self._run:
+            numbers = {f"step.{name}": value for name, value in step.terms.items()}
+            numbers |= {
+                "step.learning_rate": learning_rate(optim, number, optim.epochs * steps),
+                "step.kl_scale": kl_scale(self._recipe, step.epoch, step.index, steps),
+                "step.records_per_s": step.records / max(now_s - self._last_s, 1e-9),
+            }
+            self._run.metrics(numbers, number)
+        self._last_s = now_s
+
+    def epoch(self, index: int, metrics: dict[str, float], example: dict[str, torch.Tensor] | None) -> None:
+        if not self._run:
+            return
+        self._run.metrics(metrics, index)
+        if example:
+            _track_reconstructions(self._run, example, self._recipe, index)
+
+
+def _noise(order: Order, size: int, seed: Sequence[int]) -> np.ndarray:
+    """The noise of a step [streams, records of each, D]."""
+    return np.random.default_rng(seed).standard_normal((order.streams, order.per_stream, size), dtype=np.float32)
 
 
 def batches_ahead(parts: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Batches as tensors on the device, put together in a thread while the device works on those before."""
+    """Batches as tensors on the device, put together in a thread while the device works on earlier ones."""
 
     def together() -> Iterator[dict[str, Any]]:
         for part in parts:
@@ -223,7 +271,7 @@ def batches_ahead(parts: Iterator[dict[str, np.ndarray]], device: torch.device) 
 
 
 def _require_readable(damaged: int, records: int, limit: float) -> int:
-    """Of all workers together. Raises LsemvaeError above the limit."""
+    """Unreadable records of all workers together. Raises LsemvaeError above the limit."""
     total = int(sum_over_workers(torch.tensor(damaged)))
     if total > limit * records:
         raise LsemvaeError(
@@ -236,12 +284,12 @@ def _require_readable(damaged: int, records: int, limit: float) -> int:
 
 
 def _print_no_reports() -> None:
-    """Ray Train prints every report with all its metrics, from a logger that only the root's level reaches."""
+    """Silence Ray Train, which prints every report with all its metrics. Only the root's level reaches that logger."""
     logging.getLogger().setLevel(logging.WARNING)
     for noisy in ("ray.train", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("lsemvae").setLevel(logging.INFO)
-    # A mistake is said in one line, by the driver; the trace of anything else is shown.
+    # The driver reports a user's mistake in one line; the traceback of anything else is shown.
     logging.getLogger("ray.train.v2._internal.util").addFilter(lambda _: not isinstance(sys.exception(), LsemvaeError))
 
 

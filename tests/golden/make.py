@@ -30,7 +30,7 @@ from lsemvae.recipes import FINETUNE, PRETRAIN
 from lsemvae.record import Record
 from lsemvae.simulate import EcgParameters, simulate_ecg
 from lsemvae.training.checkpoints import Progress, save_checkpoint
-from lsemvae.training.fit import fit, make_optimizer
+from lsemvae.training.fit import Step, Watcher, fit, make_optimizer
 
 HERE = Path(__file__).parent
 SHARD, BUNDLE, CHECKPOINT, FACTS = "shard.parquet", "bundle", "checkpoint", "facts.json"
@@ -96,14 +96,11 @@ def steps(
     def batches(epoch: int) -> Iterator[dict[str, torch.Tensor]]:
         yield from (data for _ in range(count))
 
-    fit(
-        model,
-        optimizer,
-        RECIPE.optim,
-        batches,
-        lambda epoch: None,
-        on_step=lambda step: losses.append(step.terms["loss"]),
-    )
+    class Losses(Watcher):
+        def on_step(self, step: Step) -> None:
+            losses.append(step.terms["loss"])
+
+    fit(model, optimizer, RECIPE.optim, batches, Losses())
     return losses
 
 

@@ -43,9 +43,10 @@ MAY_IMPORT = {
     "training/validation.py": {"torch"},
     "training/checkpoints.py": {"torch", "safetensors", "ray"},
     "training/failures.py": {"ray"},
-    "training/launch.py": {"ray"},
+    "training/launch.py": {"ray", "torch"},
     "training/pretrain.py": {"torch", "ray"},
-    "training/trials.py": {"pandas", "ray"},
+    "training/search.py": {"ray", "tqdm"},
+    "training/trials.py": {"pandas"},
     "evaluation": {"sklearn"},
     "evaluation/embedding.py": {"torch", "ray", "pandas", "tqdm"},
     "evaluation/protocol.py": {"torch", "ray", "pandas", "tqdm", "sklearn"},
@@ -123,10 +124,11 @@ import numpy as np, torch, tempfile
 from pathlib import Path
 from lsemvae.bundle import Bundle, Scorer, save
 from lsemvae.config import OptimConfig
-from lsemvae.training.fit import fit, make_optimizer
+from lsemvae.training.fit import Watcher, fit, make_optimizer
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import build
-from lsemvae.models.classifier import Classifier, Head
+from lsemvae.models.classifier import Classifier
+from lsemvae.models.parts.head import Head
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.record import Record
@@ -140,7 +142,10 @@ batch = {"x_BLT": torch.from_numpy(x.x_BLT), "lead_mask_BL": torch.from_numpy(x.
 model = build(LSEMVAEConfig(latent=4, channels=(2, 2, 2)), LEADS)
 losses = []
 optim = OptimConfig(epochs=5, batch_size=8, learning_rate=1e-3)
-fit(model, make_optimizer(model, optim), optim, lambda epoch: [batch], lambda epoch: losses.append(epoch.terms["loss"]))
+class Losses(Watcher):
+    def on_epoch(self, epoch):
+        losses.append(epoch.terms["loss"])
+fit(model, make_optimizer(model, optim), optim, lambda epoch: [batch], Losses())
 assert losses[-1] < losses[0]
 classifier = Classifier.from_encoder(model, LIMB_LEADS, Head(24))
 with tempfile.TemporaryDirectory() as folder:

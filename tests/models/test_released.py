@@ -90,7 +90,7 @@ def test_posterior_sample_and_reconstruction_are_those_of_the_checkpoint(x_BLT, 
 
     with torch.no_grad():
         posterior = model.posterior(x_BLT, mask_BL)
-        terms = model({"x_BLT": x_BLT, "lead_mask_BL": mask_BL}, noise_BD=noise_BD, kl_scale=0.25)
+        terms = model({"x_BLT": x_BLT, "lead_mask_BL": mask_BL, "noise_BD": noise_BD, "kl_scale": torch.tensor(0.25)})
         embedding_BF = model.embed(x_BLT, mask_BL)
         from_mean_BLT = model.reconstruct(x_BLT, mask_BL)
     torch.testing.assert_close(posterior.mu_BD, mu_BD, rtol=1e-5, atol=1e-5)

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from lsemvae.models.parts.head import Head
 from lsemvae.models.parts.objectives import NonFiniteBatch
 from lsemvae.recipes import PRETRAIN
 from lsemvae.training.checkpoints import OPTIMIZER, STATE, load_optimizer, read_state, save_optimizer
-from lsemvae.training.fit import Epoch, Step, fit, kl_scale, learning_rate, make_optimizer
+from lsemvae.training.fit import MAX_SKIPPED_STEPS, Epoch, Start, Step, Watcher, fit, learning_rate, make_optimizer
+from lsemvae.training.pretrain import kl_scale
 from lsemvae.training.validation import validate
 
 TINY = LSEMVAEConfig(samples=64, latent=3, channels=(2, 2, 2))
@@ -52,17 +53,45 @@ def batches_of(epoch: int, start: int = 0) -> list[dict[str, Tensor]]:
     return [{"x_BLT": x, "lead_mask_BL": m, "weight_B": w} for x, m, w in columns][start:]
 
 
-def noise_of(epoch: int, step: int) -> dict[str, Tensor]:
+def without_noise(batches: Callable[[int], list[dict[str, Tensor]]]) -> Callable[[int], list[dict[str, Tensor]]]:
     """Noise would differ between halves of a batch: none of it, the posterior's mean alone."""
-    return {"noise_BD": torch.zeros(1, TINY.latent)}
+
+    def given(epoch: int) -> list[dict[str, Tensor]]:
+        return [{**batch, "noise_BD": torch.zeros(len(batch["x_BLT"]), TINY.latent)} for batch in batches(epoch)]
+
+    return given
 
 
-def train(model: torch.nn.Module, config: OptimConfig = OPTIM, **changes) -> list[Epoch]:
-    epochs: list[Epoch] = []
-    settings = {"batches": batches_of, "forward_kwargs": noise_of, "steps_per_epoch": STEPS} | changes
+class Seen(Watcher):
+    """Keeps what it is told, and hands it on to functions of the test's."""
+
+    def __init__(self, **also: Callable) -> None:
+        self.epochs: list[Epoch] = []
+        self.steps: list[Step] = []
+        self._also = also
+
+    def on_step(self, step: Step) -> None:
+        self.steps.append(step)
+        self._also.get("on_step", lambda step: None)(step)
+
+    def on_checkpoint(self, epoch: int, step: int, sums: dict[str, float]) -> None:
+        self._also["on_checkpoint"](epoch, step, sums)
+
+    def on_epoch(self, epoch: Epoch) -> bool | None:
+        self.epochs.append(epoch)
+        return self._also.get("on_epoch", lambda epoch: None)(epoch)
+
+
+def train(model: torch.nn.Module, config: OptimConfig = OPTIM, **changes) -> Seen:
+    told = {name: changes.pop(name) for name in ("on_step", "on_checkpoint", "on_epoch") if name in changes}
+    settings = {"steps_per_epoch": STEPS} | changes
+    batches = settings.pop("batches", batches_of)
+    if settings.pop("noise", True) is True:
+        batches = without_noise(batches)
     optimizer = settings.pop("optimizer", None) or make_optimizer(model, config)
-    fit(model, optimizer, config, settings.pop("batches"), settings.pop("on_epoch", epochs.append), **settings)
-    return epochs
+    seen = Seen(**told)
+    fit(model, optimizer, config, batches, seen, **settings)
+    return seen
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module, **tolerance: float) -> None:
@@ -72,10 +101,11 @@ def assert_same(one: torch.nn.Module, other: torch.nn.Module, **tolerance: float
 
 def test_parts_of_a_batch_are_one_step():
     whole, parts = model_of(), model_of()
-    expected = train(whole)
+    expected = train(whole).epochs
     for accumulate in (2, 3):
         parts = model_of()
-        found = train(parts, OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=accumulate))
+        config = OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=accumulate)
+        found = train(parts, config).epochs
         for one, other in zip(expected, found, strict=True):
             assert one.terms == pytest.approx(other.terms, rel=1e-4)
         assert_same(whole, parts, rtol=1e-3, atol=1e-5)
@@ -88,7 +118,8 @@ def test_a_record_of_weight_zero_takes_no_part_and_half_a_weight_counts_half():
         kept = [(batch, batch["weight_B"] > 0) for batch in batches_of(epoch)]
         return [{name: values[there] for name, values in batch.items()} for batch, there in kept]
 
-    assert train(whole)[0].terms == pytest.approx(train(left_out, batches=without_them)[0].terms, rel=1e-5)
+    expected = train(whole).epochs[0].terms
+    assert expected == pytest.approx(train(left_out, batches=without_them).epochs[0].terms, rel=1e-5)
     assert_same(whole, left_out, rtol=1e-4, atol=1e-6)
 
     class Constant(torch.nn.Module):
@@ -104,7 +135,7 @@ def test_a_record_of_weight_zero_takes_no_part_and_half_a_weight_counts_half():
         {"value": torch.tensor([1.0, 2.0, 5.0]), "weight_B": torch.tensor([1.0, 1.0, 2.0])},
         {"value": torch.tensor([10.0, 99.0]), "weight_B": torch.tensor([1.0, 0.0])},
     ]
-    (epoch,) = train(Constant(), OptimConfig(1, 3), batches=lambda _: given, forward_kwargs=lambda epoch, step: {})
+    (epoch,) = train(Constant(), OptimConfig(1, 3), batches=lambda _: given, noise=False).epochs
     assert epoch.terms["loss"] == pytest.approx((1 + 2 + 2 * 5 + 10) / 5)
     assert epoch.records == 5
 
@@ -126,10 +157,10 @@ def _worker(rank: int, workers: int, folder: str) -> None:
             parts.append(part if rank == 0 or size == 10 else part | {"weight_B": torch.zeros(2)})
         return parts
 
-    steps: list[Step] = []
     config = OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=2)
-    epochs = train(ddp, config, batches=mine, on_step=steps.append)
-    values, _ = validate(model, mine(0), PRETRAIN["smoke"])
+    seen = train(ddp, config, batches=mine)
+    epochs, steps = seen.epochs, seen.steps
+    values, _ = validate(model, mine(0))
     del ddp  # else it outlives the process group, and now and then aborts this process at its end
     torch.distributed.destroy_process_group()
     if rank == 0:
@@ -158,8 +189,8 @@ def test_workers_with_uneven_parts_equal_one_process(tmp_path: Path):
         return batches
 
     alone = model_of()
-    steps: list[Step] = []
-    epochs = train(alone, batches=together, on_step=steps.append)
+    seen = train(alone, batches=together)
+    epochs, steps = seen.epochs, seen.steps
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         torch.testing.assert_close(tensor, alone.state_dict()[name], rtol=1e-3, atol=1e-5)
     found = load_file(tmp_path / "numbers.safetensors")
@@ -168,7 +199,7 @@ def test_workers_with_uneven_parts_equal_one_process(tmp_path: Path):
     loss, records, val_loss, val_records = found["numbers"].tolist()
     assert loss == pytest.approx(epochs[-1].terms["loss"], rel=1e-4)
     assert records == epochs[-1].records
-    values, _ = validate(alone, together(0), PRETRAIN["smoke"])
+    values, _ = validate(alone, together(0))
     # The noise of the two processes is not that of one: the loss is near, the count is the same.
     assert val_loss == pytest.approx(values["loss"], rel=0.05)
     assert val_records == values["records"] == sum(int((b["weight_B"] > 0).sum()) for b in together(0))
@@ -183,7 +214,7 @@ def test_a_run_goes_on_from_any_step_as_if_nothing_had_happened(at: tuple[int, i
     def keep(step: Step) -> None:
         losses[step.epoch, step.index] = step.terms["loss"]
 
-    epochs = train(whole, config, on_step=keep)
+    epochs = train(whole, config, on_step=keep).epochs
     expected, losses = losses, {}
 
     stopped = model_of()
@@ -214,9 +245,9 @@ def test_a_run_goes_on_from_any_step_as_if_nothing_had_happened(at: tuple[int, i
     optimizer = make_optimizer(continued, config)
     load_optimizer(optimizer, tmp_path)
     rest = train(
-        continued, config, optimizer=optimizer, start=at, sums=state["sums"], on_step=keep,
+        continued, config, optimizer=optimizer, start=Start(*at, state["sums"]), on_step=keep,
         batches=lambda epoch: batches_of(epoch, at[1] if epoch == at[0] else 0),
-    )  # fmt: skip
+    ).epochs  # fmt: skip
     assert losses == pytest.approx(expected, rel=1e-6)
     for one, other in zip(rest, epochs[at[0] :], strict=True):  # the whole epoch, not what was left of it
         assert one.terms == pytest.approx(other.terms, rel=1e-6) and one.records == other.records
@@ -224,33 +255,61 @@ def test_a_run_goes_on_from_any_step_as_if_nothing_had_happened(at: tuple[int, i
 
 
 def test_every_step_is_told_once_in_order():
-    steps: list[Step] = []
-    epochs = train(model_of(), on_step=steps.append)
+    seen = train(model_of())
+    epochs, steps = seen.epochs, seen.steps
     assert [(step.epoch, step.index) for step in steps] == [(e, s) for e in range(3) for s in range(STEPS)]
     assert [step.records for step in steps[:3]] == [8, 8, 2]  # what 10, 10 and 4 records weigh, in whole numbers
     of_first = sum(step.terms["loss"] * step.records for step in steps[:3]) / sum(step.records for step in steps[:3])
     assert epochs[0].terms["loss"] == pytest.approx(of_first)
 
 
-@pytest.mark.parametrize("what", ["nan", "inf", "no lead"])
-def test_a_bad_record_stops_the_run_and_leaves_the_weights_of_the_last_good_step(what: str):
-    def damaged(epoch: int) -> list[dict[str, Tensor]]:
-        batches = batches_of(epoch)
-        if what == "no lead":
-            batches[1]["lead_mask_BL"][4] = False
-            batches[1]["x_BLT"][4] = float("nan")
-            batches[1]["lead_mask_BL"][4, 0] = True
-        else:
-            batches[1]["lead_mask_BL"][4, 3] = True
-            batches[1]["x_BLT"][4, 3, 7] = float(what)
-        return batches
+def damaged(what: str, at: tuple[int, ...] = (1,)) -> Callable[[int], list[dict[str, Tensor]]]:
+    """Batches of which those `at` these steps have a bad record at position 4."""
 
+    def batches(epoch: int) -> list[dict[str, Tensor]]:
+        found = batches_of(epoch)
+        for step in at:
+            batch = found[step]
+            row = min(4, len(batch["x_BLT"]) - 1)
+            if what == "no lead":
+                batch["lead_mask_BL"][row] = False
+                batch["x_BLT"][row] = float("nan")
+                batch["lead_mask_BL"][row, 0] = True
+            else:
+                batch["lead_mask_BL"][row, 3] = True
+                batch["x_BLT"][row, 3, 7] = float(what)
+        return found
+
+    return batches
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "no lead"])
+def test_a_step_with_a_bad_record_is_left_out_and_counted(what: str, caplog: pytest.LogCaptureFixture):
+    """The run continues with the weights that it would have without that batch."""
     model, good = model_of(), model_of()
-    with pytest.raises(NonFiniteBatch, match=r"epoch 0, step 1.*at position 4") as caught:
-        train(model, batches=damaged)
-    assert caught.value.positions == (4,)
+    seen = train(model, batches=damaged(what))
+    assert [epoch.skipped for epoch in seen.epochs] == [1, 1, 1]
+    assert [epoch.records for epoch in seen.epochs] == [8 + 2] * 3
+    assert [(step.epoch, step.index) for step in seen.steps] == [(e, s) for e in range(3) for s in (0, 2)]
+    assert "epoch 0, step 1" in caplog.text and "at position 4" in caplog.text
+    train(good, batches=lambda epoch: [batches_of(epoch)[step] for step in (0, 2)], steps_per_epoch=None)
+    assert_same(good, model, rtol=1e-6, atol=1e-7)
+
+
+def test_too_many_bad_steps_end_the_run_with_the_weights_of_the_last_good_one(monkeypatch: pytest.MonkeyPatch):
+    assert MAX_SKIPPED_STEPS == 10
+    monkeypatch.setattr("lsemvae.training.fit.MAX_SKIPPED_STEPS", 1)
+    model, good = model_of(), model_of()
+    with pytest.raises(NonFiniteBatch, match=r"epoch 0, step 2.*2 steps.*lower the learning rate") as caught:
+        train(model, batches=damaged("nan", at=(1, 2)))
+    assert caught.value.positions == (3,)
     train(good, OptimConfig(epochs=1, batch_size=10, learning_rate=1e-2), batches=lambda epoch: batches_of(0)[:1])
     assert_same(good, model, rtol=0, atol=0)
+
+
+def test_an_epoch_of_bad_steps_alone_ends_the_run():
+    with pytest.raises(NonFiniteBatch, match="epoch 0, step 2"):
+        train(model_of(), batches=damaged("inf", at=(0, 1, 2)))
 
 
 def test_the_head_is_trained_by_the_same_loop():
@@ -259,9 +318,7 @@ def test_the_head_is_trained_by_the_same_loop():
     y_B = (h_BF[:, 0] > 0).long()
     torch.manual_seed(0)
     head, config = Head(6, dropout=0.0), OptimConfig(epochs=30, batch_size=60, learning_rate=1e-2)
-    epochs = train(
-        head, config, batches=lambda epoch: [{"h_BF": h_BF, "y_B": y_B}], forward_kwargs=lambda epoch, step: {}
-    )
+    epochs = train(head, config, batches=lambda epoch: [{"h_BF": h_BF, "y_B": y_B}], noise=False).epochs
     assert epochs[-1].terms["loss"] < 0.3 * epochs[0].terms["loss"]
 
 
@@ -276,8 +333,9 @@ def test_the_learning_rate_rises_and_falls():
     optimizer = make_optimizer(model, config)
     train(model, config, optimizer=optimizer, on_step=lambda step: seen.append(optimizer.param_groups[0]["lr"]))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(config, STEPS - 1, STEPS))
-    with pytest.raises(LsemvaeError, match="steps_per_epoch"):
-        train(model_of(), config, steps_per_epoch=None)
+    for needs in (config, constant):
+        with pytest.raises(LsemvaeError, match="steps_per_epoch"):
+            train(model_of(), needs, steps_per_epoch=None)
 
 
 def test_an_epoch_can_end_the_run_and_needs_records():

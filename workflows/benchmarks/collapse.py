@@ -12,7 +12,8 @@ from benchmarks.measure import Row, more_is_better
 from lsemvae.leads import LEADS
 from lsemvae.models.lsemvae import LSEMVAE
 from lsemvae.preprocess import preprocess_signals
-from lsemvae.training.fit import fit, kl_scale, make_optimizer
+from lsemvae.training.fit import fit, make_optimizer
+from lsemvae.training.pretrain import kl_scale
 from lsemvae.training.validation import validate
 
 
@@ -58,16 +59,16 @@ def bench_collapse(args: argparse.Namespace) -> list[Row]:
         size = recipe.optim.batch_size
         steps = -(-len(train["x_BLT"]) // size)
 
-        def batches_of(epoch: int, size: int = size) -> Iterator[dict[str, Tensor]]:
+        def batches_of(epoch: int, size: int = size, steps: int = steps) -> Iterator[dict[str, Tensor]]:
             order = torch.randperm(len(train["x_BLT"]), generator=torch.Generator().manual_seed(epoch))
-            for rows in order.split(size):
-                yield {name: values[rows].to(args.device) for name, values in train.items()}
+            for step, rows in enumerate(order.split(size)):
+                scale = torch.tensor(kl_scale(recipe, epoch, step, steps), device=args.device)
+                yield {name: values[rows].to(args.device) for name, values in train.items()} | {"kl_scale": scale}
 
         optim = replace(recipe.optim, epochs=args.epochs or recipe.optim.epochs)
-        scale = lambda epoch, step, steps=steps: {"kl_scale": kl_scale(recipe, epoch, step, steps)}  # noqa: E731
-        fit(model, make_optimizer(model, optim), optim, batches_of, lambda epoch: None, forward_kwargs=scale)
+        fit(model, make_optimizer(model, optim), optim, batches_of)
         pieces = zip(*(values.to(args.device).split(size) for values in held_out.values()), strict=True)
-        found[weight], _ = validate(model, [dict(zip(held_out, piece, strict=True)) for piece in pieces], recipe)
+        found[weight], _ = validate(model, [dict(zip(held_out, piece, strict=True)) for piece in pieces])
         shown = {name: found[weight][name] for name in ("active_units", "kl", "pearson_r", "collapsed")}
         print(f"weight {weight:g}: " + ", ".join(f"{name} {value:.3g}" for name, value in shown.items()), flush=True)
 

@@ -152,7 +152,7 @@ def bench_model(args: argparse.Namespace) -> list[Row]:
 
         def our_loss(inputs: dict[str, Tensor] = inputs, noise_BD: Tensor = noise_BD) -> Tensor:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                return ours(inputs, noise_BD=noise_BD)["loss"]
+                return ours(inputs | {"noise_BD": noise_BD})["loss"]
 
         def loop_loss(x_BLT: Tensor = x_BLT, noise_BD: Tensor = noise_BD) -> Tensor:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

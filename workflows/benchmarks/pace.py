@@ -37,7 +37,7 @@ def bench_pace(args: argparse.Namespace) -> list[Row]:
     data.require_rows("train", at_least=2 * size)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        feed = make_feeds(data, recipe, cache=folder)["train"]
+        feed = make_feeds(data, recipe, cache=folder).train
         print(f"filling the cache: {feed.order.records} recordings, {feed.record_bytes / 1e3:g} kB each", flush=True)
         for _ in feed.batches(0, read=read_here):
             pass

@@ -114,7 +114,7 @@ def measure(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
                 records += recipe.optim.batch_size if step else 0
                 yield batch
 
-        fit(model, optimizer, replace(recipe.optim, epochs=1), lambda epoch: timed(), lambda epoch: None)
+        fit(model, optimizer, replace(recipe.optim, epochs=1), lambda epoch: timed())
         _wait(device)
         return records / (time.perf_counter() - began)
 

@@ -1,7 +1,7 @@
 """Encoders of all leads at once, and the decoder they share.
 
-Every parameter of an encoder has the lead as its first dimension, so that one grouped convolution or one
-batched matrix product serves all leads, and the encoders of some leads are rows of a tensor.
+The first dimension of every encoder parameter is the lead. So one grouped convolution or one batched matrix
+product serves all leads, and the encoders of some leads are rows of a tensor.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import in_order
+from lsemvae.models.parts.fusion import full_precision
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -44,8 +45,8 @@ class LeadConv(nn.Module):
 class LeadLinear(nn.Module):
     """A linear map a lead: [L, B, F] -> [L, B, D] in one batched matrix product.
 
-    The weight is [L, F, D], the transpose of nn.Linear's: so its gradient, and that of the input, come out
-    of the batched product in their own layout. Otherwise each step would copy a gigabyte.
+    The weight is [L, F, D], the transpose of nn.Linear's. The batched product then gives its gradient, and that of
+    the input, in their own layout; with nn.Linear's layout each step would copy a gigabyte.
     """
 
     def __init__(self, leads: int, features: int, outputs: int) -> None:
@@ -58,10 +59,10 @@ class LeadLinear(nn.Module):
 
 
 class LeadEncoders(nn.Module):
-    """q(z given one lead) for each lead: three convolutions, then a mean and a log-variance (section 2.1).
+    """q(z given one lead) for each lead: three convolutions, then a mean and a log-variance (the paper's section 2.1).
 
-    x_BLT -> mu_BLD, logvar_BLD. The leads are `leads`, in that order. Without `log_variance` there are no
-    log-variance heads, which are half of the parameters: the embedding needs the means alone.
+    x_BLT -> mu_BLD, logvar_BLD. The leads are `leads`, in that order. `log_variance=False` leaves out the
+    log-variance heads, half of the parameters: the embedding needs the means alone.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class LeadEncoders(nn.Module):
         self.fc_logvar = LeadLinear(count, features, latent) if log_variance else None
 
     def features(self, x_BLT: Tensor) -> Tensor:
-        """What the heads read, [L, B, F]: F = last channels x T / 8, channel by channel."""
+        """The input of the heads, [L, B, F]: F = last channels x T / 8, channel by channel."""
         return self._lead_by_lead(x_BLT) if x_BLT.device.type == "cpu" else self._grouped(x_BLT)
 
     def _grouped(self, x_BLT: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class LeadEncoders(nn.Module):
         return h.view(len(x_BLT), len(self.leads), -1).transpose(0, 1)
 
     def _lead_by_lead(self, x_BLT: Tensor) -> Tensor:
-        """The same numbers. On a CPU the backward pass of a grouped convolution is three times slower."""
+        """The same numbers as `_grouped`, whose backward pass takes three times as long on a CPU."""
         convs = (self.conv1, self.conv2, self.conv3)
         kernels = [zip(conv.weight.unbind(), conv.bias.unbind(), strict=True) for conv in convs]
         outputs = []
@@ -102,8 +103,35 @@ class LeadEncoders(nn.Module):
             h = F.relu(_halving(x_BLT[:, row : row + 1], *first), inplace=True)
             h = F.relu(_halving(h, *second), inplace=True)
             outputs.append(_halving(h, *third))
-        # The last ReLU after stacking: otherwise both the stack and its parts are kept for going back.
+        # The last ReLU comes after stacking: before it, the backward pass would keep the stack and its parts.
         return F.relu(torch.stack(outputs), inplace=True).flatten(2)
+
+    @property
+    def embedding_size(self) -> int:
+        """F = L x D."""
+        return len(self.leads) * self.latent
+
+    def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """h_BF: the lead means mu_i one after another, zeros for an absent lead. Computes no log-variance."""
+        mu_BLD = full_precision(self.means(self.masked(x_BLT, lead_mask_BL)))
+        return torch.where(lead_mask_BL.unsqueeze(-1), mu_BLD, torch.zeros_like(mu_BLD)).flatten(1)
+
+    def observed(self, lead_mask_BL: Tensor) -> Tensor:
+        """Which features belong to an observed lead: the mask, repeated over each lead's D features, [B, F]."""
+        return lead_mask_BL.repeat_interleave(self.latent, dim=1)
+
+    def masked(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """The input with zeros in place of absent leads. Raises LsemvaeError on a shape that the encoders do not read.
+
+        Without this a NaN in an absent lead would reach the gradient of its encoder's weights.
+        """
+        expected = (len(self.leads), self.samples)
+        if x_BLT.ndim != 3 or x_BLT.shape[1:] != expected or lead_mask_BL.shape != x_BLT.shape[:2]:
+            raise LsemvaeError(
+                f"the input is {list(x_BLT.shape)} with a mask {list(lead_mask_BL.shape)}: give [batch, "
+                f"{expected[0]}, {expected[1]}] and [batch, {expected[0]}] for {', '.join(self.leads)}"
+            )
+        return torch.where(lead_mask_BL.unsqueeze(-1), x_BLT, torch.zeros_like(x_BLT))
 
     def means(self, x_BLT: Tensor) -> Tensor:
         """x_BLT -> mu_BLD; the log-variance heads are not touched."""
@@ -111,7 +139,7 @@ class LeadEncoders(nn.Module):
 
     def forward(self, x_BLT: Tensor) -> tuple[Tensor, Tensor]:
         """x_BLT -> mu_BLD, logvar_BLD."""
-        assert self.fc_logvar is not None, "built without log-variance heads: only means() is to be had"
+        assert self.fc_logvar is not None, "built without log-variance heads: only means() can be computed"
         h_LBF = self.features(x_BLT)
         return self.fc_mu(h_LBF).transpose(0, 1), self.fc_logvar(h_LBF).transpose(0, 1)
 
@@ -152,10 +180,10 @@ class LeadEncoders(nn.Module):
 class Decoder(nn.Module):
     """z_BD -> x_BLT for all leads in one pass: a linear map and three transposed convolutions.
 
-    `kind="paper"`: the last convolution has one output, and every lead is given the same tensor.
+    `kind="paper"`: the last convolution has one output, and every lead gets the same tensor.
     `kind="lead"`: it has one output a lead. The leads of an ECG are, to a good approximation, fixed linear
-    projections of a few cardiac sources; the last convolution is such a projection of its inputs, which all
-    leads share, and the lead's name selects its row. It costs 65 parameters a lead, and one pass serves all.
+    projections of a few cardiac sources. The last convolution is such a projection: all leads share its inputs, and
+    the lead's name selects its row. That costs 65 parameters a lead, and one pass serves all leads.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 `Diagnostics` holds nothing but sums, so it is filled batch by batch and added up across workers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -51,11 +51,6 @@ class Diagnostics:
     def tensors(self) -> tuple[Tensor, ...]:
         """The sums themselves, always in one order: all-reduce each in place to add up the workers."""
         return tuple(getattr(self, f.name) for f in fields(self))
-
-    def add(self, other: Self) -> None:
-        """Add another pass, such as another worker's."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine += theirs.to(mine.device)
 
     @torch.no_grad()
     def update(
@@ -116,6 +111,61 @@ class Diagnostics:
                 values[f"r/{lead}"] = float(self.r_L[row] / self.r_count_L[row])
             if self.points_L[row] > 0:
                 values[f"rmse/{lead}"] = float((self.error_L[row] / self.points_L[row]).sqrt())
+        return values
+
+
+class Evaluated(NamedTuple):
+    """What a variational model gives for a batch of held-out records.
+
+    `terms` are means over the batch, `prediction_BLT` is decoded from the posterior mean.
+    """
+
+    terms: Mapping[str, Tensor]
+    mu_BD: Tensor
+    logvar_BD: Tensor
+    prediction_BLT: Tensor
+    target_BLT: Tensor
+    target_mask_BL: Tensor
+
+
+class ReconstructionPass:
+    """A validation pass of a model with a latent and a decoder; see `lsemvae.models.contract.Validation`."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[Mapping[str, Tensor]], Evaluated],
+        terms: Sequence[str],
+        latent: int,
+        leads: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self._evaluate, self._leads = evaluate, leads
+        # All from the start: a worker whose records were all refused must reduce as many sums as the others.
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in terms}
+        self._diagnostics = Diagnostics.empty(latent, len(leads), device)
+
+    @torch.no_grad()
+    def update(self, batch: Mapping[str, Tensor]) -> None:
+        """Add a batch."""
+        found = self._evaluate(batch)
+        size = len(found.mu_BD)
+        for name, total in self._sums.items():
+            total += found.terms[name].double() * size
+        self._diagnostics.update(
+            found.mu_BD, found.logvar_BD, found.prediction_BLT, found.target_BLT, found.target_mask_BL
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The sums, always in the same order."""
+        return (*self._sums.values(), *self._diagnostics.tensors())
+
+    def metrics(self) -> dict[str, float]:
+        """Means of the terms, the diagnostics, the mean of the leads' Pearson r, and whether the latent is used."""
+        values = {name: float(total / self._diagnostics.records) for name, total in self._sums.items()}
+        values |= self._diagnostics.summary(self._leads)
+        by_lead = [value for name, value in values.items() if name.startswith("r/")]
+        values["pearson_r"] = sum(by_lead) / max(len(by_lead), 1)
+        values["collapsed"] = float(self._diagnostics.collapsed() is not None)
         return values
 
 

@@ -1,10 +1,19 @@
-"""From one Gaussian an expert to one posterior: HiME (section 2.2 of the paper), its parts and its ablations.
+"""Fuse one Gaussian per expert into one posterior: HiME (arXiv 2503.13470, section 2.2), its parts and its ablations.
 
-Pure functions. Means and log-variances come as `mu_BKD` and `logvar_BKD` with a mask `mask_BK` that is True
-where the expert was observed. bfloat16 and float16 are raised to float32; float64 stays float64. All work on
-variances is done on their logarithms, so no intermediate value overflows at extreme log-variances. What is
-masked out is replaced before any arithmetic, so its gradient is exactly zero even where it holds NaN. A
-record without any observed expert gets the prior N(0, I).
+HiME has three steps, and each is a function here:
+
+    1. `product_of_experts`   the product of the leads' Gaussians is one more expert, the shared one
+    2. `gate_weights`         a gate gives every expert, leads and shared, a weight w_k; the weights sum to 1
+    3. `mixture`              the posterior is the Gaussian with the mean and variance of the weighted mixture
+
+Worked example in one dimension: two leads, N(0, 1) and N(2, 1). Step 1: precisions 1 and 1, so the shared expert has
+mean (0 + 2) / 2 = 1 and variance 1/2. Step 2: the log-precisions are 0, 0 and ln 2; their softmax is 1/4, 1/4, 1/2.
+Step 3: mean 0/4 + 2/4 + 1/2 = 1; variance (1 + 1)/4 + (1 + 1)/4 + (1/2 + 0)/2 = 1.25.
+
+All functions are pure. Means and log-variances are `mu_BKD` and `logvar_BKD`, with a mask `mask_BK` that is True where
+the expert was observed. bfloat16 and float16 are raised to float32; float64 stays float64. Variances are handled as
+logarithms, so that no intermediate value overflows. A masked expert is replaced before any arithmetic, so its gradient
+is exactly zero, even where it holds NaN. A record without any observed expert gets the prior N(0, I).
 """
 
 from collections.abc import Sequence
@@ -27,11 +36,10 @@ class Gaussian(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """The fused posterior `mu_BD`, `logvar_BD`, and what it was made of.
+    """The fused posterior `mu_BD`, `logvar_BD`, and its experts.
 
-    `expert_mu_BKD`, `expert_logvar_BKD` and `expert_mask_BK` are the experts that were mixed (for HiME the
-    leads in their order, then the shared expert); `weight_BK` is each expert's share, which sums to 1 over
-    the observed ones.
+    `expert_mu_BKD`, `expert_logvar_BKD` and `expert_mask_BK` are the experts that were mixed: for HiME the leads in
+    their order, then the shared expert. `weight_BK` is each expert's weight; the observed ones sum to 1.
     """
 
     mu_BD: Tensor
@@ -48,10 +56,10 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def _observed(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means and log-variances with zeros where masked, the mask to compute with, and which records have any.
+    """Means and log-variances with zeros where masked, the mask to compute with, and which records have an expert.
 
-    A record without any expert is computed as if all of its (zeroed) experts were there: finite, and put
-    right by `_or_prior` afterwards.
+    For a record without any expert the mask is True throughout: that keeps the arithmetic finite, and `_or_prior`
+    replaces the result afterwards.
     """
     mask_BK1 = mask_BK.unsqueeze(-1)
     mu_BKD = full_precision(mu_BKD)
@@ -77,7 +85,7 @@ def _precision_shares(logvar_BKD: Tensor, mask_BK: Tensor) -> tuple[Tensor, Tens
 
 
 def product_of_experts(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> Gaussian:
-    """The product of the observed experts: mu [B, D] and log-variance [B, D].
+    """Step 1 of HiME: the product of the observed experts, mu [B, D] and log-variance [B, D].
 
     mu = (sum mu_k / s_k^2) / (sum 1 / s_k^2),  s^2 = 1 / (sum 1 / s_k^2). There is no prior expert.
     """
@@ -87,14 +95,14 @@ def product_of_experts(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> G
 
 
 def gate_weights(logvar_BKD: Tensor, mask_BK: Tensor) -> Tensor:
-    """How much each expert counts in the mixture, [B, K]: zero where masked, else summing to 1.
+    """Step 2 of HiME: the weight of each expert in the mixture, [B, K]; zero where masked, else they sum to 1.
 
     w_k = softmax over the observed experts of mean_d(-log s_kd^2), the expert's average log-precision.
 
-    The paper does not specify its gate. Its published count of 256,150,577 parameters is exactly twelve
-    encoders and the decoder, which leaves not one parameter to a gate: so the gate can only be a function of
-    the experts themselves, and this is the one that trusts whoever is sure. With k equally sure leads the
-    shared expert (k times as precise) gets one half and each lead 1 / (2k).
+    The paper does not specify its gate. Its published number of parameters, 256,150,577, is exactly twelve encoders
+    and the decoder, which leaves none for a gate. So the gate must be a function of the experts themselves; this one
+    gives more weight to more precise experts. With k equally precise leads, the shared expert (k times as precise) gets
+    one half and each lead 1 / (2k).
     """
     return _log_gate(logvar_BKD, mask_BK).exp().masked_fill(~mask_BK, 0.0)
 
@@ -106,17 +114,17 @@ def _log_gate(logvar_BKD: Tensor, mask_BK: Tensor) -> Tensor:
 
 
 def mixture(mu_BKD: Tensor, logvar_BKD: Tensor, log_weight_BK: Tensor, mask_BK: Tensor) -> Gaussian:
-    """The Gaussian with the moments of a weighted mixture: mu [B, D] and log-variance [B, D].
+    """Step 3 of HiME: the Gaussian with the moments of a weighted mixture, mu [B, D] and log-variance [B, D].
 
-    mu = sum w_k mu_k;  s^2 = sum w_k (s_k^2 + (mu_k - mu)^2), which is the paper's
-    sum w_k (s_k^2 + mu_k^2) - mu^2 without its cancellation. `log_weight_BK` are logarithms of weights that
+    mu = sum w_k mu_k;  s^2 = sum w_k (s_k^2 + (mu_k - mu)^2). The paper writes the latter as
+    sum w_k (s_k^2 + mu_k^2) - mu^2, which loses digits by cancellation. `log_weight_BK` are logarithms of weights that
     sum to 1 over the observed experts; those of the others are ignored.
     """
     mu_BKD, logvar_BKD, mask_BK, any_B1 = _observed(mu_BKD, logvar_BKD, mask_BK)
     log_weight_BK1 = full_precision(log_weight_BK).masked_fill(~mask_BK, -torch.inf).unsqueeze(-1)
     mu_BD = (log_weight_BK1.exp() * mu_BKD).sum(dim=1)
 
-    # log(d^2) has no finite gradient at d = 0: such terms are left out of the sum, where they add nothing.
+    # log(d^2) has no finite gradient at d = 0. Such terms are left out of the sum: they are zero.
     deviation_BKD = (mu_BKD - mu_BD.unsqueeze(1)).abs()
     apart_BKD = deviation_BKD > torch.finfo(deviation_BKD.dtype).tiny
     log_square_BKD = 2 * torch.where(apart_BKD, deviation_BKD, torch.ones_like(deviation_BKD)).log()
@@ -126,10 +134,7 @@ def mixture(mu_BKD: Tensor, logvar_BKD: Tensor, log_weight_BK: Tensor, mask_BK: 
 
 
 def hime(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> Posterior:
-    """Hierarchical modality expert: the leads' product joins the leads as one more expert; then the mixture.
-
-    K = L + 1: the leads in their order, then the shared expert. The paper's section 2.2, steps 1 to 3.
-    """
+    """The hierarchical modality expert, steps 1 to 3. K = L + 1: the leads in their order, then the shared expert."""
     shared = product_of_experts(mu_BLD, logvar_BLD, lead_mask_BL)
     return mixture_of_leads(
         torch.cat([full_precision(mu_BLD), shared.mu.unsqueeze(1)], dim=1),
@@ -139,7 +144,7 @@ def hime(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> Posterior:
 
 
 def mixture_of_leads(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> Posterior:
-    """Ablation: gate and mixture over the given experts alone, without a shared one."""
+    """Steps 2 and 3: gate and mixture over the given experts. On the leads alone it is the ablation without step 1."""
     log_weight_BK = _log_gate(logvar_BKD, mask_BK)
     mu_BD, logvar_BD = mixture(mu_BKD, logvar_BKD, log_weight_BK, mask_BK)
     weight_BK = log_weight_BK.exp().masked_fill(~mask_BK, 0.0)
@@ -147,7 +152,7 @@ def mixture_of_leads(mu_BKD: Tensor, logvar_BKD: Tensor, mask_BK: Tensor) -> Pos
 
 
 def product_of_leads(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> Posterior:
-    """Ablation: the shared expert is the posterior. A lead's weight is its mean share of the precision."""
+    """Ablation: step 1 alone, the shared expert is the posterior. A lead's weight is its mean precision share."""
     mu_BD, logvar_BD = product_of_experts(mu_BLD, logvar_BLD, lead_mask_BL)
     _, observed_logvar_BLD, mask_BL, _ = _observed(mu_BLD, logvar_BLD, lead_mask_BL)
     weight_BL = _precision_shares(observed_logvar_BLD, mask_BL)[0].mean(dim=-1)
@@ -158,8 +163,8 @@ def released(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor, leads: Se
     """The fusion of the authors' released code (K = the groups that the model's leads touch, at most 4).
 
     A product within each of {I, II, III}, {aVR, aVL, aVF}, {V1-V3}, {V4-V6}; then the plain mean of the
-    groups' means and of their log-variances. Their code always has twelve leads; with fewer, a product takes
-    the leads that are there, and a group without any is left out of the mean.
+    groups' means and of their log-variances. That code always has twelve leads. With fewer, a product takes the
+    observed leads of its group, and a group without any is left out of the mean.
     """
     members = [[row for row, lead in enumerate(leads) if lead in group] for group in RELEASED_GROUPS]
     groups, masks = [], []
@@ -172,7 +177,7 @@ def released(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor, leads: Se
     logvar_BKD = torch.stack([group.logvar for group in groups], dim=1)
     mask_BK = torch.stack(masks, dim=1)
     weight_BK = mask_BK / mask_BK.sum(dim=1, keepdim=True).clamp(min=1).to(mu_BKD.dtype)
-    # A group without observed leads is N(0, I), of weight zero: it adds zero to both means.
+    # A group without observed leads is N(0, I) with weight zero: it adds zero to both means.
     return Posterior(
         (weight_BK.unsqueeze(-1) * mu_BKD).sum(dim=1),
         (weight_BK.unsqueeze(-1) * logvar_BKD).sum(dim=1),

@@ -13,9 +13,12 @@ from lsemvae.models.parts import objectives
 class Head(nn.Module):
     """Standardisation and two fully connected layers on an embedding: h_BF -> logit_B.
 
-    Trains alone on embeddings that were computed once, since the encoders are frozen. Where a lead mask is
-    given, an absent lead counts as that lead's average, not as the embedding's zeros.
+    It can be trained alone, on embeddings that were computed once. With `observed_BF`, which an encoder's `observed`
+    gives, a feature that was not observed counts as its average over the training set, not as the embedding's zero.
     """
+
+    mean_F: Tensor
+    scale_F: Tensor
 
     def __init__(
         self,
@@ -35,39 +38,36 @@ class Head(nn.Module):
         self.fc2 = nn.Linear(hidden, 1)
 
     @torch.no_grad()
-    def standardise_from(self, h_BF: Tensor, lead_mask_BL: Tensor | None = None) -> None:
-        """Set mean and scale from the training embeddings; with a mask, from the observed leads alone."""
-        there_BF = torch.ones_like(h_BF, dtype=torch.bool)
-        if lead_mask_BL is not None:
-            there_BF = self._features_of(lead_mask_BL)
+    def standardise_from(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> None:
+        """Set mean and scale from the training embeddings; with a mask, from the observed features alone."""
+        there_BF = torch.ones_like(h_BF, dtype=torch.bool) if observed_BF is None else observed_BF
         count_F = there_BF.sum(dim=0).clamp(min=1)
         values_BF = torch.where(there_BF, h_BF, 0).double()
         mean_F = values_BF.sum(dim=0) / count_F
         variance_F = torch.where(there_BF, values_BF - mean_F, 0).square().sum(dim=0) / count_F
         self.mean_F.copy_(mean_F)
-        # A feature that never varies says nothing: it is centred and left at its own scale.
+        # A feature that never varies carries no information: it is centred and keeps its scale.
         self.scale_F.copy_(torch.where(variance_F > 1e-12, variance_F, 1.0).sqrt())
 
-    def logit(self, h_BF: Tensor, lead_mask_BL: Tensor | None = None) -> Tensor:
+    def logit(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> Tensor:
         """h_BF -> logit_B."""
         if h_BF.ndim != 2 or h_BF.shape[1] != len(self.mean_F):
             raise LsemvaeError(f"the embedding is {list(h_BF.shape)}: give [batch, {len(self.mean_F)}]")
         standard_BF = (h_BF - self.mean_F) / self.scale_F
-        if lead_mask_BL is not None:
-            standard_BF = torch.where(self._features_of(lead_mask_BL), standard_BF, torch.zeros_like(standard_BF))
+        if observed_BF is not None:
+            standard_BF = torch.where(observed_BF, standard_BF, torch.zeros_like(standard_BF))
         return self.fc2(self.dropout(F.relu(self.fc1(standard_BF)))).squeeze(-1)
 
-    def predict(self, h_BF: Tensor, lead_mask_BL: Tensor | None = None) -> Tensor:
+    def predict(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> Tensor:
         """h_BF -> probability_B of the positive class."""
-        return torch.sigmoid(self.logit(h_BF, lead_mask_BL).float())
+        return torch.sigmoid(self.logit(h_BF, observed_BF).float())
 
     def forward(self, batch: Mapping[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
-        """batch: `h_BF`, `y_B` (0 or 1), optionally `lead_mask_BL` -> "loss", and "focal", the same detached.
+        """batch: `h_BF`, `y_B` (0 or 1), optionally `observed_BF` -> "loss", and "focal", the same detached.
 
-        `share_B` and `check` as for LSEMVAE. Raises NonFiniteBatch with the positions of records whose loss is
-        not finite.
+        `share_B`, `check` and NonFiniteBatch as in `lsemvae.models.contract.Trains`.
         """
-        logit_B = self.logit(batch["h_BF"], batch.get("lead_mask_BL"))
+        logit_B = self.logit(batch["h_BF"], batch.get("observed_BF"))
         loss_B = objectives.binary_focal(logit_B, batch["y_B"], self.focal_gamma, self.focal_alpha)
         good_B = objectives.finite_records(loss_B.detach())
         loss = objectives.average(loss_B, batch.get("share_B"))
@@ -76,7 +76,3 @@ class Head(nn.Module):
             return found | {"good_B": good_B}
         objectives.require(good_B, "NaN or infinity")
         return found
-
-    def _features_of(self, lead_mask_BL: Tensor) -> Tensor:
-        """The mask of the leads, repeated over each lead's features: [B, F]."""
-        return lead_mask_BL.repeat_interleave(len(self.mean_F) // lead_mask_BL.shape[1], dim=1)

@@ -1,0 +1,122 @@
+"""What every architecture offers, as protocols; nothing outside `lsemvae.models` knows one by name.
+
+- An `Encoder` turns a recording into features: `embed(x_BLT, lead_mask_BL) -> h_BF`.
+- A model that `Pretrains` gives a loss for unlabelled recordings, says what to validate, and hands on the part of it
+  that embeds. One that also `Reconstructs` writes leads.
+- A model that `Predicts` gives the probability of a class.
+
+Inputs: `x_BLT` holds the model's leads in the order of `.leads`, preprocessed; `lead_mask_BL` is True where a lead was
+observed. What a masked lead holds, NaN included, changes nothing. A wrong shape raises LsemvaeError.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+
+
+class Encoder(Protocol):
+    """What a head is put on."""
+
+    leads: tuple[str, ...]
+
+    @property
+    def embedding_size(self) -> int:
+        """F."""
+
+    def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """h_BF in float32 or better; zero where a feature depends on an absent lead alone."""
+
+    def observed(self, lead_mask_BL: Tensor) -> Tensor:
+        """Which features hold something of the recording, [B, F] bool.
+
+        False for those of an absent lead, where features belong to leads; a head replaces them by their average.
+        """
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Base of the configurations of all architectures that embed. JSON names the member, see `lsemvae.fields`."""
+
+    architecture: ClassVar[str]
+    untagged: ClassVar[str] = "lsemvae"
+    """The member that a configuration without a name is: bundles older than this field."""
+
+    def embedder(self, leads: Sequence[str]) -> Encoder:
+        """The part of the architecture that embeds these leads, freshly initialised: what a classifier holds."""
+        raise AssertionError(f"{type(self).__name__} does not say what embeds")
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """What `lsemvae.training.fit` trains."""
+
+    def forward(self, batch: Batch, *, check: bool = True) -> dict[str, Tensor]:
+        """The loss of a batch and its terms, each a scalar: means over the records. Only "loss" has a gradient.
+
+        `batch["share_B"]` is each record's share in the means, by default 1 / B; a record of share 0 takes no part.
+        `batch["kl_scale"]`, a scalar, is how far a loss term that is phased in has risen, from 0 to 1 (default 1).
+        Raises NonFiniteBatch with the positions of records whose input or loss is not finite. With `check=False` it
+        does not look, since that would make an accelerator wait, and also returns "good_B": which records are finite.
+        """
+
+
+class Validation(Protocol):
+    """Sums over a validation pass, to add up over workers."""
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch, without gradient, with all loss terms at their full weight."""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """The sums themselves, always in the same order: all-reduce each in place."""
+
+    def metrics(self) -> dict[str, float]:
+        """Means by name. "loss" decides which epoch is the best; "collapsed" is 1.0 where the latent is not used."""
+
+
+@runtime_checkable
+class Pretrains(Trains, Protocol):
+    """A model that learns from recordings without labels."""
+
+    config: Any
+    leads: tuple[str, ...]
+    noise_size: int
+    """Standard normal numbers that a record needs in a step, given as `batch["noise_BD"]`; 0 for none. Whoever draws
+    them decides that they do not depend on the number of workers. Without them the model draws its own."""
+
+    def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """As `Encoder.embed`."""
+
+    def validation(self) -> Validation:
+        """An empty pass of this model on its device."""
+
+    def embedder(self, leads: Sequence[str]) -> Encoder:
+        """The trained part that embeds these leads. Shares memory with the model where it can.
+
+        Raises LsemvaeError on a lead that the model does not read.
+        """
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A model that writes leads."""
+
+    @property
+    def decoder_leads(self) -> tuple[str, ...]:
+        """The leads that `reconstruct` gives, in order."""
+
+    def reconstruct(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """x_BLT over `decoder_leads`, without noise."""
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A model that scores."""
+
+    leads: tuple[str, ...]
+
+    def predict(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """probability_B of the positive class."""
