@@ -5,7 +5,7 @@ The same command again continues an unfinished run from its newest checkpoint, a
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -14,6 +14,7 @@ from command import run_recipe_command, start_ray
 from lsemvae.config import PretrainRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
+from lsemvae.fields import as_json
 from lsemvae.recipes import PRETRAIN
 from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
@@ -65,7 +66,7 @@ def main(args: Args) -> None:
     recipe = args.recipe
     workers = parse_workers(args.num_workers)
     feeds = make_feeds(data, recipe, args.all, args.cache)
-    feeds["train"].order.streams_of(0, workers[1])
+    feeds.train.order.streams_of(0, workers[1])
     storage = Storage.open(args.storage)
     name = args.name or f"pretrain-{_digest(recipe, data, args.all)}"
     place = storage / name
@@ -81,7 +82,7 @@ def main(args: Args) -> None:
     import ray.train
 
     require_resources(workers[0], args.use_gpu, args.wait_s)
-    params = asdict(recipe)
+    params = as_json(recipe)
     previous = json.loads(place.read_bytes("run.json"))["run"] if place.exists("run.json") else None
     run = Run.start("pretrain", name, params, resume=previous)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "storage": place.uri})
@@ -90,14 +91,17 @@ def main(args: Args) -> None:
     rows = job.provenance["data"]["rows"]
     print(
         f"{name}: {rows['train']} recordings to train on, {rows.get('val', 0)} to validate, "
-        f"{args.num_workers} workers, {feeds['train'].order.steps} steps an epoch"
+        f"{args.num_workers} workers, {feeds.train.order.steps} steps an epoch"
     )
     print(f"MLflow: {run.url}", flush=True)
     try:
         make_trainer(job, storage, name, workers, args.use_gpu, args.max_failures).fit()
     except ray.train.TrainingFailedError as error:
         run.end("FAILED")
-        raise LsemvaeError(f"training failed: {root_cause(error)}") from error
+        raise LsemvaeError(
+            f"training failed: {root_cause(error)} (--name {name} resumes this run from its newest checkpoint, with "
+            "another learning rate too)"
+        ) from error
     digest, metrics = keep_bundle(place, run)
     version = run.register(args.model_name, {"digest": digest, "kind": "encoder"}, alias=CANDIDATE)
     run.end()
@@ -113,7 +117,7 @@ def main(args: Args) -> None:
 
 
 def _digest(recipe: PretrainRecipe, data: ShardedDataset, everything: bool) -> str:
-    text = json.dumps([asdict(recipe), data.manifest.digest, everything], sort_keys=True)
+    text = json.dumps([as_json(recipe), data.manifest.digest, everything], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation.embedding import Embedded
+
+Fold = tuple[np.ndarray, np.ndarray]
+"""Training rows and test rows."""
 
 
 def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int) -> None:
@@ -18,13 +19,13 @@ def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int) -> None
         )
 
 
-def make_folds(embedded: Embedded, recipe: FinetuneRecipe) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training rows, test rows) of each fold; raises LsemvaeError when a fold would lack a class."""
-    require_subjects(embedded.y_B, embedded.subject_B, recipe.folds)
-    splitter = StratifiedGroupKFold(recipe.folds, shuffle=True, random_state=recipe.optim.seed)
-    folds = list(splitter.split(embedded.y_B, embedded.y_B, embedded.subject_B))
-    for number, (train, test) in enumerate(folds):
-        assert not set(embedded.subject_B[train]) & set(embedded.subject_B[test])
-        if len(np.unique(embedded.y_B[test])) < 2:
-            raise LsemvaeError(f"fold {number} has one class only: lower --folds (now {recipe.folds})")
-    return folds
+def make_folds(y_B: np.ndarray, subject_B: np.ndarray, folds: int, seed: int) -> list[Fold]:
+    """So many folds; raises LsemvaeError when one would lack a class."""
+    require_subjects(y_B, subject_B, folds)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    found = list(splitter.split(y_B, y_B, subject_B))
+    for number, (train, test) in enumerate(found):
+        assert not set(subject_B[train]) & set(subject_B[test])
+        if len(np.unique(y_B[test])) < 2:
+            raise LsemvaeError(f"fold {number} has one class only: lower --folds (now {folds})")
+    return found

@@ -1,4 +1,4 @@
-"""Training a head on embeddings."""
+"""Training a head on embeddings that were computed once."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from lsemvae.models.parts.head import Head
 from lsemvae.training.fit import Batch, fit, make_optimizer
 
 
-def train_head(h_BF: np.ndarray, lead_mask_BL: np.ndarray, y_B: np.ndarray, recipe: FinetuneRecipe) -> Head:
+def train_head(h_BF: np.ndarray, observed_BF: np.ndarray, y_B: np.ndarray, recipe: FinetuneRecipe) -> Head:
     """A head on these embeddings, standardised on them, in evaluation mode."""
     torch.manual_seed(recipe.optim.seed)
     data = {
         "h_BF": torch.from_numpy(h_BF),
-        "lead_mask_BL": torch.from_numpy(lead_mask_BL),
+        "observed_BF": torch.from_numpy(observed_BF),
         "y_B": torch.from_numpy(y_B).float(),
     }
     head = Head(
@@ -25,12 +25,13 @@ def train_head(h_BF: np.ndarray, lead_mask_BL: np.ndarray, y_B: np.ndarray, reci
         focal_gamma=recipe.focal_gamma,
         focal_alpha=float(1 - y_B.mean()) if recipe.balance else None,
     )
-    head.standardise_from(data["h_BF"], data["lead_mask_BL"])
+    head.standardise_from(data["h_BF"], data["observed_BF"])
 
     def batches(epoch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(recipe.optim.seed * 100_003 + epoch)
         for rows in torch.randperm(len(y_B), generator=generator).split(recipe.optim.batch_size):
             yield {name: values[rows] for name, values in data.items()}
 
-    fit(head, make_optimizer(head, recipe.optim), recipe.optim, batches, on_epoch=lambda epoch: None)
+    steps = -(-len(y_B) // recipe.optim.batch_size)
+    fit(head, make_optimizer(head, recipe.optim), recipe.optim, batches, steps_per_epoch=steps)
     return head.eval()

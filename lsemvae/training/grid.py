@@ -1,4 +1,4 @@
-"""What a grid means: fields of a recipe, their values, and the trials of all combinations."""
+"""A grid: fields of a recipe with their values, and a trial for each combination."""
 
 import difflib
 import hashlib
@@ -6,11 +6,12 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from lsemvae.config import PretrainRecipe, with_settings
 from lsemvae.errors import LsemvaeError
+from lsemvae.fields import as_json
 from lsemvae.tracking import flatten
 
 CHANGES_THE_ERROR = ("preprocess.", "leads", "model.objective", "model.decoder_leads", "model.samples")
@@ -18,7 +19,7 @@ CHANGES_THE_ERROR = ("preprocess.", "leads", "model.objective", "model.decoder_l
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of the grid. `id` follows from what it does: its recipe and the data."""
+    """One combination of the grid. `id` is a digest of its recipe and the data."""
 
     id: str
     settings: dict[str, Any]
@@ -26,11 +27,11 @@ class Trial:
 
 
 def parse_grid(recipe: PretrainRecipe, words: Sequence[str]) -> dict[str, list[Any]]:
-    """`["beta=0.5,1"]` -> `{"model.beta": [0.5, 1]}`. Raises LsemvaeError naming the word that means nothing.
+    """`["beta=0.5,1"]` -> `{"model.beta": [0.5, 1]}`. Raises LsemvaeError naming a word that cannot be parsed.
 
-    A short name stands for the one field that ends with it. That values fit their fields shows in `make_trials`.
+    A short name stands for the one field that ends with it. `make_trials` checks that values fit their fields.
     """
-    current = flatten(asdict(recipe))
+    current = flatten(as_json(recipe))
     grid: dict[str, list[Any]] = {}
     for word in words:
         name, equals, texts = word.partition("=")
@@ -62,18 +63,18 @@ def _parse_value(text: str, current: object) -> Any:
 
 
 def make_trials(recipe: PretrainRecipe, grid: Mapping[str, list[Any]], data_digest: str) -> list[Trial]:
-    """Every combination of the grid's values once. Raises LsemvaeError where the recipe cannot have a value."""
+    """Every combination of the grid's values once. Raises LsemvaeError on a value that the recipe does not allow."""
     trials: dict[str, Trial] = {}
     for values in itertools.product(*grid.values()):
         found = with_settings(recipe, dict(zip(grid, values, strict=True)))
-        flat = flatten(asdict(found))
-        id = digest(asdict(found), data_digest)
+        flat = flatten(as_json(found))
+        id = digest(as_json(found), data_digest)
         trials[id] = Trial(id, {name: flat[name] for name in grid}, found)
     return list(trials.values())
 
 
 def searched(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The fields that any of the trials was given a value of."""
+    """The fields that the trials set."""
     return list(dict.fromkeys(name for entry in entries.values() for name in entry["settings"]))
 
 

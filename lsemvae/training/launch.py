@@ -1,12 +1,16 @@
 """What a command needs to start a pre-training run on Ray Train: its feeds, its job, its trainer and its resources."""
 
 import contextlib
+import json
 import logging
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from lsemvae import __version__
 from lsemvae.bundle import load
@@ -14,6 +18,8 @@ from lsemvae.config import PretrainRecipe
 from lsemvae.data.feed import Feed
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
+from lsemvae.fields import as_json
+from lsemvae.models import Pretrains, architecture_name, build
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run, fetch
 from lsemvae.training.checkpoints import BUNDLE
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 log = logging.getLogger(__name__)
+
+SETTLE_S = 60.0
+"""An autoscaling cluster that has gained no machine for so long has no more to give."""
 
 
 def parse_workers(text: str) -> tuple[int, int]:
@@ -39,11 +48,21 @@ def parse_workers(text: str) -> tuple[int, int]:
     return found
 
 
+class Feeds(NamedTuple):
+    """What a run reads. `val` is None where nothing is held out."""
+
+    train: Feed
+    val: Feed | None
+
+
 def make_feeds(
     data: ShardedDataset, recipe: PretrainRecipe, everything: bool = False, cache: str | None = None
-) -> dict[str, Feed | None]:
-    """The `train` and `val` feeds of a recipe; with `everything` all recordings are to train on."""
-    settings = {
+) -> Feeds:
+    """The feeds of a recipe; with `everything`, all recordings are training data and nothing is held out.
+
+    Raises LsemvaeError where the data set is too small for the recipe.
+    """
+    settings: dict[str, Any] = {
         "on_device": recipe.preprocess_on == "device",
         "cache": cache,
         "batch_size": recipe.optim.batch_size,
@@ -60,31 +79,36 @@ def make_feeds(
     data.require_rows(split, at_least=recipe.optim.batch_size)
     train = Feed.of(data, split, recipe.leads, recipe.preprocess, **settings)
     if everything:
-        return {"train": train, "val": None}
+        return Feeds(train, None)
     if not data.manifest.rows_in("val"):
         raise LsemvaeError(
             f"{data.storage.uri} holds out no subject to validate on: ingest again with --val-share, with recordings "
             "of two subjects at least, or give --all to train without validation"
         )
     data.require_rows("val", at_least=recipe.streams)
-    return {"train": train, "val": Feed.of(data, "val", recipe.leads, recipe.preprocess, **settings, shuffle=False)}
+    return Feeds(train, Feed.of(data, "val", recipe.leads, recipe.preprocess, **settings, shuffle=False))
 
 
-def make_job(
-    data: ShardedDataset, recipe: PretrainRecipe, feeds: dict[str, Feed | None], run_id: str | None
-) -> PretrainJob:
-    """What the workers are told, with where the bundle will have come from."""
+def make_job(data: ShardedDataset, recipe: PretrainRecipe, feeds: Feeds, run_id: str | None) -> PretrainJob:
+    """What the workers are told, with the provenance of the bundle to come.
+
+    Raises LsemvaeError where the recipe's model does not learn from recordings without labels.
+    """
+    with torch.device("meta"):
+        model = build(recipe.model, recipe.leads)
+    if not isinstance(model, Pretrains):
+        raise LsemvaeError(f"{architecture_name(recipe.model)} learns from labels alone: it cannot be pre-trained")
     provenance = {
-        "recipe": asdict(recipe),
+        "recipe": as_json(recipe),
         "data": {
             "uri": data.storage.uri,
             "digest": data.manifest.digest,
-            "rows": {split: feed.order.records for split, feed in feeds.items() if feed},
+            "rows": {split: feed.order.records for split, feed in feeds._asdict().items() if feed},
         },
         "mlflow_run": run_id,
         "lsemvae": __version__,
     }
-    return PretrainJob(recipe, feeds["train"], feeds["val"], run_id, provenance)
+    return PretrainJob(recipe, feeds.train, feeds.val, run_id, provenance)
 
 
 def make_trainer(
@@ -96,7 +120,7 @@ def make_trainer(
     max_failures: int,
     callbacks: "list[ray.train.UserCallback] | None" = None,
 ) -> "TorchTrainer":
-    """The run `name` in the storage: its `fit` goes on from the newest checkpoint that is there."""
+    """The trainer of the run `name` in the storage. Its `fit` resumes from the newest checkpoint that is there."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -121,7 +145,7 @@ def make_trainer(
 
 
 def keep_bundle(place: Storage, run: Run | None = None) -> tuple[str, dict[str, Any]]:
-    """Checks the best epoch's bundle, which the workers put into `place`; puts it into the run -> digest, metrics.
+    """Check the best epoch's bundle, which the workers put into `place`, and log it to the run -> digest, metrics.
 
     The metrics are that epoch's. Raises BundleError where the bundle is not whole.
     """
@@ -133,39 +157,73 @@ def keep_bundle(place: Storage, run: Run | None = None) -> tuple[str, dict[str, 
     return bundle.digest, bundle.provenance["metrics"]
 
 
-def require_resources(workers: int, use_gpu: bool, wait_s: float, drivers: int = 0) -> None:
-    """Wait until the cluster has what the workers need; raises LsemvaeError that says what is missing.
+def require_resources(workers: int, use_gpu: bool, wait_s: float, drivers: int = 0, wanted: int = 1) -> None:
+    """Ask the cluster for what `wanted` runs of so many workers need, and wait until there is enough for one.
 
-    `drivers` are the CPUs that something beside them needs.
+    An autoscaler adds machines only for demand that it sees: the demand is placed while this waits, and withdrawn when
+    it ends. Once there is enough for one run, it waits for the others only while machines still arrive. `drivers` are
+    the CPUs that something beside the workers needs. Raises LsemvaeError that names what is missing after `wait_s`.
     """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
-    needed = {"CPU": drivers + 1 + (0 if use_gpu else workers)}  # one CPU reads and preprocesses
-    if use_gpu:
-        needed["GPU"] = workers
-    deadline, said = time.monotonic() + wait_s, False
-    while True:
-        there = ray.cluster_resources()
-        missing = {name: count - there.get(name, 0) for name, count in needed.items() if there.get(name, 0) < count}
-        if not missing:
-            return
-        what = ", ".join(f"{there.get(name, 0):g} {name}, {needed[name]:g} are needed" for name in missing)
-        if time.monotonic() > deadline:
-            raise LsemvaeError(
-                f"{workers} workers cannot be had: the cluster has {what} (waited {wait_s:g} s, see --wait-s): "
-                "ask for fewer --num-workers, or add machines"
-            )
-        if not said:
-            log.info(f"waiting for machines: the cluster has {what}")
-        said = True
-        time.sleep(min(5.0, max(wait_s / 10, 0.1)))
+    worker: dict[str, float] = {"GPU": 1} if use_gpu else {"CPU": 1}
+    others: list[dict[str, float]] = [{"CPU": 1}] * (drivers + 1)  # one CPU reads and preprocesses
+    least, most = _total([*others, *[worker] * workers]), [*others, *[worker] * (workers * wanted)]
+    there, began, said = ray.cluster_resources(), time.monotonic(), False
+    if not _missing(_total(most), there):
+        return
+    request_resources(bundles=most)
+    grew_at = began
+    try:
+        while missing := _missing(_total(most), there):
+            enough, now = not _missing(least, there), time.monotonic()
+            if enough and now - grew_at >= min(SETTLE_S if _autoscales() else 0.0, wait_s):
+                return
+            what = ", ".join(f"{there.get(name, 0):g} {name}, {count:g} are needed" for name, count in missing.items())
+            if not enough and now - began > wait_s:
+                raise LsemvaeError(
+                    f"{workers} workers cannot be had: the cluster has {what} (waited {wait_s:g} s, see --wait-s): "
+                    "ask for fewer --num-workers, or add machines"
+                )
+            if not said:
+                log.info(
+                    f"waiting for machines: the cluster has {what}; its autoscaler, if it has one, was asked for them"
+                )
+                said = True
+            time.sleep(min(5.0, max(wait_s / 10, 0.1)))
+            before, there = there, ray.cluster_resources()
+            if _total([before]) != _total([there]):
+                grew_at = time.monotonic()
+    finally:
+        request_resources(bundles=[])
+
+
+def _total(bundles: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """CPUs and GPUs."""
+    return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
+
+
+def _missing(needed: Mapping[str, float], there: Mapping[str, float]) -> dict[str, float]:
+    """What is needed of the resources that are too few."""
+    return {name: count for name, count in needed.items() if there.get(name, 0) < count}
 
 
 def require_writable(place: Storage) -> None:
-    """Fails before anything expensive starts, and leaves nothing behind."""
+    """Raises LsemvaeError where the place cannot be written to, before anything expensive starts."""
     try:
         place.write_bytes("writable", b"")
     except (LsemvaeError, OSError) as error:
         raise LsemvaeError(f"--storage {place.uri} cannot be written to: {error}") from None
-    with contextlib.suppress(LsemvaeError, OSError):  # who may write need not be allowed to delete
+    with contextlib.suppress(LsemvaeError, OSError):  # permission to write need not include permission to delete
         place.remove("writable")
+
+
+def _autoscales() -> bool:
+    """Whether an autoscaler adds machines to the cluster. One that only watches names each node's type by its id."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    types = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return any(not kind.startswith("node_") for kind in types.values())

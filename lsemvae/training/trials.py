@@ -1,4 +1,4 @@
-"""What became of trials: outcomes that outlive the command, the table of them, and what is said of each."""
+"""How trials ended: outcomes that outlive the command, and the table of them."""
 
 import json
 from collections.abc import Mapping
@@ -8,11 +8,12 @@ from typing import Any, Literal
 import pandas as pd
 
 from lsemvae.config import PretrainRecipe
+from lsemvae.fields import as_json
 from lsemvae.storage import Storage
 from lsemvae.tracking import flatten
 from lsemvae.training.grid import searched
 
-RESULT = "result.json"
+RESULT, HISTORY = "result.json", "epochs.json"
 TABLE, PLOT, BEST = "results.csv", "results.png", "best_recipe.json"
 
 Select = Literal["pearson_r", "reconstruction"]
@@ -32,7 +33,7 @@ class Outcome:
 
 
 def score(metrics: Mapping[str, float], select: Select) -> float:
-    """Higher is better, whatever the weights of the loss; a collapsed model is below all that are not."""
+    """Higher is better. The loss weights do not affect it; a collapsed model ranks below all others."""
     return SIGN[select] * metrics[f"val.{select}"] - 1e6 * metrics["val.collapsed"]
 
 
@@ -45,12 +46,12 @@ def write_outcome(place: Storage, outcome: Outcome) -> None:
 
 
 def read_history(place: Storage) -> list[dict[str, float]]:
-    """What each epoch's validation gave, as far as the command heard of it before it was killed."""
-    return json.loads(place.read_bytes("epochs.json")) if place.exists("epochs.json") else []
+    """Each epoch's validation metrics, as far as the command received them before it was killed."""
+    return json.loads(place.read_bytes(HISTORY)) if place.exists(HISTORY) else []
 
 
 def forget_checkpoints(place: Storage) -> None:
-    """Of a trial that has ended its bundle is kept; a checkpoint has twice its size again for the optimiser."""
+    """Delete the checkpoints of a trial that has ended: the optimiser's tensors are twice the bundle's size."""
     folders = {path.split("/")[0] for path in place.list() if path.startswith("checkpoint_20")}
     for folder in folders:
         place.filesystem.delete_dir(place.path(folder))
@@ -63,14 +64,14 @@ def make_table(
     select: Select,
 ) -> pd.DataFrame:
     """A row for each trial that has ended: the best first; those that were stopped, collapsed or failed come last."""
-    of_recipe = flatten(asdict(recipe))
+    of_recipe = flatten(as_json(recipe))
     rows = []
     for number, (id, entry) in enumerate(entries.items(), start=1):
         if id not in outcomes:
             continue
         outcome = outcomes[id]
-        value = {name: entry["settings"].get(name, of_recipe[name]) for name in searched(entries)}
-        row = {"trial": number} | {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
+        values = {name: entry["settings"].get(name, of_recipe[name]) for name in searched(entries)}
+        row: dict[str, Any] = {"trial": number} | {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         row |= {"state": outcome.state}
         if outcome.metrics:
             metrics = outcome.metrics
@@ -83,8 +84,8 @@ def make_table(
                 "epoch": int(metrics["epoch"]),
             }
         collapsed = bool(outcome.metrics.get("val.collapsed"))
-        value = score(outcome.metrics, select) if outcome.metrics else 0.0
-        order = (outcome.state == "failed", collapsed, outcome.state == "stopped", -value, number)
+        reached = score(outcome.metrics, select) if outcome.metrics else 0.0
+        order = (outcome.state == "failed", collapsed, outcome.state == "stopped", -reached, number)
         rows.append((order, row | {"reason": outcome.reason, "id": id}))
     return pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
@@ -95,11 +96,11 @@ def best_of(table: pd.DataFrame) -> str | None:
     return first["id"] if first["state"] == "finished" and not first["collapsed"] else None
 
 
-def say_settings(settings: Mapping[str, Any]) -> str:
+def describe_settings(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name.removeprefix('model.')}={value}" for name, value in settings.items())
 
 
-def say_metrics(metrics: Mapping[str, float]) -> str:
+def describe_metrics(metrics: Mapping[str, float]) -> str:
     return (
         f"mean Pearson r {metrics['val.pearson_r']:.3f}, reconstruction {metrics['val.reconstruction']:.4g}, "
         f"KL {metrics['val.kl']:.3g}, {metrics['val.active_units']:.0f} active units"

@@ -30,7 +30,7 @@ def folds_of(recordings: int, count: int = 5) -> list[tuple[np.ndarray, np.ndarr
 
 def test_the_fit_finds_the_sigmoid_that_the_labels_were_drawn_with():
     y_B, score_B = cohort(20_000)
-    fitted = calibration.fit(y_B, score_B, np.ones(len(y_B)))
+    fitted = calibration.fit_sigmoid(y_B, score_B, np.ones(len(y_B)))
     assert fitted.slope == pytest.approx(TRUE.slope, rel=0.05)
     assert fitted.intercept == pytest.approx(TRUE.intercept, abs=0.05)
 
@@ -55,28 +55,30 @@ def test_the_fit_equals_that_of_scikit_learn():
     y_B, score_B = cohort(80)
     x = logit(score_B)[:, None]
     theirs = CalibratedClassifierCV(FrozenEstimator(Given().fit(x, y_B)), method="sigmoid").fit(x, y_B)
-    ours = calibration.fit(y_B, score_B, np.ones(80)).probability(score_B)
+    ours = calibration.fit_sigmoid(y_B, score_B, np.ones(80)).probability(score_B)
     np.testing.assert_allclose(ours, theirs.predict_proba(x)[:, 1], atol=1e-5)
 
 
 def test_the_order_the_auroc_and_the_decisions_stay():
     y_B, score_B = cohort(300)
-    fitted, threshold = calibration.fit(y_B, score_B, np.ones(300)), best_threshold(y_B, score_B)
+    fitted, threshold = calibration.fit_sigmoid(y_B, score_B, np.ones(300)), best_threshold(y_B, score_B)
     probability_B = fitted.probability(score_B)
     assert roc_auc_score(y_B, probability_B) == roc_auc_score(y_B, score_B)
     np.testing.assert_array_equal(probability_B >= fitted.probability(threshold), score_B >= threshold)
 
 
 def test_separated_classes_give_no_certainty():
-    probability_B = calibration.fit(FEW, np.array([0.1, 0.2, 0.8, 0.9]), np.ones(4)).probability([0.2, 0.8])
+    probability_B = calibration.fit_sigmoid(FEW, np.array([0.1, 0.2, 0.8, 0.9]), np.ones(4)).probability([0.2, 0.8])
     assert 0.15 < probability_B[0] < 0.35 and 0.65 < probability_B[1] < 0.85  # Platt's targets are 1/4 and 3/4
 
 
 @pytest.mark.parametrize("score_B", [[0.9, 0.8, 0.2, 0.1], [0.3, 0.3, 0.3, 0.3], [1.0, 1.0, 0.0, 0.0]])
 def test_scores_that_do_not_rank_get_no_calibration(score_B: list[float]):
     """A falling sigmoid would turn the order round."""
-    assert calibration.fit(FEW, np.array(score_B), np.ones(4)) is None
-    assert calibration.fit(np.arange(50) % 7 == 0, np.full(50, score_B[0]), np.ones(50)) is None  # nor constant ones
+    assert calibration.fit_sigmoid(FEW, np.array(score_B), np.ones(4)) is None
+    assert (
+        calibration.fit_sigmoid(np.arange(50) % 7 == 0, np.full(50, score_B[0]), np.ones(50)) is None
+    )  # nor constant ones
     assert calibration.cross_fitted(np.tile(FEW, 3), np.tile(score_B, 3), np.ones(12), folds_of(12, 3)) is None
 
 
@@ -107,8 +109,8 @@ def test_a_subject_counts_once_however_many_recordings_it_has():
     subject_B = np.repeat([f"s{subject}" for subject in range(60)], times)
     weight_B = calibration.subject_weights(subject_B)
     assert weight_B.sum() == pytest.approx(60)
-    once = calibration.fit(y_B, score_B, np.ones(60))
-    often = calibration.fit(np.repeat(y_B, times), np.repeat(score_B, times), weight_B)
+    once = calibration.fit_sigmoid(y_B, score_B, np.ones(60))
+    often = calibration.fit_sigmoid(np.repeat(y_B, times), np.repeat(score_B, times), weight_B)
     assert (often.slope, often.intercept) == pytest.approx((once.slope, once.intercept), rel=1e-4)
     assert calibration.brier(np.repeat(y_B, times), np.repeat(score_B, times), weight_B) == pytest.approx(
         brier_score_loss(y_B, score_B)
@@ -145,7 +147,7 @@ def test_fine_tuning_calibrates_on_its_out_of_fold_scores(finetuned: dict[str, T
     y_B, score_B, fold_B = (scores[name].to_numpy() for name in ("label", "LS-EMVAE", "fold"))
     weight_B = calibration.subject_weights(scores["subject_id"].to_numpy())
     bundle = describe(folder / "bundle")
-    expected = calibration.fit(y_B, score_B, weight_B)
+    expected = calibration.fit_sigmoid(y_B, score_B, weight_B)
     assert expected is not None  # the smoke models rank
     assert (bundle.calibration.slope, bundle.calibration.intercept) == pytest.approx(
         (expected.slope, expected.intercept), rel=1e-3

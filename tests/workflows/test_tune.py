@@ -27,6 +27,7 @@ from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.recipes import FINETUNE, PRETRAIN, read_recipe, recipe_json
 from lsemvae.tracking import flatten
+from lsemvae.training import search
 from lsemvae.training.grid import make_trials, parse_grid, require_comparable
 from lsemvae.training.trials import Outcome, best_of, make_table
 
@@ -173,10 +174,10 @@ def test_the_best_are_alive_and_finished_whatever_the_loss(select: str, order: l
 @settings(max_examples=100, deadline=None)
 def test_trials_at_a_time_leave_a_cpu_to_read_with(cpus: list[int], workers: int, seed: int):
     """Wherever drivers and workers are placed, some node keeps a whole CPU for a task that reads."""
-    many = tune.room([{"CPU": count} for count in cpus], workers, use_gpu=False)
+    many = search.room([{"CPU": count} for count in cpus], workers, use_gpu=False)
     rng = np.random.default_rng(seed)
     free = np.array(cpus, dtype=float)
-    for need, count in ((tune.DRIVER_CPUS, many), (1.0, many * workers)):
+    for need, count in ((search.DRIVER_CPUS, many), (1.0, many * workers)):
         for _ in range(count):
             fits = np.flatnonzero(free >= need - 1e-9)
             assert len(fits), "a worker finds no place"
@@ -186,10 +187,10 @@ def test_trials_at_a_time_leave_a_cpu_to_read_with(cpus: list[int], workers: int
 
 def test_gpus_bound_the_trials_where_they_are_used():
     node = {"CPU": 16, "GPU": 8}
-    assert tune.room([node], 4, use_gpu=True) == 2
-    assert tune.room([node, node], 8, use_gpu=True) == 2
-    assert tune.room([{"CPU": 4}], 1, use_gpu=False) == 2
-    assert tune.room([{"CPU": 2}], 1, use_gpu=False) == 0
+    assert search.room([node], 4, use_gpu=True) == 2
+    assert search.room([node, node], 8, use_gpu=True) == 2
+    assert search.room([{"CPU": 4}], 1, use_gpu=False) == 2
+    assert search.room([{"CPU": 2}], 1, use_gpu=False) == 0
 
 
 # ---- a search
