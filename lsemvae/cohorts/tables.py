@@ -208,7 +208,12 @@ def join_labels(
     if repeated := theirs.dropna().duplicated().sum():
         raise LsemvaeError(f"the labels repeat {repeated} values of their key {key!r}: keep one row of each")
     if key == "file" and (shared := ours[mentioned].duplicated().sum()):
-        raise LsemvaeError(f"{shared} file names of the labels belong to several recordings: write their paths instead")
+        named = ours[mentioned]
+        first, second = recordings["path"][mentioned][named == named[named.duplicated()].iloc[0]].iloc[:2]
+        raise LsemvaeError(
+            f"{shared} file names of the labels belong to several recordings, the first to {first} and {second}: write "
+            "their paths instead"
+        )
 
     values = label_values(labels)
     subject = next((column for column in SUBJECTS if column in labels.columns and column != key), None)

@@ -166,7 +166,8 @@ def test_mistakes_in_labels_are_named() -> None:
     assert "none of the 1 labels matches one of the 3 recordings by path or record_id" in refusal(strangers, RECORDINGS)
     same_names = RECORDINGS.assign(path=["a/ecg.dcm", "b/ecg.dcm", "b/other.dcm"])
     by_name = pd.DataFrame({"file": ["ecg.dcm"], "ph": [1]})
-    assert "1 file names of the labels belong to several recordings" in refusal(by_name, same_names)
+    said = refusal(by_name, same_names)
+    assert "1 file names of the labels belong to several recordings, the first to a/ecg.dcm and b/ecg.dcm" in said
     by_path = pd.DataFrame({"file": ["a/ecg.dcm", "b/ecg.dcm"], "ph": [1, 0]})
     assert labels_of(join_labels(same_names, by_path)) == {"label.ph": [1.0, 0.0, None]}
     assert "no numeric column" in refusal(pd.DataFrame({"record_id": ["001"], "ph": ["perhaps"]}), RECORDINGS)
