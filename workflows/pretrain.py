@@ -1,10 +1,11 @@
 """Pre-train a recipe on shards with Ray Train; the result is a bundle, in the storage and in MLflow.
 
-The same command again continues an unfinished run from its newest checkpoint, and says so when it is finished.
+The same command again resumes an unfinished run from its newest checkpoint. A finished run is not run again.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +13,6 @@ import tyro
 from command import run_recipe_command, start_ray
 
 from lsemvae.config import PretrainRecipe
-from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
 from lsemvae.recipes import PRETRAIN
@@ -20,10 +20,14 @@ from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
 from lsemvae.training.failures import root_cause
 from lsemvae.training.launch import (
+    Source,
+    data_digest,
+    data_uri,
     keep_bundle,
     make_feeds,
     make_job,
     make_trainer,
+    open_sources,
     parse_workers,
     require_resources,
     require_writable,
@@ -37,38 +41,39 @@ class Args:
     """Pre-train on shards."""
 
     recipe: Annotated[PretrainRecipe, tyro.conf.arg(name="")]
-    data: str
-    """Shards: the --output of workflows/ingest.py (folder or s3:// URI)."""
+    data: tuple[str, ...]
+    """Shards: the --output of workflows/ingest.py (folder or s3:// URI). Several data sets, each with its repeats in an
+    epoch after a colon: --data s3://bucket/mimic s3://bucket/own:12."""
     storage: str
     """Where checkpoints and the bundle go (folder or s3:// URI that every worker can reach)."""
     num_workers: str = "2"
-    """Training workers, or a range such as 4-8: as many as the cluster has, fewer when machines are lost and more when
-    they return. The batches, and what they hold, are the same for any number."""
+    """Training workers, or a range such as 4-8: as many as the cluster has, fewer when machines are lost, more when
+    they return. The batches are the same for any number."""
     use_gpu: bool = False
     """One GPU for each worker."""
     name: str | None = None
-    """The run's name; by default it follows from recipe and data, so that the same command resumes."""
+    """The run's name; by default derived from recipe and data, so that the same command resumes."""
     model_name: str = "lsemvae-encoder"
     """The MLflow model that the bundle becomes a version of."""
     max_failures: int = 3
     """How often lost workers are replaced before the run gives up."""
     all: bool = False
-    """Train on validation subjects too, without validation: the paper's last step, with settings chosen before."""
+    """Train on all subjects, without validation: the paper's last step, with settings chosen before."""
     cache: str | None = None
-    """A folder on the local disk of each training machine for prepared recordings, 240 kB each: what the first epoch
-    decodes and preprocesses, those after it read."""
+    """A folder on the local disk of each training machine for prepared recordings, 240 kB each. The first epoch decodes
+    and preprocesses; later epochs read from here."""
     wait_s: float = 600
-    """How long to wait for a cluster that has too few free processors or GPUs."""
+    """How long to wait for machines when the cluster has too few CPUs or GPUs."""
 
 
 def main(args: Args) -> None:
-    data = ShardedDataset.open(args.data)
+    sources = open_sources(args.data)
     recipe = args.recipe
     workers = parse_workers(args.num_workers)
-    feeds = make_feeds(data, recipe, args.all, args.cache)
+    feeds = make_feeds(sources, recipe, args.all, args.cache)
     feeds.train.order.streams_of(0, workers[1])
     storage = Storage.open(args.storage)
-    name = args.name or f"pretrain-{_digest(recipe, data, args.all)}"
+    name = args.name or f"pretrain-{_digest(recipe, sources, args.all)}"
     place = storage / name
     if place.exists(RESULT):
         result = json.loads(place.read_bytes(RESULT))
@@ -85,9 +90,9 @@ def main(args: Args) -> None:
     params = as_json(recipe)
     previous = json.loads(place.read_bytes("run.json"))["run"] if place.exists("run.json") else None
     run = Run.start("pretrain", name, params, resume=previous)
-    run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "storage": place.uri})
+    run.tags({"data": data_uri(sources), "data_digest": data_digest(sources), "storage": place.uri})
     place.write_bytes("run.json", json.dumps({"run": run.run_id}).encode())
-    job = make_job(data, recipe, feeds, run.run_id)
+    job = make_job(sources, recipe, feeds, run.run_id)
     rows = job.provenance["data"]["rows"]
     print(
         f"{name}: {rows['train']} recordings to train on, {rows.get('val', 0)} to validate, "
@@ -116,8 +121,8 @@ def main(args: Args) -> None:
     _say_where(result)
 
 
-def _digest(recipe: PretrainRecipe, data: ShardedDataset, everything: bool) -> str:
-    text = json.dumps([as_json(recipe), data.manifest.digest, everything], sort_keys=True)
+def _digest(recipe: PretrainRecipe, sources: Sequence[Source], everything: bool) -> str:
+    text = json.dumps([as_json(recipe), data_digest(sources), everything], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

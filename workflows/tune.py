@@ -28,7 +28,7 @@ from lsemvae.recipes import PRETRAIN, recipe_json
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run
 from lsemvae.training.grid import Trial, digest, make_trials, parse_grid, require_comparable, searched
-from lsemvae.training.launch import Feeds, make_feeds, make_job, require_resources, require_writable
+from lsemvae.training.launch import Feeds, Source, make_feeds, make_job, require_resources, require_writable
 from lsemvae.training.pretrain import PretrainJob
 from lsemvae.training.search import TRIALS, SearchSettings, room, search
 from lsemvae.training.trials import (
@@ -96,7 +96,7 @@ def main(args: Args) -> None:
         require_comparable(plan["trials"], place.uri)
     if min(args.num_workers, args.max_concurrent or 1) < 1:
         raise LsemvaeError("--num-workers and --max-concurrent take 1 or more")
-    feeds = {trial.id: make_feeds(data, trial.recipe, cache=args.cache) for trial in trials}
+    feeds = {trial.id: make_feeds([Source(data)], trial.recipe, cache=args.cache) for trial in trials}
     for of_trial in feeds.values():
         of_trial.train.order.streams_of(0, args.num_workers)
 
@@ -165,7 +165,7 @@ def make_jobs(
             child.tags({"trial": str(numbers[trial.id]), "settings": describe_settings(trial.settings)})
             child.status("SCHEDULED")
             entry["run"] = child.run_id
-        jobs[trial.id] = make_job(data, trial.recipe, feeds[trial.id], entry["run"])
+        jobs[trial.id] = make_job([Source(data)], trial.recipe, feeds[trial.id], entry["run"])
     return jobs
 
 

@@ -1,8 +1,10 @@
 """What a command needs to start a pre-training run on Ray Train: its feeds, its job, its trainer and its resources."""
 
 import contextlib
+import hashlib
 import json
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -48,6 +50,44 @@ def parse_workers(text: str) -> tuple[int, int]:
     return found
 
 
+class Source(NamedTuple):
+    """A data set to pre-train on, and how often its records come in an epoch."""
+
+    data: ShardedDataset
+    repeats: int = 1
+
+
+def open_sources(words: Sequence[str]) -> list[Source]:
+    """`["s3://b/mimic", "own:12"]` -> the data sets, the second with each of its records twelve times an epoch.
+
+    Raises LsemvaeError where there is no data set, one is named twice, or the repeats are below 1.
+    """
+    found = []
+    for word in words:
+        uri, repeats = (match[1], int(match[2])) if (match := re.fullmatch(r"(.+):(\d+)", word)) else (word, 1)
+        if repeats < 1:
+            raise LsemvaeError(f"--data {word}: a data set comes at least once an epoch: give 1 or more")
+        found.append(Source(ShardedDataset.open(uri), repeats))
+    uris = [source.data.storage.uri for source in found]
+    for uri in uris:
+        if uris.count(uri) > 1:
+            raise LsemvaeError(f"--data names {uri} twice: name it once, with its repeats, such as {uri}:2")
+    return found
+
+
+def data_digest(sources: Sequence[Source]) -> str:
+    """The digest of one data set; of several, one of their digests and repeats."""
+    if len(sources) == 1 and sources[0].repeats == 1:
+        return sources[0].data.manifest.digest
+    text = json.dumps([(source.data.manifest.digest, source.repeats) for source in sources])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def data_uri(sources: Sequence[Source]) -> str:
+    """The sources as a command names them."""
+    return " ".join(s.data.storage.uri + (f":{s.repeats}" if s.repeats > 1 else "") for s in sources)
+
+
 class Feeds(NamedTuple):
     """What a run reads. `val` is None where nothing is held out."""
 
@@ -56,11 +96,12 @@ class Feeds(NamedTuple):
 
 
 def make_feeds(
-    data: ShardedDataset, recipe: PretrainRecipe, everything: bool = False, cache: str | None = None
+    sources: Sequence[Source], recipe: PretrainRecipe, everything: bool = False, cache: str | None = None
 ) -> Feeds:
     """The feeds of a recipe; with `everything`, all recordings are training data and nothing is held out.
 
-    Raises LsemvaeError where the data set is too small for the recipe.
+    Held-out records come once, whatever the repeats of their data set. Raises LsemvaeError where the data sets are too
+    small for the recipe.
     """
     settings: dict[str, Any] = {
         "on_device": recipe.preprocess_on == "device",
@@ -70,26 +111,35 @@ def make_feeds(
         "buffer": recipe.shuffle_buffer,
         "seed": recipe.optim.seed,
     }
-    split = "all" if everything else "train"
-    if not everything and data.manifest.subjects == 1 and not data.manifest.rows_in("train"):
+    split, named = "all" if everything else "train", data_uri(sources)
+    manifests = [source.data.manifest for source in sources]
+    if not everything and not any(m.rows_in("train") for m in manifests) and all(m.subjects == 1 for m in manifests):
         raise LsemvaeError(
-            f"{data.storage.uri} has recordings of one subject, who is held out: ingest others too, or give --all to "
-            "train without validation"
+            f"{named} has recordings of one subject, who is held out: ingest others too, or give --all to train "
+            "without validation"
         )
-    data.require_rows(split, at_least=recipe.optim.batch_size)
-    train = Feed.of(data, split, recipe.leads, recipe.preprocess, **settings)
+    _require_rows(sources, split, recipe.optim.batch_size)
+    train = Feed.of_several(sources, split, recipe.leads, recipe.preprocess, **settings)
     if everything:
         return Feeds(train, None)
-    if not data.manifest.rows_in("val"):
+    once = [Source(source.data) for source in sources]
+    if not any(m.rows_in("val") for m in manifests):
         raise LsemvaeError(
-            f"{data.storage.uri} holds out no subject to validate on: ingest again with --val-share, with recordings "
-            "of two subjects at least, or give --all to train without validation"
+            f"{named} holds out no subject to validate on: ingest again with --val-share, with recordings of two "
+            "subjects at least, or give --all to train without validation"
         )
-    data.require_rows("val", at_least=recipe.streams)
-    return Feeds(train, Feed.of(data, "val", recipe.leads, recipe.preprocess, **settings, shuffle=False))
+    _require_rows(once, "val", recipe.streams)
+    held_out = Feed.of_several(once, "val", recipe.leads, recipe.preprocess, **settings, shuffle=False)
+    return Feeds(train, held_out)
 
 
-def make_job(data: ShardedDataset, recipe: PretrainRecipe, feeds: Feeds, run_id: str | None) -> PretrainJob:
+def _require_rows(sources: Sequence[Source], split: str, at_least: int) -> None:
+    rows = sum(source.data.manifest.rows_in(split) * source.repeats for source in sources)
+    if rows < at_least:
+        raise LsemvaeError(f"{data_uri(sources)} has {rows} recordings in {split!r}: {at_least} are needed")
+
+
+def make_job(sources: Sequence[Source], recipe: PretrainRecipe, feeds: Feeds, run_id: str | None) -> PretrainJob:
     """What the workers are told, with the provenance of the bundle to come.
 
     Raises LsemvaeError where the recipe's model does not learn from recordings without labels.
@@ -101,8 +151,8 @@ def make_job(data: ShardedDataset, recipe: PretrainRecipe, feeds: Feeds, run_id:
     provenance = {
         "recipe": as_json(recipe),
         "data": {
-            "uri": data.storage.uri,
-            "digest": data.manifest.digest,
+            "uri": data_uri(sources),
+            "digest": data_digest(sources),
             "rows": {split: feed.order.records for split, feed in feeds._asdict().items() if feed},
         },
         "mlflow_run": run_id,

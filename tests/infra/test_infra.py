@@ -416,7 +416,7 @@ def test_readme_commands_for_a_cluster_are_all_there(environment: None) -> None:
         for line in shell_commands()
         if "workflows/ingest.py" in line and "--output" in line
     }
-    assert {jobs["pretrain"].data, jobs["finetune"].data, jobs["score"].data} == sources
+    assert {*jobs["pretrain"].data, jobs["finetune"].data, jobs["score"].data} == sources
     assert jobs["finetune"].encoder == f"models:/{jobs['pretrain'].model_name}@candidate"
     name = f"{jobs['finetune'].task}-{jobs['finetune'].leads}L"
     assert f"python workflows/promote.py --name {name}" in shell_commands()

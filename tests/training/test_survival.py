@@ -99,7 +99,8 @@ def job_of(data: Path, changes: Mapping[str, object] | None = None) -> PretrainJ
     import pretrain
 
     recipe, dataset = with_settings(PRETRAIN["smoke"], SETTINGS | (changes or {})), ShardedDataset.open(str(data))
-    return pretrain.make_job(dataset, recipe, pretrain.make_feeds(dataset, recipe), None)
+    sources = [pretrain.Source(dataset)]
+    return pretrain.make_job(sources, recipe, pretrain.make_feeds(sources, recipe), None)
 
 
 def below(*pids: int) -> dict[int, str]:

@@ -15,7 +15,7 @@ from benchmarks.measure import Row, more_is_better
 from lsemvae.data.feed import Feed, read_here
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.recipes import PRETRAIN
-from lsemvae.training.launch import make_feeds
+from lsemvae.training.launch import Source, make_feeds
 from lsemvae.training.pretrain import batches_ahead
 
 DEVICE = torch.device("cpu")
@@ -37,7 +37,7 @@ def bench_pace(args: argparse.Namespace) -> list[Row]:
     data.require_rows("train", at_least=2 * size)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        feed = make_feeds(data, recipe, cache=folder).train
+        feed = make_feeds([Source(data)], recipe, cache=folder).train
         print(f"filling the cache: {feed.order.records} recordings, {feed.record_bytes / 1e3:g} kB each", flush=True)
         for _ in feed.batches(0, read=read_here):
             pass

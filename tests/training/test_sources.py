@@ -1,0 +1,93 @@
+"""Several data sets in one pre-training run: how they are named, and what the run reads of them."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from numpy.random import default_rng
+
+from lsemvae.data.feed import read_here
+from lsemvae.data.shards import Manifest, Shard, ShardedDataset, pack, shard_bytes
+from lsemvae.errors import LsemvaeError
+from lsemvae.leads import LEADS
+from lsemvae.preprocess import PreprocessConfig
+from lsemvae.recipes import PRETRAIN
+from lsemvae.record import Record
+from lsemvae.simulate import EcgParameters, simulate_ecg
+from lsemvae.storage import Storage
+from lsemvae.training.launch import Source, data_digest, data_uri, make_feeds, make_job, open_sources
+
+RECIPE = replace(
+    PRETRAIN["smoke"],
+    model=replace(PRETRAIN["smoke"].model, samples=1000),
+    optim=replace(PRETRAIN["smoke"].optim, batch_size=4),
+    preprocess=PreprocessConfig(rate_hz=100, samples=1000),
+    streams=2,
+)
+
+
+def data_set(folder: Path, train: int, val: int, first: int = 0) -> str:
+    """Shards of so many recordings in each split; records are numbered from `first`."""
+    place, shards = Storage.open(folder), []
+    for split, start, count in (("train", first, train), ("val", first + train, val)):
+        rows = []
+        for number in range(start, start + count):
+            signal_mv_LT, _ = simulate_ecg(EcgParameters(), default_rng(number))
+            leads = dict(zip(LEADS, signal_mv_LT[:, ::5], strict=True))
+            rows.append(pack(Record.from_leads(leads, 100, record_id=f"r{number}", subject_id=f"s{number}")))
+        content = shard_bytes(rows, [], {"plan": "p", "rows": len(rows), "unreadable": [], "flags": {}})
+        place.write_bytes(f"{split}.parquet", content)
+        shards.append(Shard(f"{split}.parquet", split, len(rows), len(content), f"{folder.name}{split}"))
+    manifest = Manifest("made up", "folder", "p", train + val, train + val, 0, {}, shards)
+    place.write_bytes("manifest.json", manifest.to_json().encode())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def uris(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("sets")
+    return data_set(folder / "large", 9, 2), data_set(folder / "own", 3, 1, first=100)
+
+
+def test_each_record_comes_as_often_as_its_data_set_says(uris: tuple[str, str]):
+    sources = open_sources([uris[0], f"{uris[1]}:4"])
+    assert [source.repeats for source in sources] == [1, 4]
+    feeds = make_feeds(sources, RECIPE)
+    counts = Counter(int(row) for rows in feeds.train.batches(0, read=read_here) for row in rows["row_B"] if row >= 0)
+    assert counts == {**dict.fromkeys(range(9), 1), **dict.fromkeys(range(9, 12), 4)}
+    held_out = Counter(int(row) for rows in feeds.val.batches(0, read=read_here) for row in rows["row_B"] if row >= 0)
+    assert held_out == dict.fromkeys(range(3), 1)
+    data = make_job(sources, RECIPE, feeds, None).provenance["data"]
+    assert data["uri"] == f"{uris[0]} {uris[1]}:4" == data_uri(sources)
+    assert data["rows"] == {"train": 9 + 4 * 3, "val": 3}
+
+
+def test_one_data_set_is_named_as_before(uris: tuple[str, str]):
+    (source,) = open_sources([uris[0]])
+    assert data_digest([source]) == ShardedDataset.open(uris[0]).manifest.digest
+    assert data_uri([source]) == uris[0]
+    digests = {data_digest(open_sources(words)) for words in ([uris[0]], [f"{uris[0]}:2"], list(uris))}
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["{0}", "{0}:3"], "names .*large twice: name it once"),
+        (["{0}:0"], "at least once an epoch"),
+        (["{0}", "{0}-absent"], "holds no manifest.json"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], says: str, uris: tuple[str, str]):
+    with pytest.raises(LsemvaeError, match=says):
+        open_sources([word.format(*uris) for word in words])
+
+
+def test_too_few_recordings_are_said_with_their_repeats(uris: tuple[str, str]):
+    own = ShardedDataset.open(uris[1])
+    large = replace(RECIPE, optim=replace(RECIPE.optim, batch_size=8))
+    with pytest.raises(LsemvaeError, match=r"own:2 has 6 recordings in 'train': 8 are needed"):
+        make_feeds([Source(own, 2)], large)
+    with pytest.raises(LsemvaeError, match=r"own has 1 recordings in 'val': 2 are needed"):
+        make_feeds([Source(own, 3)], large)
