@@ -466,7 +466,8 @@ def test_two_commands_at_once_make_one_result(whole, ukb: Path):
         assert text["score"] == "" if row["score"] is None else float(text["score"]) == row["score"]
         assert text["decision"] == {None: "", True: "true", False: "false"}[row["decision"]]
     printed = next(out for code, out, _ in ends if code == 0)
-    assert "297 scored" in printed and "leads 1, xml 1" in printed and "not a medical device" in printed
+    assert "297 scored" in printed and "not a medical device" in printed
+    assert "1 refused by the model's preprocessing (leads 1), 1 unreadable (xml 1)" in printed
     for _, out, err in ends:
         assert TRUNCATED not in out + err and WITHDRAWN not in out + err  # nobody is named
 
