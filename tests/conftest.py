@@ -20,8 +20,8 @@ from support.session import AUTHENTICATION, SHARED_DATA, Cluster, Trained, end_g
 
 os.environ.update(AUTHENTICATION)
 prepare_environment()
-SERVERS = {"mlflow_server", "s3", "object_store", "ray_cluster", "url", "running"}
-"""Fixtures that start a server or a browser."""
+SERVERS = {"mlflow_server", "s3", "object_store", "ray_cluster", "proxy", "url", "running"}
+"""Fixtures that start a server, a proxy or a browser."""
 
 
 @pytest.hookimpl(tryfirst=True)
