@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SETTLE_S = 60.0
-"""An autoscaling cluster that has gained no machine for so long has no more to give."""
+"""If an autoscaling cluster gains no machine for this long, no more are expected."""
 
 
 def parse_workers(text: str) -> tuple[int, int]:
@@ -64,7 +64,10 @@ def open_sources(words: Sequence[str]) -> list[Source]:
     """
     found = []
     for word in words:
-        uri, repeats = (match[1], int(match[2])) if (match := re.fullmatch(r"(.+):(\d+)", word)) else (word, 1)
+        match = re.fullmatch(r"(.+):(\d+)", word)
+        if match and re.search(r"[?&]endpoint=\w+://[^:/&]+$", match[1]):  # the number is the endpoint's port
+            match = None
+        uri, repeats = (match[1], int(match[2])) if match else (word, 1)
         if repeats < 1:
             raise LsemvaeError(f"--data {word}: a data set comes at least once an epoch: give 1 or more")
         found.append(Source(ShardedDataset.open(uri), repeats))
@@ -208,7 +211,7 @@ def keep_bundle(place: Storage, run: Run | None = None) -> tuple[str, dict[str, 
 
 
 def require_resources(workers: int, use_gpu: bool, wait_s: float, drivers: int = 0, wanted: int = 1) -> None:
-    """Ask the cluster for what `wanted` runs of so many workers need, and wait until there is enough for one.
+    """Ask the cluster for the resources of `wanted` runs of `workers` workers, and wait until there is enough for one.
 
     An autoscaler adds machines only for demand that it sees: the demand is placed while this waits, and withdrawn when
     it ends. Once there is enough for one run, it waits for the others only while machines still arrive. `drivers` are

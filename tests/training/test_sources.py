@@ -72,6 +72,25 @@ def test_one_data_set_is_named_as_before(uris: tuple[str, str]):
 
 
 @pytest.mark.parametrize(
+    ("word", "uri", "repeats"),
+    [
+        ("s3://b/own", "s3://b/own", 1),
+        ("s3://b/own:12", "s3://b/own", 12),
+        ("s3://b/own?endpoint=http://minio:9000", "s3://b/own?endpoint=http://minio:9000", 1),
+        ("s3://b/own?endpoint=http://minio:9000:12", "s3://b/own?endpoint=http://minio:9000", 12),
+        ("s3://b/own?endpoint=http://minio:9000&region=eu:12", "s3://b/own?endpoint=http://minio:9000&region=eu", 12),
+    ],
+)
+def test_the_port_of_an_endpoint_is_no_number_of_repeats(
+    word: str, uri: str, repeats: int, uris: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    opened, data = [], ShardedDataset.open(uris[0])
+    monkeypatch.setattr(ShardedDataset, "open", lambda asked: opened.append(asked) or data)
+    (source,) = open_sources([word])
+    assert (opened, source.repeats) == ([uri], repeats)
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["{0}", "{0}:3"], "names .*large twice: name it once"),
