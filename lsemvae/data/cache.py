@@ -175,7 +175,11 @@ def _unused_folders(root: Path) -> list[Path]:
 def _remove(folder: Path) -> int:
     """Remove the cache's own files in a folder, and the folder if it is then empty -> bytes that were freed."""
     freed_bytes = 0
-    for path in folder.iterdir():
+    try:
+        paths = list(folder.iterdir())
+    except FileNotFoundError:  # another process has removed it
+        return 0
+    for path in paths:
         if _FILE.fullmatch(path.name) or path.name == USED:
             with contextlib.suppress(FileNotFoundError):
                 freed_bytes += path.stat().st_size

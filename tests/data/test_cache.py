@@ -182,6 +182,10 @@ def test_putting_removes_what_is_old_and_leaves_the_spare_room(
     assert caplog.text.count("takes no more (its disk has less than 1.1 GB to spare): going on without") == 1
 
 
+def test_two_processes_may_remove_the_same_folder(tmp_path: Path):
+    assert caching._remove(tmp_path / ("0" * 16)) == 0  # as where the other one was quicker
+
+
 def test_reading_marks_a_folder_as_used(tmp_path: Path):
     cache = filled(Cache(tmp_path, "own"), 1, used_s_ago=5 * IN_USE_S)
     caching._said_used_s.clear()
