@@ -128,15 +128,16 @@ def _digest(recipe: PretrainRecipe, sources: Sequence[Source], everything: bool)
 
 def _say_where(result: dict[str, object]) -> None:
     metrics = result["metrics"]
-    if "val.active_units" in metrics:
-        print(
-            f"epoch {metrics['epoch']}: validation loss {metrics['val.loss']:.4g}, "
-            f"{metrics['val.active_units']:.0f} active units, mean Pearson r {metrics['val.pearson_r']:.3f}"
-        )
+    if "val.loss" in metrics:
+        said = [f"validation loss {metrics['val.loss']:.4g}"]
+        if "val.active_units" in metrics:  # not every architecture has a latent and a decoder
+            said.append(f"{metrics['val.active_units']:.0f} active units")
+            said.append(f"mean Pearson r {metrics['val.pearson_r']:.3f}")
+        print(f"epoch {metrics['epoch']}: {', '.join(said)}")
     else:
         print(f"epoch {metrics['epoch']}: training loss {metrics['train.loss']:.4g}, nothing was held out")
     if metrics.get("val.collapsed"):
-        print("warning: the posterior has collapsed, z says nothing of the recordings:")
+        print("warning: the posterior has collapsed, z holds no information about the recordings:")
         print("         raise --model.reconstruction-weight, lower --model.beta, or train longer")
     print(f"bundle:  {result['bundle']} (digest {result['digest']})")
     print(f"model:   {result['model']}")

@@ -16,7 +16,8 @@ import torch
 from lsemvae.bundle import Bundle
 from lsemvae.config import PretrainRecipe
 from lsemvae.data.ahead import ahead
-from lsemvae.data.feed import DAMAGED, Feed, Rows, require_room
+from lsemvae.data.feed import DAMAGED, Feed, require_room
+from lsemvae.data.layouts import Rows
 from lsemvae.data.order import Order
 from lsemvae.errors import LsemvaeError
 from lsemvae.preprocess.on_device import DeviceFinish
@@ -129,7 +130,7 @@ class Worker(Watcher):
     # --- what fit tells ------------------------------------------------------------------------------------------
 
     def before_step(self, epoch: int, step: int) -> None:
-        # What the model draws beside the noise depends on nothing that a restart would change either.
+        # The model's other random numbers (lead dropout) must be the same after a restart, too.
         seed = [self.recipe.optim.seed, epoch, step, self.rank]
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
@@ -186,7 +187,7 @@ class Worker(Watcher):
             provenance = self.job.provenance | {"metrics": progress.metrics}
             bundle = Bundle.of(self.model, self.recipe.preprocess, provenance=provenance)
             save_checkpoint(folder, bundle, self.model, self.optimizer, progress, self.order, self.workers)
-            if best:  # before the report: a run that is killed in between does this epoch's end again
+            if best:  # before the report: a run that is killed in between repeats the end of this epoch
                 keep_as_best(folder, self.place)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
