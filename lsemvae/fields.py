@@ -21,7 +21,8 @@ UNTAGGED = "untagged"
 def as_json(value: Any, *, every_tag: bool = False) -> Any:
     """A dataclass as `dataclasses.asdict` gives it, with the tag of each configuration in a field of a family.
 
-    A tag that `read` can do without is left out (bundles of before tags keep their digests), unless `every_tag`.
+    The default tag, which `read` assumes, is omitted unless `every_tag`, so that bundles from before tags keep their
+    digests.
     """
     if is_dataclass(value) and not isinstance(value, type):
         found = {}
@@ -73,9 +74,9 @@ def read(hint: Any, value: Any, where: str) -> Any:
 
 
 def _members(hint: Any) -> Sequence[type]:
-    """The configurations that a field of this type may hold; none where it is no family of them.
+    """The configurations that a field of this type may hold; empty if the type is no such family.
 
-    A union's first member is the one that a value without a tag is; a base class names it.
+    A value without a tag is a union's first member, or the member that a base class names as `untagged`.
     """
     if get_origin(hint) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]

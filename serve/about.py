@@ -1,7 +1,6 @@
-"""What the service says of itself: model cards, health and readiness."""
+"""Routes that describe the service: model cards, health and readiness."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from lsemvae.tracking import shown
 from serve.openapi import PROBLEMS, TOKEN_IN_OPENAPI
 from serve.registry import Served
 from serve.schema import Health, ModelCard, ModelOut, Readiness
@@ -50,7 +50,7 @@ async def readyz(service: TheService) -> Any:
     registry = service.registry
     models = [f"{m.name}/{m.version}" if m.version else m.name for m in _described(registry.served)]
     # An address may hold a password, and this path needs no token.
-    problems = {name: re.sub(r"//[^/@\s]+@", "//", text) for name, text in registry.problems.items()}
+    problems = {name: shown(text) for name, text in registry.problems.items()}
     state = Readiness(ready=registry.ready, models=models, problems=problems)
     return state if state.ready else JSONResponse(state.model_dump(), 503)
 

@@ -12,7 +12,7 @@ from serve.registry import Registry
 
 @dataclass(frozen=True)
 class Service:
-    """What answers the requests, and its limits."""
+    """The models that answer requests, and the limits of a request."""
 
     registry: Registry
     metrics: Metrics

@@ -19,7 +19,7 @@ from lsemvae.storage import Storage
 
 TABLE = "aspire.csv"
 
-# Files beside recordings that are none. DICOM files often have no extension, or one that is a part of their UID.
+# Files in the source that are not recordings. DICOM files often have no extension, or one that is a part of their UID.
 _BESIDE = r"(?i)(?:^|/)\.|\.(?:dat|txt|md|pdf|zip|jpg|png|xlsx?)$"
 
 

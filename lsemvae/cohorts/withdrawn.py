@@ -33,7 +33,10 @@ class Withdrawn:
 
     @property
     def digest(self) -> str:
-        """Names the list in logs and plans; the identifiers cannot be had back from it. Empty without anybody."""
+        """Names the list in logs and plans without listing it; empty if nobody has withdrawn.
+
+        It keeps no secret: whoever tries all seven-digit numbers finds the identifier in a list of one.
+        """
         text = "\n".join(sorted(self.subjects))
         return hashlib.sha256(text.encode()).hexdigest()[:16] if self.subjects else ""
 
@@ -69,10 +72,10 @@ def read_withdrawn(storage: Storage, name: str = WITHDRAWN, *, only_numbers: boo
 
 
 def require_withdrawn(uri: str) -> Withdrawn:
-    """The list that a user names. Raises LsemvaeError where it is absent, so that a slip does not keep anybody in."""
+    """The list that a user names. Raises LsemvaeError where it is absent, so that a mistyped path keeps nobody in."""
     storage = Storage.open(uri)
     if not storage.exists():
-        raise LsemvaeError(f"{uri} does not exist: give the path or URI of the list of who has withdrawn")
+        raise LsemvaeError(f"{uri} does not exist: give the path or URI of the list of withdrawn subjects")
     return read_withdrawn(storage, "")
 
 

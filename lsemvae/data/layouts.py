@@ -1,7 +1,7 @@
 """The two layouts of a training batch: model input, or windows of which a device makes model input.
 
-Every batch has `weight_B` float32, which is 0 for a record that does not count, else 1. What else it has, its layout
-says. A refused record keeps its place in the batch, so that every batch has the same size.
+Every batch has `weight_B` float32, which is 0 for a record that does not count, else 1. Its layout defines the other
+arrays. A refused record keeps its place in the batch, so that every batch has the same size.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Read one recording of many: what is wrong with it is a value, what is wrong with the place is an exception."""
+"""Read one recording of many: a fault of the recording is returned, a fault of the storage is raised."""
 
 import random
 import time

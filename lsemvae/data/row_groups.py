@@ -1,4 +1,4 @@
-"""Read the signals of one row group of a shard; a damaged one is told from a storage that fails."""
+"""Read the signals of one row group of a shard, and tell a damaged row group from a failing storage."""
 
 import random
 import time

@@ -78,7 +78,7 @@ def with_intervals(
 
 
 class _Weighted:
-    """The metrics of recordings of which each counts several times, as in a resampling: in one pass over arrays.
+    """The metrics of a resampling, in which each recording counts several times or never, in one pass over arrays.
 
     scikit-learn sorts and checks anew for every resampling and metric, which takes a hundred times as long.
     """

@@ -54,7 +54,7 @@ class Result:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """From the encoder's out-of-fold scores to probabilities; None where higher scores are not more often ill."""
+        """From the encoder's out-of-fold scores to probabilities; None where higher scores mean no more positives."""
         weight_B = calibration.subject_weights(self.embedded.subject_B)
         return calibration.fit_sigmoid(self.embedded.y_B, self.scores[ENCODER], weight_B)
 

@@ -1,12 +1,12 @@
 """What every architecture offers, as protocols; nothing outside `lsemvae.models` knows one by name.
 
 - An `Encoder` turns a recording into features: `embed(x_BLT, lead_mask_BL) -> h_BF`.
-- A model that `Pretrains` gives a loss for unlabelled recordings, says what to validate, and hands on the part of it
-  that embeds. One that also `Reconstructs` writes leads.
+- A model that `Pretrains` computes a loss on unlabelled recordings, validates itself, and gives away its embedding
+  part. One that also `Reconstructs` outputs leads.
 - A model that `Predicts` gives the probability of a class.
 
 Inputs: `x_BLT` holds the model's leads in the order of `.leads`, preprocessed; `lead_mask_BL` is True where a lead was
-observed. What a masked lead holds, NaN included, changes nothing. A wrong shape raises LsemvaeError.
+observed. The samples of a masked lead, NaN included, have no effect. A wrong shape raises LsemvaeError.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Encoder(Protocol):
-    """What a head is put on."""
+    """The model under a head."""
 
     leads: tuple[str, ...]
 
@@ -43,11 +43,11 @@ class EncoderConfig:
 
     architecture: ClassVar[str]
     untagged: ClassVar[str] = "lsemvae"
-    """The member that a configuration without a name is: bundles older than this field."""
+    """The architecture of a configuration that names none, as in bundles from before this field."""
 
     def embedder(self, leads: Sequence[str]) -> Encoder:
         """The part of the architecture that embeds these leads, freshly initialised: what a classifier holds."""
-        raise AssertionError(f"{type(self).__name__} does not say what embeds")
+        raise AssertionError(f"{type(self).__name__} has no embedder")
 
 
 @runtime_checkable
@@ -84,8 +84,8 @@ class Pretrains(Trains, Protocol):
     config: Any
     leads: tuple[str, ...]
     noise_size: int
-    """Standard normal numbers that a record needs in a step, given as `batch["noise_BD"]`; 0 for none. Whoever draws
-    them decides that they do not depend on the number of workers. Without them the model draws its own."""
+    """Standard normal numbers that a record needs in a step, given as `batch["noise_BD"]`; 0 for none. The caller
+    draws them, so that they do not depend on the number of workers. Without them the model draws its own."""
 
     def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """As `Encoder.embed`."""

@@ -68,7 +68,7 @@ def start(place: Storage, recipe: PretrainRecipe, order: Order, rank: int, devic
     """
     from ray.train.collective import broadcast_from_rank_zero
 
-    # The very objects travel: Ray's Checkpoint is downloaded once a machine for all processes that hold a copy of it.
+    # The Checkpoint objects themselves are sent: processes of a machine that hold copies of one share its download.
     kept = broadcast_from_rank_zero(_checkpoints(place) if rank == 0 else None)
     return _newest(place, kept, recipe, order, device, loud=rank == 0)[1]
 
@@ -78,7 +78,7 @@ def newest_whole(
 ) -> tuple[str | None, Started]:
     """The name of the newest whole checkpoint and what is in it; (None, a new model) where there is no checkpoint.
 
-    The storage counts, not what was reported to Ray Train: a machine can be lost between the two.
+    This looks at the storage, not at Ray Train's reports: a machine can be lost between writing and reporting.
     """
     return _newest(place, _checkpoints(place), recipe, order, device)
 
@@ -180,7 +180,7 @@ def _meaning_of(order: Order) -> dict[str, Any]:
     settings = asdict(order)
     fixed = {"order_version": ORDER_VERSION, "records": order.records}
     found = fixed | {name: settings[name] for name in ("batch_size", "streams", "buffer", "seed")}
-    if any(repeats != 1 for repeats in order.repeats):  # left out otherwise, as in checkpoints older than it
+    if any(repeats != 1 for repeats in order.repeats):  # omitted otherwise, so that older checkpoints compare equal
         found["repeats"] = list(order.repeats)
     return found
 

@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: the epoch, the step in it, and the sums of this epoch's steps before that."""
+    """Where training resumes: the epoch, the step in it, and the sums over this epoch's earlier steps."""
 
     epoch: int = 0
     step: int = 0
@@ -57,7 +57,7 @@ class Start:
 
 
 class Watcher:
-    """What `fit` tells of its progress. Override what is of interest."""
+    """`fit` reports its progress to these methods. Override those that you need."""
 
     def before_step(self, epoch: int, step: int) -> None:
         """A step begins."""
@@ -68,7 +68,7 @@ class Watcher:
     def on_checkpoint(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         """A checkpoint is due. All steps up to this one have finite numbers.
 
-        `sums` given in `Start` make the numbers of the epoch those of the whole epoch.
+        Give `sums` to `Start` when training resumes, so that the epoch's numbers cover the whole epoch.
         """
 
     def on_epoch(self, epoch: Epoch) -> bool | None:

@@ -67,7 +67,7 @@ def run_trial(
     """What Tune runs: one pre-training with Ray Train, from its newest checkpoint if there is one.
 
     The epochs that earlier commands ran, `before`, are reported first, so that ASHA knows of them. This process writes
-    the outcome: it stands even when the command is killed before it hears of it.
+    the outcome, not the command, so the outcome is kept even if the command is killed.
     """
     import ray.train
     from ray import tune
@@ -197,7 +197,7 @@ def search(
     runs = {id: Run(run_id) for id in left if (run_id := jobs[id].tracking_run)}
     parameters = {"before": before, "place": place / TRIALS, "settings": settings}
     parameters["jobs"] = {id: job for id, job in jobs.items() if id in left}
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is said in a line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the ledger reports each failure in one line
     with tqdm(total=len(left), desc="trials", unit="trial") as bar:
 
         def say(id: str, text: str) -> None:

@@ -18,7 +18,7 @@ EXAMPLES = 3
 def validate(
     model: Any, batches: Iterable[Batch], precision: str = "float32"
 ) -> tuple[dict[str, float], dict[str, Tensor] | None]:
-    """What the model's own validation says of held-out records, over all workers, and "records", their number.
+    """Metrics of the model's own validation over the held-out records of all workers, and "records", their number.
 
     `model` is a `lsemvae.models.contract.Pretrains`. Also gives the first records with their reconstructions, for a
     picture, where it can reconstruct. Records of weight 0 take no part. Raises LsemvaeError when there is no other.

@@ -113,7 +113,7 @@ def kept_signals() -> Iterator[None]:
 
 
 def _run_here(path: Path, words: list[str]) -> subprocess.CompletedProcess:
-    """The program as `__main__` of this process; the Ray session that it joins is joined for good."""
+    """Run the program as `__main__` of this process; it stays connected to the Ray session that it joins."""
     out, err, status = _Written("stdout"), _Written("stderr"), 0
     environment, arguments = dict(os.environ), sys.argv
     sys.argv = [str(path), *words]

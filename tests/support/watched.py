@@ -63,7 +63,7 @@ class Attempt:
         written.replace(self.folder / "limit")
 
     def lines(self) -> list[dict]:
-        """In the order of time; a line that is being written is left out."""
+        """All lines by time, without a line that is still being written."""
         lines = [
             json.loads(line) | {"process": path.name.split("-")[0]}
             for path in self.folder.glob("*.jsonl")
@@ -73,15 +73,15 @@ class Attempt:
         return sorted(lines, key=lambda line: line["at"])
 
     def processes(self) -> set[str]:
-        """The workers that there have been."""
+        """The worker processes so far."""
         return {path.name.split("-")[0] for path in self.folder.glob("*.jsonl")}
 
     def steps(self, after: Iterable[str] = ()) -> list[int]:
-        """The steps that were given, but for those of these workers."""
+        """The steps that workers received, except the workers named in `after`."""
         return [line["step"] for line in self.lines() if line["process"] not in after]
 
     def workers(self, after: Iterable[str] = ()) -> set[int]:
-        """How many of them shared a step, but for those that these did."""
+        """The numbers of workers that shared a step, without the steps of the workers named in `after`."""
         return {line["workers"] for line in self.lines() if line["process"] not in after}
 
 

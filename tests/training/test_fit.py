@@ -1,4 +1,4 @@
-"""The loop: what a batch, a half of it, a worker's share of it and a restart amount to is the same."""
+"""The training loop: whole batches, parts of them, several workers and a restart give the same result."""
 
 import multiprocessing
 import os
@@ -54,7 +54,7 @@ def batches_of(epoch: int, start: int = 0) -> list[dict[str, Tensor]]:
 
 
 def without_noise(batches: Callable[[int], list[dict[str, Tensor]]]) -> Callable[[int], list[dict[str, Tensor]]]:
-    """Noise would differ between halves of a batch: none of it, the posterior's mean alone."""
+    """A model without noise, which would differ between halves of a batch: it decodes the posterior's mean."""
 
     def given(epoch: int) -> list[dict[str, Tensor]]:
         return [{**batch, "noise_BD": torch.zeros(len(batch["x_BLT"]), TINY.latent)} for batch in batches(epoch)]

@@ -1,4 +1,4 @@
-"""Is the model alive: active units, KL per unit, and how well each lead comes back.
+"""Diagnostics of a pass over held-out records: active units, KL per unit, and reconstruction of each lead.
 
 `Diagnostics` holds nothing but sums, so it is filled batch by batch and added up across workers.
 """
@@ -39,7 +39,7 @@ class Diagnostics:
 
     @classmethod
     def empty(cls, latent: int, leads: int, device: torch.device | str = "cpu") -> Self:
-        """Sums over nothing yet."""
+        """All sums at zero."""
         shapes = {"records": (), **{f.name: (latent,) for f in fields(cls) if f.name.endswith("_D")}}
         return cls(
             **{
@@ -61,7 +61,7 @@ class Diagnostics:
         target_BLT: Tensor,
         target_mask_BL: Tensor,
     ) -> None:
-        """Add a batch: its posterior, and its reconstruction against the target leads that are there."""
+        """Add a batch: its posterior, and its reconstruction compared with the observed target leads."""
         mu_BD = mu_BD.double()
         self.records += len(mu_BD)
         self.mu_D += mu_BD.sum(dim=0)
@@ -172,7 +172,7 @@ class ReconstructionPass:
 def pearson_r(prediction_BLT: Tensor, target_BLT: Tensor) -> tuple[Tensor, Tensor]:
     """Pearson's r over time, [B, L], and where the target varies at all, [B, L] bool; r is 0 elsewhere.
 
-    A reconstruction that does not vary has r = 0: it tells nothing about its target.
+    A constant reconstruction has r = 0: it holds no information about its target.
     """
     prediction_BLT = prediction_BLT - prediction_BLT.mean(dim=-1, keepdim=True)
     target_BLT = target_BLT - target_BLT.mean(dim=-1, keepdim=True)

@@ -1,7 +1,7 @@
 """What is minimised: the paper's ELBO and alignment, the released code's objective, the focal loss.
 
 Every function returns one value a record, in float32 or better, and is averaged over the batch by its caller.
-What is masked out is replaced before any arithmetic: its value does not count and its gradient is zero.
+Masked values are replaced before any arithmetic, so they have no effect and their gradient is zero.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def reconstruction(
 def kl_to_prior(mu_BD: Tensor, logvar_BD: Tensor) -> Tensor:
     """KL(N(mu, s^2) || N(0, I)) of each latent unit, in nats, [B, D]; its sum over D stands in eq. 2.
 
-    1/2 (mu^2 + s^2 - 1 - log s^2). Exceeds float32 above a log-variance of 88: the finite guard's business.
+    1/2 (mu^2 + s^2 - 1 - log s^2). Overflows float32 above a log-variance of 88, which `finite_records` notices.
     """
     mu_BD, logvar_BD = full_precision(mu_BD), full_precision(logvar_BD)
     return 0.5 * (mu_BD.square() + (torch.expm1(logvar_BD) - logvar_BD))
@@ -88,7 +88,7 @@ def binary_focal(logit_B: Tensor, y_B: Tensor, gamma: float = 2.0, alpha: float 
 
 
 def average(values_B: Tensor, share_B: Tensor | None = None) -> Tensor:
-    """Their mean, or their sum weighted by each record's share in a mean over more than this batch."""
+    """The mean over the batch, or with `share_B` this batch's part of a mean over several batches or workers."""
     return values_B.mean() if share_B is None else (values_B * share_B).sum()
 
 
