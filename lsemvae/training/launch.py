@@ -273,10 +273,20 @@ def require_writable(place: Storage) -> None:
 
 
 def _autoscales() -> bool:
-    """Whether an autoscaler adds machines to the cluster. One that only watches names each node's type by its id."""
+    """Whether an autoscaler adds machines to the cluster. One that only watches names each node's type by its id.
+
+    KubeRay starts the second version of Ray's autoscaler, `ray up` the first; each publishes its state in its own way.
+    """
+    import ray
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get
 
-    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
-    types = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
-    return any(not kind.startswith("node_") for kind in types.values())
+    if is_autoscaler_v2():
+        found = get_cluster_status(ray.get_runtime_context().gcs_address)
+        kinds = [node.ray_node_type_name for node in [*found.active_nodes, *found.idle_nodes]]
+    else:
+        status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+        kinds = list(((status.get("autoscaler_report") or {}).get("node_type_mapping") or {}).values())
+    return any(kind and not kind.startswith("node_") for kind in kinds)
