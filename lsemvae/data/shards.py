@@ -36,6 +36,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable.csv"
 LABEL_PREFIX = "label."
+CONCURRENT_READS = 8
 ROWS_PER_GROUP = 64  # the smallest unit that a reader can read: about 0.5 MB on disk
 
 _MISSING = -32768  # the sentinel that WFDB uses, and MIMIC-IV-ECG with it
@@ -243,6 +244,8 @@ class ShardedDataset:
     manifest: Manifest
     withdrawn: Withdrawn = NOBODY
     labels: Labels | None = None
+    withdrawn_in: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Path of a shard -> its rows of subjects who have withdrawn. Without an entry a shard has none."""
 
     @classmethod
     def open(cls, uri: str, *, withdrawn: str | None = None) -> "ShardedDataset":
@@ -254,14 +257,16 @@ class ShardedDataset:
         data = cls._of_manifest(uri)
         gone = read_withdrawn(data.storage) | (require_withdrawn(withdrawn) if withdrawn else NOBODY)
         if gone.subjects:
-            data = replace(data, withdrawn=gone)
+            data = replace(data, withdrawn=gone, withdrawn_in=data._rows_of(gone))
             held = data.shards_of_withdrawn()
             log.info(
                 f"{len(data.withdrawn_rows())} recordings of subjects who have withdrawn are not used (list "
                 f"{gone.digest} of {len(gone.subjects)} subjects); stored in {', '.join(held) or 'no shard'}"
             )
         if has_labels(data.storage):
-            keys = replace(data, withdrawn=NOBODY).read(["path", "record_id", "subject_id"]).to_pandas()
+            keys = (
+                replace(data, withdrawn=NOBODY, withdrawn_in={}).read(["path", "record_id", "subject_id"]).to_pandas()
+            )
             data = replace(data, labels=read_labels_beside(data.storage, keys))
         return data._counted() if gone.subjects or data.labels else data
 
@@ -297,16 +302,27 @@ class ShardedDataset:
 
     def withdrawn_rows(self, split: str = "all") -> np.ndarray:
         """Which rows are of subjects who have withdrawn, counted from 0 through the shards of the split."""
-        if not self.withdrawn.subjects:
-            return np.empty(0, dtype=np.int64)
-        tables = [self._read(shard, ["subject_id"]) for shard in self.manifest.of_split(split)]
-        return np.flatnonzero(self.withdrawn.mask(pa.concat_tables(tables)["subject_id"].to_pylist()))
+        found, start = [np.empty(0, dtype=np.int64)], 0
+        for shard in self.manifest.of_split(split):
+            if shard.path in self.withdrawn_in:
+                found.append(start + self.withdrawn_in[shard.path])
+            start += shard.rows
+        return np.concatenate(found)
+
+    def _rows_of(self, subjects: Withdrawn) -> dict[str, np.ndarray]:
+        """Path of each shard that has rows of these subjects -> those rows. Reads one column of every shard."""
+
+        def look(shard: Shard) -> np.ndarray:
+            return np.flatnonzero(subjects.mask(self._read(shard, ["subject_id"])["subject_id"].to_pylist()))
+
+        shards = self.manifest.of_split("all")
+        with ThreadPoolExecutor(CONCURRENT_READS) as pool:
+            rows = zip(shards, pool.map(look, shards), strict=True)
+            return {shard.path: rows_N for shard, rows_N in rows if len(rows_N)}
 
     def shards_of_withdrawn(self) -> list[str]:
         """The files that still hold recordings of subjects who have withdrawn: ingest again to have them removed."""
-        shards = self.manifest.of_split("all")
-        ends = np.cumsum([shard.rows for shard in shards])
-        return [shards[i].path for i in np.unique(np.searchsorted(ends, self.withdrawn_rows(), side="right"))]
+        return [shard.path for shard in self.manifest.of_split("all") if shard.path in self.withdrawn_in]
 
     def rows(self, split: str) -> int:
         """Recordings of the split that may be used."""
@@ -328,7 +344,8 @@ class ShardedDataset:
         needed = [name for name in columns if name not in overlaid]
         needed += ["record_id"] if overlaid and "record_id" not in needed else []
         needed += ["subject_id"] if self.withdrawn.subjects and "subject_id" not in needed else []
-        table = pa.concat_tables([self._read(shard, needed) for shard in self.manifest.of_split(split)])
+        with ThreadPoolExecutor(CONCURRENT_READS) as pool:
+            table = pa.concat_tables(pool.map(lambda shard: self._read(shard, needed), self.manifest.of_split(split)))
         if self.withdrawn.subjects:
             table = table.filter(pa.array(~self.withdrawn.mask(table["subject_id"].to_pylist())))
         for name in overlaid:
@@ -367,7 +384,7 @@ class ShardedDataset:
             if hashlib.sha256(content).hexdigest() != shard.digest:
                 raise self._damaged(shard, "its SHA-256 is another")
 
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(CONCURRENT_READS) as pool:
             list(pool.map(check, self.manifest.shards))
 
     def require_label(self, name: str) -> str:

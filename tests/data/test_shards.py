@@ -210,6 +210,10 @@ def test_who_withdraws_after_ingest_is_in_no_answer(data_set: Path, caplog: pyte
     data = ShardedDataset.open(str(data_set))
     assert data.read(["record_id"])["record_id"].to_pylist() == ["a"]
     assert data.read(["label.ph", "record_id"], "val").num_rows == 0
+    assert {path: rows.tolist() for path, rows in data.withdrawn_in.items()} == {
+        "train.parquet": [1, 2],
+        "val.parquet": [0],
+    }
     assert [data.withdrawn_rows(split).tolist() for split in ("all", "train", "val")] == [[1, 2, 3], [1, 2], [0]]
     assert (data.rows("train"), data.manifest.rows_in("train")) == (1, 3)  # the files stay as they are
     assert data.manifest.labels["ph"] == {"0": 1, "1": 0, "other": 0, "null": 0}
@@ -230,6 +234,15 @@ def test_who_withdraws_after_ingest_is_in_no_answer(data_set: Path, caplog: pyte
     (data_set / "withdrawn.csv").write_text("2\n1,3\n")
     with pytest.raises(LsemvaeError, match=r"withdrawn\.csv, line 2, is no eid"):
         ShardedDataset.open(str(data_set))
+
+
+def test_the_subjects_of_a_shard_are_read_once(data_set: Path):
+    (data_set / "withdrawn.csv").write_text("2\n3\n")
+    data = ShardedDataset.open(str(data_set))
+    for path in ("train.parquet", "val.parquet"):
+        (data_set / path).unlink()
+    assert data.withdrawn_rows().tolist() == [1, 2, 3] and data.rows("val") == 0
+    assert data.shards_of_withdrawn() == ["train.parquet", "val.parquet"]
 
 
 def test_labels_beside_the_shards_take_the_place_of_theirs(data_set: Path):
