@@ -29,7 +29,7 @@ class Proxy:
     port: int
     certificate: Path
     reached: list[tuple[str, str]] = field(default_factory=list)
-    """Method and path of what came through to the service."""
+    """Method and path of the requests that reached the service."""
 
     def client(self) -> httpx.Client:
         trust = ssl.create_default_context(cafile=str(self.certificate))
@@ -41,7 +41,7 @@ class Proxy:
         return trust.wrap_socket(connection, server_hostname="localhost")
 
     def send(self, *lines: str, body: str = "") -> bytes:
-        """The status line that these headers get on a connection of their own, which is closed then."""
+        """Send these headers on a new connection -> the status line of the answer; then close it."""
         with self.connect() as connection:
             connection.sendall(("\r\n".join(lines) + body).encode())
             answer = b""
@@ -137,6 +137,7 @@ def test_a_request_with_a_token_is_answered_over_tls(proxy: Proxy, record: Recor
     [
         (["POST /v1/score HTTP/1.1", "Content-Length: 100"], 401),
         (["POST /v1/score HTTP/1.1", "Transfer-Encoding: chunked", "Authorization: Basic x"], 401),
+        (["OPTIONS /v1/score HTTP/1.1", "Content-Length: 100"], 401),
         (["POST /healthz HTTP/1.1", "Transfer-Encoding: chunked"], 405),
         (["POST /v1/score HTTP/1.1", f"Content-Length: {2**25 + 1}", BEARER], 413),
         (["POST /v1/score HTTP/1.1", f"Content-Length: {2**45}", BEARER], 413),
@@ -146,6 +147,13 @@ def test_what_the_headers_decide_does_not_reach_the_service(proxy: Proxy, lines:
     proxy.reached.clear()
     assert proxy.send(*lines, "Host: localhost", "", "").split()[1] == str(status).encode()
     assert proxy.reached == []
+
+
+def test_a_browser_may_ask_without_a_token_for_a_page_of_another_site(proxy: Proxy):
+    proxy.reached.clear()
+    with proxy.client() as client:
+        client.options("/v1/score", headers={"Origin": "https://a.example", "Access-Control-Request-Method": "POST"})
+    assert proxy.reached == [("OPTIONS", "/v1/score")]  # tests/serve/test_security.py has what the service answers
 
 
 def test_a_connection_that_never_finishes_its_headers_is_ended(proxy: Proxy):
