@@ -14,7 +14,7 @@ CONFIG = LSEMVAEConfig.released(samples=SAMPLES, latent=LATENT, channels=CHANNEL
 
 
 def checkpoint(seed=0):
-    """A state dict as section 3 of the method notes describes it, with random numbers."""
+    """A state dict with the keys and shapes of the released code, and random numbers."""
     generator = torch.Generator().manual_seed(seed)
     features = CHANNELS[2] * SAMPLES // 8
     shapes = {}
