@@ -1,4 +1,4 @@
-"""A bundle says everything that decides a score, and refuses to be anything but what was saved."""
+"""A bundle holds everything that decides a score, and is refused if it is not what was saved."""
 
 import json
 import shutil

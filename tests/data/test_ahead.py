@@ -1,4 +1,4 @@
-"""What is made ahead in a thread comes as if it were made when it is asked for."""
+"""Items that a thread makes ahead arrive as if they were made on request."""
 
 import threading
 from collections.abc import Iterator

@@ -44,7 +44,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Gives the disk of tmp_path a size: what is free is that less the files that are there."""
+    """Give the disk of tmp_path a size: the free space is the size minus the files that are there."""
 
     def of_size(total: int) -> None:
         def usage(folder: Path) -> tuple:

@@ -115,7 +115,7 @@ def test_repeats_of_one_give_the_order_without_repeats(order: Order, epoch: int)
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_copies_of_a_record_are_far_apart(epoch: int):
-    """30,000 recordings, and 700 that come 12 times: never twice in one batch, nor within a third of a twelfth."""
+    """30,000 recordings and 700 that come 12 times: copies are never in one batch, nor closer than 1/36 of an epoch."""
     order = Order((30_000, 700), 256, streams=8, buffer=4096, seed=epoch, repeats=(1, 12))
     steps: dict[int, list[int]] = {}
     for stream in range(order.streams):
@@ -154,7 +154,7 @@ def test_the_worked_examples_are_right():
 @settings(max_examples=80, deadline=None)
 @given(order=orders, data=st.data())
 def test_what_is_asked_for_is_what_is_left(order: Order, data: st.DataObject):
-    """From any step on, the blocks that are demanded hold exactly what the steps before have not taken."""
+    """From any step on, the demanded blocks hold exactly the records that earlier steps have not taken."""
     start = data.draw(st.integers(0, order.steps))
     workers = data.draw(st.integers(1, order.streams))
     left = 0
@@ -168,7 +168,7 @@ def test_what_is_asked_for_is_what_is_left(order: Order, data: st.DataObject):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_streams_need_their_next_blocks_at_different_steps(workers: int):
-    """All at once, a device waits for eight blocks, and then for nothing for as long as they last."""
+    """If all streams needed their blocks at the same step, a device would wait for eight blocks at once."""
     order = Order((256,) * 160, batch_size=128, streams=8, buffer=4096)
     begins = []  # the step at which a block is wanted
     for stream in order.streams_of(0, workers):

@@ -1,4 +1,4 @@
-"""One recording of many: its own faults are values, those of the place are exceptions, and an overload is outlasted."""
+"""Faults of a recording are returned, faults of the storage are raised, and an overload is waited for."""
 
 from pathlib import Path
 

@@ -88,7 +88,7 @@ def test_equals_pydicom_on_the_recording_in_its_wheel() -> None:
 
 
 def test_a_real_recording_cut_short_is_never_read_as_another() -> None:
-    """Refused wherever it is cut before its waveforms end; what follows them is of no matter."""
+    """A file that is cut before the end of its waveforms is refused; what follows them does not matter."""
     content = IN_THE_WHEEL.read_bytes()
     whole = read(content)
     median = content.index(b"MEDIAN BEAT")

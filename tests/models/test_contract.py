@@ -1,4 +1,4 @@
-"""The contract, for every architecture and for one that this test brings along (tests/support/tiny.py)."""
+"""The contract, for every architecture and for one that only tests define (tests/support/tiny.py)."""
 
 import json
 from dataclasses import dataclass, replace
@@ -135,7 +135,7 @@ def test_a_record_of_share_zero_takes_no_part(config: Any):
 
 @every_architecture
 def test_an_absent_lead_changes_nothing(config: Any):
-    """Whatever it holds: NaN here, which would spread to all that it touches, the gradient too."""
+    """The absent lead holds NaN, which would spread to every result and gradient that it reaches."""
     model = model_of(config).eval()
     batch = batch_of(model)
     batch["lead_mask_BL"][:, 2] = False

@@ -217,7 +217,7 @@ def test_nothing_overflows_at_extreme_log_variances(name, dtype, given_experts):
     assert logvar_BLD.grad.isfinite().all()
     assert (mu_BLD.grad[~mask_BL] == 0).all()
     assert (logvar_BLD.grad[~mask_BL] == 0).all()
-    # Between the extremes of its members: a mean of means, and no surer than the product.
+    # Between the extremes of its experts: a mean of their means, with no smaller variance than the product.
     observed_KD = mu_BLD.detach().float()[mask_BL]
     slack = 1e-4 * (1 + observed_KD.abs().max())
     assert (posterior.mu_BD[0] >= observed_KD.min(dim=0).values - slack).all()

@@ -1,4 +1,4 @@
-"""Whole cohorts: each recording once, whatever is killed and whoever else is at it; by command and over HTTP."""
+"""Whole cohorts, by command and over HTTP: each recording is scored once, also with killed or concurrent commands."""
 
 import contextlib
 import csv

@@ -48,7 +48,7 @@ from serve.schema import MAX_RECORDS, MAX_SAMPLES, RecordIn, RecordOut, ScoreReq
 from serve.scoring import Batcher, min_leads
 from serve.service import Service
 
-# --- what is answered -----------------------------------------------------------------------------------------
+# --- answers -----------------------------------------------------------------------------------------
 
 
 def test_an_answer_says_score_decision_model_and_what_is_doubtful(api, models: Path, record: Record):
@@ -674,7 +674,7 @@ def test_a_classifier_is_no_encoder(models: Path):
         Reconstructor(models / "ph-6L")
 
 
-# --- what the service says of itself --------------------------------------------------------------------------
+# --- model cards, health and the schema --------------------------------------------------------------------------
 
 
 def test_model_cards(api, models: Path):

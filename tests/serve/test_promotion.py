@@ -49,7 +49,7 @@ def make(folder: Path, seed: int, leads: tuple[str, ...] = LIMB_LEADS, task: str
 
 
 def publish(name: str, folder: Path, digest: str | None = None, alias: str | None = CHAMPION) -> int:
-    """The folder as it is, whatever is in it, as a new version -> its number."""
+    """Register the folder as a new version without checking its content -> the version's number."""
     run = Run.start("promotion", name, {})
     run.bundle(folder)
     run.end()
@@ -77,7 +77,7 @@ def on_disk(folder: Path) -> list[str]:
 
 @dataclass
 class Between:
-    """Stands between a client and the MLflow server: counts, does something in mid-request, or plays dead."""
+    """A proxy between a client and the MLflow server: it counts requests, acts in mid-request, or stops answering."""
 
     server: str
     on_get: Callable[[str], None] = lambda path: None
@@ -233,7 +233,7 @@ BROKEN = {
     "no task": (lambda f: make(f, 5, task=None), "fine-tune it first"),
 }
 UNDIGESTED = {"a wrong example", "other leads", "another task", "no task"}
-"""What is consistent in itself: as if someone had registered just that."""
+"""A bundle that is consistent in itself, as if someone had registered it like this."""
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +506,7 @@ for _ in range(4):
 
 @dataclass
 class Load:
-    """Another process asks without a pause; what it was answered, in order."""
+    """Another process sends requests without a pause -> its answers, in order."""
 
     log: Path
 
@@ -619,7 +619,7 @@ def wait_for_replicas(cluster: Cluster, count: int) -> None:
 
 
 def wait_for_problem(url: str, *says: str) -> None:
-    """Until every replica says so: 15 answers one after another. Without words: until none has a problem."""
+    """Wait until every replica reports these words (15 answers in a row), or without words until none has a problem."""
     inside = 0
     for _ in range(12_000):
         state = httpx.get(f"{url}/readyz", timeout=60)

@@ -1,4 +1,4 @@
-"""One score for one recording, in plain torch, in a batch, and from the running service; and what befalls that."""
+"""A recording has the same score in plain torch, in a batch and from the service, also when processes are killed."""
 
 import asyncio
 import base64
@@ -132,7 +132,7 @@ def until(true: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def load(service: Service, recordings: dict[str, Record], clients: int = 4) -> Iterator[dict[str, float]]:
-    """Requests from another process while the block runs; what came back is there after it."""
+    """Send requests from another process while the block runs; the answers are available afterwards."""
     cases = []
     for record in list(recordings.values())[:4]:
         for leads in LEAD_SETS.values():
@@ -353,12 +353,12 @@ def test_one_impossible_rate_among_requests_at_once_fails_alone(service: Service
     assert answers[2].json()["detail"][0]["loc"][-1] == "rate_hz"
 
 
-# --- what happens to it ---------------------------------------------------------------------------------------
+# --- load, failures and updates ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
 def test_more_load_than_capacity_is_503_with_retry_after(service: Service, recordings):
-    """A burst: what fits is answered, and rightly; the rest is told to come again, and the queue does not grow."""
+    """A burst: requests within capacity get correct answers, the others get 503, and the queue does not grow."""
     stream = io.BytesIO()
     np.save(stream, np.stack([record.signal_for(LIMB_LEADS) for record in list(recordings.values())[:8]]))
     query, body = {"leads": "6", "rate_hz": 500}, stream.getvalue()
@@ -411,7 +411,7 @@ def test_a_killed_part_costs_few_errors_and_no_wrong_answer(service: Service, re
 
 
 def well(check: Callable[[], bool]) -> bool:
-    """Whether it holds; what is being started anew may not answer, or not all of it."""
+    """Whether the condition holds. A service that is being restarted may not answer, or only in part."""
     try:
         return check()
     except (httpx.HTTPError, ValueError, KeyError):
@@ -433,7 +433,7 @@ def test_a_rolling_update_under_load_fails_no_request(service: Service, recordin
     assert found["right"] > 40
 
 
-# --- what it says of itself -----------------------------------------------------------------------------------
+# --- metrics and logs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -462,7 +462,7 @@ def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordi
                 for labels in exposed[name]
             ), (query, exposed[name][:3])
     served = {(labels["model"], labels["version"]) for labels in exposed["ray_lsemvae_scores_total"]}
-    # The cluster of a whole test run also remembers what services before this one counted.
+    # In a whole test run the cluster also holds the counts of earlier services.
     assert served >= {(m["name"], str(m["version"])) for m in service.client.get(f"{service.url}/v1/models").json()}
     assert "leads" in {labels["reason"] for labels in exposed["ray_lsemvae_refusals_total"]}
 

@@ -1,4 +1,4 @@
-"""Who may ask the endpoint, how much and how long, and that nothing of a recording is left in logs, metrics, errors."""
+"""Tokens, limits on size and time, and that logs, metrics and errors hold nothing of a recording."""
 
 import asyncio
 import gzip
@@ -58,7 +58,7 @@ def api(guarded: Service) -> object:
 
 @pytest.fixture(autouse=True)
 def well_afterwards(api) -> Iterator[None]:
-    """Whatever was asked, the service answers, and holds no memory of it."""
+    """After each test the service still answers, and holds no memory of earlier requests."""
     yield
     assert ask(api, "GET", "/healthz", token=None).json() == {"status": "ok"}
     guard = api.middleware_stack
@@ -299,7 +299,7 @@ def test_more_bodies_than_memory_are_503_with_retry_after(api, record: Record):
 
 
 def test_what_a_body_becomes_counts_against_the_memory(guarded: Service, record: Record):
-    """JSON of 200 kB takes 1 MB: while one is scored, a second one is told to come again. 1.5 MB never fit."""
+    """JSON of 200 kB takes 1 MB once parsed: while one is scored, a second one gets 503. 1.5 MB never fit."""
     body = json.dumps({"records": [as_json(record, ("I", "II"))]}).encode()  # 10,000 samples: 800 kB once parsed
     scoring, told = threading.Event(), threading.Event()
     served = guarded.registry.served["ph-12L"]
@@ -418,7 +418,7 @@ def test_other_sites_may_ask_only_when_they_are_configured(guarded: Service):
         assert ask(api, "GET", "/v1/models", token=None, headers={"Origin": origin}).status_code == 401
 
 
-# --- what is left behind --------------------------------------------------------------------------------------
+# --- logs, metrics and errors --------------------------------------------------------------------------------------
 
 
 def test_no_identifier_signal_or_secret_is_logged_counted_or_quoted(guarded, api, record, caplog):

@@ -13,7 +13,7 @@ def checkpoints(place: Path) -> list[Path]:
 
 
 def saved(checkpoint: Path, steps: int) -> int:
-    """The step at which it resumes, counted over all epochs of `steps`; 0 where it is not whole: not yet, or no longer.
+    """The step at which a run resumes from it, over all epochs of `steps`; 0 if it is incomplete or being deleted.
 
     A run that goes on may delete the checkpoint at any moment. Where the file is gone between two looks at it, torch
     raises RuntimeError rather than OSError.

@@ -1,4 +1,4 @@
-"""Several data sets in one pre-training run: how they are named, and what the run reads of them."""
+"""Several data sets in one pre-training run: their names in --data, and the records that the run reads."""
 
 from collections import Counter
 from dataclasses import replace
