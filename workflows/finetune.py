@@ -90,6 +90,7 @@ def main(args: Args) -> None:
                 "uri": data.storage.uri,
                 "digest": data.manifest.digest,
                 "recordings": len(embedded.y_B),
+                **({"since_ingest": data.since_ingest} if data.since_ingest else {}),
             },
             "encoder": {"uri": args.encoder, "digest": bundle.digest},
             "out_of_fold": {name: asdict(value) for name, value in result.metrics[ENCODER].items()},

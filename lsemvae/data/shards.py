@@ -270,6 +270,12 @@ class ShardedDataset:
             data = replace(data, labels=read_labels_beside(data.storage, keys))
         return data._counted() if gone.subjects or data.labels else data
 
+    @property
+    def since_ingest(self) -> dict[str, str]:
+        """The digests of the list of who has withdrawn and of the changed labels, where there are any."""
+        found = {"withdrawn": self.withdrawn.digest, "labels": self.labels.digest if self.labels else ""}
+        return {name: digest for name, digest in found.items() if digest}
+
     def _counted(self) -> "ShardedDataset":
         names = {LABEL_PREFIX + name for name in self.manifest.labels} | set((self.labels or NO_LABELS).columns)
         table = self.read(sorted(names))

@@ -151,12 +151,14 @@ def make_job(sources: Sequence[Source], recipe: PretrainRecipe, feeds: Feeds, ru
         model = build(recipe.model, recipe.leads)
     if not isinstance(model, Pretrains):
         raise LsemvaeError(f"{architecture_name(recipe.model)} learns from labels alone: it cannot be pre-trained")
+    changed = {source.data.storage.uri: found for source in sources if (found := source.data.since_ingest)}
     provenance = {
         "recipe": as_json(recipe),
         "data": {
             "uri": data_uri(sources),
             "digest": data_digest(sources),
             "rows": {split: feed.order.records for split, feed in feeds._asdict().items() if feed},
+            **({"since_ingest": changed} if changed else {}),
         },
         "mlflow_run": run_id,
         "lsemvae": __version__,

@@ -215,6 +215,7 @@ def test_who_withdraws_after_ingest_is_in_no_answer(data_set: Path, caplog: pyte
         "val.parquet": [0],
     }
     assert [data.withdrawn_rows(split).tolist() for split in ("all", "train", "val")] == [[1, 2, 3], [1, 2], [0]]
+    assert data.since_ingest == {"withdrawn": data.withdrawn.digest}
     assert (data.rows("train"), data.manifest.rows_in("train")) == (1, 3)  # the files stay as they are
     assert data.manifest.labels["ph"] == {"0": 1, "1": 0, "other": 0, "null": 0}
     with pytest.raises(LsemvaeError, match="has 0 recordings in 'val'"):

@@ -63,6 +63,19 @@ def test_each_record_comes_as_often_as_its_data_set_says(uris: tuple[str, str]):
     assert data["rows"] == {"train": 9 + 4 * 3, "val": 3}
 
 
+def test_a_bundle_names_the_list_of_who_had_withdrawn(tmp_path: Path):
+    uri = data_set(tmp_path / "own", 9, 2)
+    assert "since_ingest" not in provenance(uri)
+    (tmp_path / "own" / "withdrawn.csv").write_text("s3\n")
+    digest = ShardedDataset.open(uri).withdrawn.digest
+    assert digest and provenance(uri)["since_ingest"] == {uri: {"withdrawn": digest}}
+
+
+def provenance(uri: str) -> dict:
+    sources = open_sources([uri])
+    return make_job(sources, RECIPE, make_feeds(sources, RECIPE), None).provenance["data"]
+
+
 def test_one_data_set_is_named_as_before(uris: tuple[str, str]):
     (source,) = open_sources([uris[0]])
     assert data_digest([source]) == ShardedDataset.open(uris[0]).manifest.digest
