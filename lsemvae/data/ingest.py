@@ -138,7 +138,7 @@ def make_shards(table: pd.DataFrame, tasks: list[Task], job: Job, concurrent_rea
         return {"result": json.dumps(result)}
 
     items = [{"number": number} for number in range(len(tasks))]
-    pool = ray.data.TaskPoolStrategy(at_once)
+    pool = ray.data.TaskPoolStrategy(min(at_once, len(items)))  # Ray warns of a limit that cannot be reached
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(work, compute=pool)
     for row in dataset.iter_rows():
         result = json.loads(row["result"])
