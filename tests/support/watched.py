@@ -125,4 +125,5 @@ def _score() -> None:
 
 
 if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "workflows")]
     {"pretrain": _pretrain, "tune": _tune, "score": _score}[sys.argv.pop(1)]()

@@ -505,6 +505,7 @@ def test_an_object_store_that_fails_then_refuses_and_a_loss_that_is_not_finite(
     error = process.finish(status=2)
     between.close()
     assert re.search(r"training failed: epoch [23], step \d: the loss or its gradient is not finite", error)
+    assert "--name s3 resumes this run from its newest checkpoint" in error
     assert len(attempt.processes() - before) == 2
     assert "Traceback" not in process.printed
 

@@ -51,12 +51,13 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
     assert run.info.status == "FINISHED"
     epochs = PRETRAIN["smoke"].optim.epochs
     wanted = ["train.loss", "train.reconstruction", "train.kl", "train.alignment", "val.loss", "val.active_units"]
-    wanted += ["val.collapsed", "records_per_s", *(f"val.r/{lead}" for lead in LEADS)]
+    wanted += ["train.skipped_steps", "val.collapsed", "records_per_s", *(f"val.r/{lead}" for lead in LEADS)]
     for name in wanted:
         history = client.get_metric_history(run.info.run_id, name)
         assert [metric.step for metric in history] == list(range(epochs)), name
     losses = [metric.value for metric in client.get_metric_history(run.info.run_id, "val.loss")]
     assert losses[-1] < losses[0]
+    assert run.data.metrics["train.skipped_steps"] == 0
     scales = [metric.value for metric in client.get_metric_history(run.info.run_id, "kl_scale")]
     assert scales == sorted(scales) and scales[-1] == 1
     manifest = ShardedDataset.open(str(shards)).manifest
