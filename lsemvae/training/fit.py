@@ -152,10 +152,11 @@ def _take_step(
             terms[name] = terms[name] + term.detach() if name in terms else term.detach()
     tally.settle()  # the step before has ended by now; on an accelerator this one is still running
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
-    # Read by fused optimisers. Workers agree: the gradient is that of all.
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    later = _Later(at, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers)
+    # Fused optimisers read it and leave the step out. The numbers are those of all workers, so they agree.
+    optimizer.found_inf = (~later.finite).float()  # type: ignore[attr-defined]
     optimizer.step()
-    return _Later(at, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers)
+    return later
 
 
 def needs_steps(config: OptimConfig) -> bool:
@@ -187,6 +188,8 @@ class _Later:
         self._at, self._names, self._good_B = at, [*terms], good_B
         # The loss of a step is that of its records, however many workers share them, and all see that it is not finite.
         values = sum_over_workers(torch.stack([term.float() for term in (*terms.values(), total)])) / workers
+        self.finite = values.isfinite().all()
+        """Whether the loss, its terms and the gradient are finite; on the device."""
         self._event: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
