@@ -4,13 +4,13 @@ import json
 import logging
 import os
 import shutil
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from servers import free_port
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.recipes import read_recipe
@@ -140,7 +140,7 @@ def start_ray(cpus: int = 4) -> None:
         where = {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1)}
         where |= {"object_store_memory": _object_store_bytes()}
         # Ray Train's clean-up looks for the cluster by itself, and would find another one that runs on this machine.
-        os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
+        os.environ["RAY_GCS_SERVER_PORT"] = str(free_port())
         environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ['RAY_GCS_SERVER_PORT']}"
     try:
         ray.init(logging_level="ERROR", runtime_env={"env_vars": environment}, **where)
@@ -186,12 +186,6 @@ def _object_store_bytes() -> int:
     except FileNotFoundError:  # only Linux has /dev/shm
         return LEAST_OBJECT_STORE_BYTES
     return max(LEAST_OBJECT_STORE_BYTES, min(get_system_memory() // 12, free_bytes))
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return found.getsockname()[1]
 
 
 def _quiet_logs() -> None:

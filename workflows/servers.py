@@ -1,6 +1,7 @@
 """Start, await and stop servers that a command needs while it runs."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 import httpx
 
 from lsemvae.errors import LsemvaeError
+
+PORTS = range(20_000, 30_000)
+"""Below Linux's range for outgoing connections (32,768 and up), above Ray's for its workers (10,002 to 19,999)."""
 
 
 @contextmanager
@@ -41,16 +45,21 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 def free_port(preferred: int = 0) -> int:
-    """The preferred port on 127.0.0.1 if it is free, otherwise any free port."""
-    for port in (preferred, 0):
+    """The preferred port on 127.0.0.1 if it is free, otherwise any free port.
+
+    It is not one of those that the system gives to outgoing connections: another process could take such a port before
+    the server binds it.
+    """
+    for port in (preferred, *random.sample(PORTS, 100)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return probe.getsockname()[1]
-    raise AssertionError("port 0 can always be bound")
+            if port:
+                return port
+    raise LsemvaeError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on 127.0.0.1: end other servers")
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:

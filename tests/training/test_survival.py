@@ -139,6 +139,7 @@ class Machines:
         }
         head = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", "--num-cpus=1"]
         # Two heads on one machine would want the same port for Ray's client; the second would end.
+        self.head: subprocess.Popen | None = None
         self.head = self._start(*head, f"--ray-client-server-port={servers.free_port()}")
         self.other: subprocess.Popen | None = None
         self.commands: list[Running] = []
@@ -155,7 +156,7 @@ class Machines:
         wait_until(
             lambda: "Ray runtime started" in text_of(log),
             lambda: text_of(log)[-3000:],
-            lambda: process.poll() is None,
+            lambda: process.poll() is None and (self.head is None or self.head.poll() is None),
         )
         return process
 
