@@ -103,11 +103,9 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in result.write(folder, title):
-            run.file(path)
+        result.log(run, result.write(folder, title))
         saved = save(described, classifier, folder / "bundle")
         run.bundle(folder / "bundle")
-    run.metrics(result.numbers())
     version = run.register(model_name, {"digest": saved.digest, "task": args.task, "leads": ",".join(leads)}, CANDIDATE)
     run.end()
 

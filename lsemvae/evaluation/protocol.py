@@ -5,7 +5,7 @@ encoder. Each fold is decided at the threshold that is best on the other folds' 
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from lsemvae.evaluation.embedding import Embedded
 from lsemvae.evaluation.folds import Fold, make_folds
 from lsemvae.evaluation.metrics import METRICS, Estimate, best_threshold, with_intervals
 from lsemvae.plots import curves
+from lsemvae.tracking import Run
 from lsemvae.training.finetune import train_head
 
 ENCODER, UNTRAINED, NAIVE = "LS-EMVAE", "untrained encoder", "naive"
@@ -108,6 +109,12 @@ class Result:
             for row, values in self.errors.items()
             for name, value in values.items()
         }
+
+    def log(self, run: Run, files: Sequence[Path]) -> None:
+        """Log the numbers, and the files that `write` wrote, to a tracked run."""
+        for path in files:
+            run.file(path)
+        run.metrics(self.numbers())
 
     def _auroc_by_fold(self, row: str) -> list[float]:
         if row not in self.scores:

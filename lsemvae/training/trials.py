@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from lsemvae.config import PretrainRecipe
+from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
 from lsemvae.storage import Storage
 from lsemvae.tracking import flatten
@@ -19,6 +20,14 @@ TABLE, PLOT, BEST = "results.csv", "results.png", "best_recipe.json"
 Select = Literal["pearson_r", "reconstruction"]
 SIGN = {"pearson_r": 1, "reconstruction": -1}
 LABEL = {"pearson_r": "mean Pearson r", "reconstruction": "reconstruction error, unweighted"}
+SHOWN = ("pearson_r", "reconstruction", "kl")
+"""Columns of the table, of those that an architecture's validation has."""
+_SAID = {
+    "val.pearson_r": "mean Pearson r {:.3f}",
+    "val.reconstruction": "reconstruction {:.4g}",
+    "val.kl": "KL {:.3g}",
+    "val.active_units": "{:.0f} active units",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,12 @@ class Outcome:
 
 
 def score(metrics: Mapping[str, float], select: Select) -> float:
-    """Higher is better. The loss weights do not affect it; a collapsed model ranks below all others."""
+    """Higher is better. The loss weights do not affect it; a collapsed model ranks below all others.
+
+    Raises LsemvaeError where the architecture's validation has no such metric.
+    """
+    if f"val.{select}" not in metrics:
+        raise LsemvaeError(f"this architecture's validation has no {select}: its trials cannot be ranked by it")
     return SIGN[select] * metrics[f"val.{select}"] - 1e6 * metrics["val.collapsed"]
 
 
@@ -75,14 +89,10 @@ def make_table(
         row |= {"state": outcome.state}
         if outcome.metrics:
             metrics = outcome.metrics
-            row |= {
-                "pearson_r": metrics["val.pearson_r"],
-                "reconstruction": metrics["val.reconstruction"],
-                "kl": metrics["val.kl"],
-                "active_units": int(metrics["val.active_units"]),
-                "collapsed": bool(metrics["val.collapsed"]),
-                "epoch": int(metrics["epoch"]),
-            }
+            row |= {name: metrics[f"val.{name}"] for name in SHOWN if f"val.{name}" in metrics}
+            if "val.active_units" in metrics:
+                row |= {"active_units": int(metrics["val.active_units"])}
+            row |= {"collapsed": bool(metrics["val.collapsed"]), "epoch": int(metrics["epoch"])}
         collapsed = bool(outcome.metrics.get("val.collapsed"))
         reached = score(outcome.metrics, select) if outcome.metrics else 0.0
         order = (outcome.state == "failed", collapsed, outcome.state == "stopped", -reached, number)
@@ -101,9 +111,6 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
 
 
 def describe_metrics(metrics: Mapping[str, float]) -> str:
-    return (
-        f"mean Pearson r {metrics['val.pearson_r']:.3f}, reconstruction {metrics['val.reconstruction']:.4g}, "
-        f"KL {metrics['val.kl']:.3g}, {metrics['val.active_units']:.0f} active units"
-        + (", collapsed" if metrics["val.collapsed"] else "")
-        + f" (epoch {metrics['epoch']:.0f})"
-    )
+    parts = [text.format(metrics[name]) for name, text in _SAID.items() if name in metrics]
+    parts += ["collapsed"] if metrics["val.collapsed"] else []
+    return f"{', '.join(parts)} (epoch {metrics['epoch']:.0f})"

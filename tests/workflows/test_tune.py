@@ -29,7 +29,7 @@ from lsemvae.recipes import FINETUNE, PRETRAIN, read_recipe, recipe_json
 from lsemvae.tracking import flatten
 from lsemvae.training import search
 from lsemvae.training.grid import make_trials, parse_grid, require_comparable
-from lsemvae.training.trials import Outcome, best_of, make_table
+from lsemvae.training.trials import Outcome, best_of, describe_metrics, make_table
 
 SMOKE = PRETRAIN["smoke"]
 WATCHED = str(ROOT / "tests" / "support" / "watched.py")
@@ -143,6 +143,19 @@ def test_the_error_decides_only_where_it_can_be_compared():
 
 
 # ---- ranking and room
+
+
+def test_a_metric_that_an_architecture_does_not_report_is_left_out_or_refused():
+    plain = {"val.reconstruction": 2.0, "val.collapsed": 0.0, "epoch": 3.0}
+    assert describe_metrics(plain) == "reconstruction 2 (epoch 3)"
+    full = plain | {"val.pearson_r": 0.5, "val.kl": 7.0, "val.active_units": 4.0, "val.collapsed": 1.0}
+    said = "mean Pearson r 0.500, reconstruction 2, KL 7, 4 active units, collapsed (epoch 3)"
+    assert describe_metrics(full) == said
+    entries, outcomes = {"a": {"settings": {}}}, {"a": Outcome("finished", plain)}
+    table = make_table(entries, SMOKE, outcomes, "reconstruction")
+    assert {"reconstruction", "collapsed", "epoch"} <= set(table) and "kl" not in table and "pearson_r" not in table
+    with pytest.raises(LsemvaeError, match="has no pearson_r"):
+        make_table(entries, SMOKE, outcomes, "pearson_r")
 
 
 def outcome(state: str, r: float = 0.0, error: float = 1.0, collapsed: bool = False, **more: float) -> Outcome:
