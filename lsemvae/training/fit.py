@@ -21,8 +21,9 @@ from lsemvae.models.parts.objectives import NonFiniteBatch, require
 log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
-MAX_SKIPPED_STEPS = 10
-"""Steps of an epoch that may be left out because their loss or gradient was not finite."""
+MAX_SKIPPED_STEPS, MAX_SKIPPED_IN_A_ROW = 10, 3
+"""Steps of an epoch that may be left out because their loss or gradient was not finite. A bad record costs one step; a
+run that diverges loses all that follow."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def fit(
 
     A step whose loss or gradient is not finite is left out: the weights stay those of the last good step (a fused
     AdamW does so on the device, so nothing has to wait for it). Raises NonFiniteBatch, with the positions of the bad
-    records where they are known, when more than MAX_SKIPPED_STEPS of an epoch are left out, or all of them. Raises
-    LsemvaeError when an epoch has no batch, or the schedule needs `steps_per_epoch`.
+    records where they are known, when more than MAX_SKIPPED_STEPS of an epoch are left out, more than
+    MAX_SKIPPED_IN_A_ROW one after another, or all of them. Raises LsemvaeError when an epoch has no batch, or the
+    schedule needs `steps_per_epoch`.
     """
     watcher, start = watcher or Watcher(), start or Start()
     workers = torch.distributed.get_world_size() if _distributed() else 1
@@ -218,6 +220,7 @@ class _Tally:
         self._on_step = on_step
         self._pending: _Later | None = None
         self._latest: NonFiniteBatch | None = None
+        self._in_a_row = 0
         self.sums = {"records": 0.0, "skipped": 0.0} | sums
 
     def pending(self, latest: _Later) -> None:
@@ -233,6 +236,7 @@ class _Tally:
         except NonFiniteBatch as error:
             self._skip(error)
             return
+        self._in_a_row = 0
         for name, value in step.terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * step.records
         self.sums["records"] += step.records
@@ -240,11 +244,12 @@ class _Tally:
 
     def _skip(self, error: NonFiniteBatch) -> None:
         self.sums["skipped"] += 1
+        self._in_a_row += 1
         self._latest = error
-        if self.skipped > MAX_SKIPPED_STEPS:
+        if self.skipped > MAX_SKIPPED_STEPS or self._in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteBatch(
-                f"{error}; {self.skipped} steps of this epoch were left out, at most {MAX_SKIPPED_STEPS} may be: lower "
-                "the learning rate, or look at these records",
+                f"{error}; {self.skipped} steps of this epoch were left out, at most {MAX_SKIPPED_STEPS} may be and "
+                f"{MAX_SKIPPED_IN_A_ROW} in a row: lower the learning rate, or look at these records",
                 error.positions,
             )
         log.warning(f"{error}: this step is left out ({self.skipped} of at most {MAX_SKIPPED_STEPS} in an epoch)")

@@ -307,25 +307,41 @@ def test_too_many_bad_steps_end_the_run_with_the_weights_of_the_last_good_one(mo
     assert_same(good, model, rtol=0, atol=0)
 
 
+class HalfFinite(torch.nn.Module):
+    """A loss with a term that has no gradient: where it is infinite, the gradient of the rest is finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch: dict[str, Tensor], *, check: bool) -> dict[str, Tensor]:
+        loss = (self.weight * batch["value"] * batch["share_B"]).sum() + batch["extra"]
+        return {"loss": loss, "good_B": batch["value"].isfinite()}
+
+
+def with_extra(*extras: float) -> list[dict[str, Tensor]]:
+    return [{"value": torch.ones(2), "extra": torch.tensor(extra)} for extra in extras]
+
+
 def test_a_step_whose_loss_alone_is_not_finite_moves_no_weight():
-    """An infinite term without a gradient: the gradient of the rest is finite, and must not be applied."""
-
-    class HalfFinite(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, batch: dict[str, Tensor], *, check: bool) -> dict[str, Tensor]:
-            loss = (self.weight * batch["value"] * batch["share_B"]).sum() + batch["extra"]
-            return {"loss": loss, "good_B": batch["value"].isfinite()}
-
-    model = HalfFinite()
-    given = [{"value": torch.ones(2), "extra": torch.tensor(extra)} for extra in (0.0, float("inf"), 0.0)]
-    seen = train(model, OptimConfig(1, 2, learning_rate=0.1), batches=lambda _: given, noise=False)
+    model, good, config = HalfFinite(), HalfFinite(), OptimConfig(1, 2, learning_rate=0.1)
+    seen = train(model, config, batches=lambda _: with_extra(0.0, float("inf"), 0.0), noise=False)
     assert seen.epochs[0].skipped == 1 and [step.index for step in seen.steps] == [0, 2]
-    good = HalfFinite()
-    train(good, OptimConfig(1, 2, learning_rate=0.1), batches=lambda _: given[::2], noise=False, steps_per_epoch=None)
+    train(good, config, batches=lambda _: with_extra(0.0, 0.0), noise=False, steps_per_epoch=None)
     assert model.weight.item() == good.weight.item()
+
+
+def test_a_run_that_diverges_ends_after_a_few_steps_in_a_row():
+    """Three of six may be left out one after another; a good step in between begins the count anew."""
+    inf, config = float("inf"), OptimConfig(1, 2, learning_rate=0.1)
+    survives = with_extra(inf, inf, inf, 0.0, inf, inf, inf)
+    seen = train(HalfFinite(), config, batches=lambda _: survives, noise=False, steps_per_epoch=None)
+    assert seen.epochs[0].skipped == 6
+    with pytest.raises(NonFiniteBatch, match=r"epoch 0, step 4: .*4 steps.*3 in a row: lower the learning rate"):
+        train(
+            HalfFinite(), config, batches=lambda _: with_extra(0.0, inf, inf, inf, inf, 0.0), noise=False,
+            steps_per_epoch=None,
+        )  # fmt: skip
 
 
 def test_an_epoch_of_bad_steps_alone_ends_the_run():
