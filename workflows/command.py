@@ -35,6 +35,7 @@ DEFAULTS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a command at once
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # mlflow sets its level when it is first imported
     # glibc keeps freed memory in one pool: each training step allocates its gradients again, and returning them to the
     # kernel costs a third of the step in page faults. Pools of single threads would be returned whatever else is set.
     "MALLOC_ARENA_MAX": "1",
