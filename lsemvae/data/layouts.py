@@ -4,6 +4,7 @@ Every batch has `weight_B` float32, which is 0 for a record that does not count,
 arrays. A refused record keeps its place in the batch, so that every batch has the same size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +17,7 @@ Rows = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(ABC):
     """What a batch holds, and how it is made."""
 
     leads: tuple[str, ...]
@@ -35,13 +36,13 @@ class Layout:
         """What a record takes in memory and in the cache, but for a few bytes."""
         return 4 * len(self.leads) * self.preprocess.samples
 
+    @abstractmethod
     def prepare(self, signals_mv: Sequence[np.ndarray], rates_hz: np.ndarray) -> Rows:
         """Recordings, each float32 [L, T] in mV with NaN for what is missing -> their part of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def nothing(self, records: int) -> Rows:
         """The part of a batch for records that are not there."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
