@@ -16,7 +16,7 @@ from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import in_order
 from lsemvae.preprocess import preprocess
 from lsemvae.record import Record
-from lsemvae.tracking import download, fetch, locate, parse_model
+from lsemvae.tracking import fetch, locate, parse_model
 from serve.schema import LeadOut, Origin, ReconstructOut, RefusedOut
 from serve.scoring import TORCH
 from serve.shelf import Kept, Shelf, locked_shelf
@@ -116,13 +116,8 @@ def _current(uri: str, shelf: Shelf, kept: Kept | None, device: str) -> Reconstr
             return _of_disk(kept, device)
         except BundleError as error:
             log.warning(f"{uri}: the bundle kept on disk is damaged and is fetched again: {error}")
-    with tempfile.TemporaryDirectory(dir=shelf.folder, prefix="partial-") as temporary:
-        folder = Path(temporary) / "bundle"
-        try:
-            download(wanted, folder)
-            reconstructor = Reconstructor(folder, device)
-        except BundleError as error:
-            raise BundleError(str(error).replace(str(folder), f"models:/{wanted.name}/{wanted.number}")) from None
+    with shelf.downloaded(wanted) as folder:
+        reconstructor = Reconstructor(folder, device)
         shelf.keep(folder, wanted, reconstructor.bundle.digest)
     return reconstructor
 

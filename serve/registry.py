@@ -17,7 +17,7 @@ from types import MappingProxyType
 from lsemvae.bundle import Scorer
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.storage import Storage
-from lsemvae.tracking import Version, download, fetch, locate, parse_model
+from lsemvae.tracking import Version, fetch, locate, parse_model
 from serve.schema import ModelOut
 from serve.shelf import Kept, locked_shelf
 
@@ -161,13 +161,8 @@ class Registry:
                     return
                 except BundleError as error:
                     log.warning(f"{name}: the bundle kept on disk is damaged and is fetched again: {error}")
-            with tempfile.TemporaryDirectory(dir=shelf.folder, prefix="partial-") as temporary:
-                folder = Path(temporary) / "bundle"
-                try:
-                    download(wanted, folder)
-                    served = Served.load(folder, name, wanted.number, self._device)
-                except BundleError as error:
-                    raise BundleError(str(error).replace(str(folder), f"models:/{name}/{wanted.number}")) from None
+            with shelf.downloaded(wanted) as folder:
+                served = Served.load(folder, name, wanted.number, self._device)
                 bundle = served.scorer.bundle
                 present = self._served[name].scorer.bundle if name in self._served else kept and kept.bundle()
                 if present and (bundle.task, bundle.leads) != (present.task, present.leads):

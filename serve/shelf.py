@@ -11,6 +11,7 @@ under a lock:
 import fcntl
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from urllib.parse import quote
 from lsemvae.bundle import Bundle, describe
 from lsemvae.errors import BundleError
 from lsemvae.storage import Storage
-from lsemvae.tracking import Version
+from lsemvae.tracking import Version, download
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,21 @@ class Shelf:
     """One model's folder on disk, to be used under its lock."""
 
     folder: Path
+
+    @contextmanager
+    def downloaded(self, version: Version) -> Iterator[Path]:
+        """The version's bundle in a folder that goes when the block ends, unless `keep` has moved it.
+
+        A BundleError within the block names the version instead of the folder.
+        """
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="partial-") as temporary:
+            folder = Path(temporary) / "bundle"
+            try:
+                download(version, folder)
+                yield folder
+            except BundleError as error:
+                named = str(error).replace(str(folder), f"models:/{version.name}/{version.number}")
+                raise BundleError(named) from None
 
     def kept(self) -> Kept | None:
         """The version that was kept last; None where there is none, or where its record cannot be read."""
