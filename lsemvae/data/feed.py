@@ -80,7 +80,7 @@ class Feed:
         `cache` is a folder on each worker's machine; `order` are the settings of `Order` beside its rows and repeats.
         Raises LsemvaeError if a data set is named twice or is to come less than once.
         """
-        _require_different(data)
+        require_different(data)
         layout = (Windows if on_device else ModelInput)(tuple(leads), preprocess)
         shards: list[ShardFile] = []
         rows: list[int] = []
@@ -237,7 +237,8 @@ def require_room(*feeds: Feed | None) -> None:
         require_cache_room(root, of_root)
 
 
-def _require_different(data: Sequence[tuple[ShardedDataset, int]]) -> None:
+def require_different(data: Sequence[tuple[ShardedDataset, int]]) -> None:
+    """Raises LsemvaeError if a data set is named twice or is to come less than once."""
     uris = [dataset.storage.uri for dataset, _ in data]
     for dataset, times in data:
         uri = dataset.storage.uri

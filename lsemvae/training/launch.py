@@ -17,7 +17,7 @@ import torch
 from lsemvae import __version__
 from lsemvae.bundle import load
 from lsemvae.config import PretrainRecipe
-from lsemvae.data.feed import Feed
+from lsemvae.data.feed import Feed, require_different
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
@@ -68,13 +68,8 @@ def open_sources(words: Sequence[str]) -> list[Source]:
         if match and re.search(r"[?&]endpoint=\w+://[^:/&]+$", match[1]):  # the number is the endpoint's port
             match = None
         uri, repeats = (match[1], int(match[2])) if match else (word, 1)
-        if repeats < 1:
-            raise LsemvaeError(f"--data {word}: a data set comes at least once an epoch: give 1 or more")
         found.append(Source(ShardedDataset.open(uri), repeats))
-    uris = [source.data.storage.uri for source in found]
-    for uri in uris:
-        if uris.count(uri) > 1:
-            raise LsemvaeError(f"--data names {uri} twice: name it once, with its repeats, such as {uri}:2")
+    require_different(found)
     return found
 
 

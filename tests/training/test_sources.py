@@ -106,8 +106,8 @@ def test_the_port_of_an_endpoint_is_no_number_of_repeats(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["{0}", "{0}:3"], "names .*large twice: name it once"),
-        (["{0}:0"], "at least once an epoch"),
+        (["{0}", "{0}:3"], "large is named twice: name it once, with repeats, as in .*large:2"),
+        (["{0}:0"], "large is to come 0 times an epoch: give 1 or more"),
         (["{0}", "{0}-absent"], "holds no manifest.json"),
     ],
 )

@@ -48,7 +48,6 @@ DIFFERENT = 32  # simulated recordings
 FASTEST = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # as serve/config.yaml recommends
 OPEN_CLIENTS = 64
 WARM_S = 1.0
-SETTLE_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
