@@ -335,7 +335,9 @@ def test_connections_without_a_token_hold_up_nobody(service: Service, recordings
             connection.sendall("\r\n".join(lines).encode())
         assert service.score(as_json(record, LIMB_LEADS)).status_code == 200
         statuses = [connection.recv(4096).split()[1] for connection in idle]  # at once, not after a time limit
-    assert statuses == [b"405", b"401"] * 40
+    # 503 where so many arrive at once that Serve's own queue is full: also a refusal, and also at once.
+    assert set(statuses[::2]) <= {b"405", b"503"} and set(statuses[1::2]) <= {b"401", b"503"}
+    assert {b"405", b"401"} <= set(statuses)
 
 
 @pytest.mark.ray
