@@ -26,8 +26,8 @@ from lsemvae.errors import BundleError, LsemvaeError, Refused
 from lsemvae.fields import as_json
 from lsemvae.leads import LEADS, in_order
 from lsemvae.models import architecture_name, build, config_from
+from lsemvae.preprocess import READABLE, Prepared, PreprocessConfig, preprocess_signals, windows
 from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
-from lsemvae.preprocess import Prepared, PreprocessConfig, preprocess_signals, windows
 from lsemvae.record import Record
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
@@ -150,10 +150,11 @@ def describe(folder: Path) -> Bundle:
     absent = sorted({"architecture", "config", "leads", "preprocess", "weights_sha256"} - content.keys())
     if absent:
         raise BundleError(f"{path} lacks {', '.join(absent)}: make the bundle again")
-    if content.get("preprocess_version") != PREPROCESS_VERSION:
+    if content.get("preprocess_version") not in READABLE:
         raise BundleError(
             f"{path} was trained with preprocessing version {content.get('preprocess_version')!r}, "
-            f"this is {PREPROCESS_VERSION}: use the lsemvae version {content.get('version')} that made it"
+            f"this release reads {', '.join(map(str, READABLE))}: use the lsemvae version {content.get('version')} "
+            "that made it"
         )
     unknown = sorted(content["preprocess"].keys() - {f.name for f in fields(PreprocessConfig)})
     if unknown:

@@ -22,7 +22,11 @@ from lsemvae.record import Record
 PART = 4  # records filtered at once: they fit into a core's cache
 MAX_MV = 1e6
 """1,000 V: a recording with a larger sample in its window is refused, whatever its leads' standard deviations."""
-VERSION = 1  # raised when the numbers change; a bundle refuses any version but that of its training
+VERSION = 2  # raised when the numbers of some setting change, or a setting is added
+READABLE = (1, 2)
+"""Versions of bundles that this one gives the same numbers. Version 1 had no scale "fixed", and "record" by default."""
+FIXED_MV = 0.15
+"""The unit of scale "fixed": about the median root mean square of the leads of filtered resting ECGs (PTB-XL: 0.14)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class PreprocessConfig:
     highpass_order: int = 5
     mains_hz: float = 50.0
     """The moving average spans one period of this frequency; 0 turns it off."""
-    scale: Literal["lead", "record", "none"] = "record"
-    """Standardise each lead alone; or all leads by one factor, which keeps Einthoven's relations and the leads'
-    relative amplitudes; or keep mV."""
+    scale: Literal["fixed", "record", "lead", "none"] = "fixed"
+    """fixed: in units of 0.15 mV, so that a lead is the same number whichever other leads are asked for, missing or
+    masked, and voltages keep their meaning. record: all leads by the root mean square of those asked for. lead:
+    standardise each lead alone. none: keep mV."""
     max_nan_share: float = 0.2
     """A lead with a larger share of missing samples counts as missing."""
     min_std_mv: float = 0.001
@@ -176,6 +181,8 @@ def finish(windows: Windows, leads: Sequence[str], config: PreprocessConfig) -> 
         case "record":
             usable_B1 = np.maximum(lead_mask_BL.sum(1, keepdims=True), 1)
             unit_mv_BL = np.sqrt((variance_BL * lead_mask_BL).sum(1, keepdims=True) / usable_B1)
+        case "fixed":
+            unit_mv_BL = np.full_like(std_mv_BL, FIXED_MV)
         case "none":
             centred_BLT, unit_mv_BL = filtered_mv_BLT, np.ones_like(std_mv_BL)
     factor_BL = np.divide(1.0, unit_mv_BL, where=lead_mask_BL, out=np.zeros_like(std_mv_BL))

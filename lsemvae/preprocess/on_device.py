@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lsemvae.preprocess import PreprocessConfig, averaged_samples, filter_mv
+from lsemvae.preprocess import FIXED_MV, PreprocessConfig, averaged_samples, filter_mv
 from lsemvae.preprocess.filters import AVERAGED, slow_part, triangle
 
 WINDOW_FIELDS = ("filled_mv_BLT", "nan_share_BL", "length_B")
@@ -68,6 +68,8 @@ class DeviceFinish:
                 usable_B = lead_mask_BL.sum(dim=1).clamp(min=1)
                 rms_B = ((variance_BL * lead_mask_BL).sum(dim=1) / usable_B).sqrt()
                 x_BLT = centred_BLT / torch.where(rms_B > 0, rms_B, 1.0)[:, None, None]
+            case "fixed":
+                x_BLT = centred_BLT / FIXED_MV
             case "none":
                 x_BLT = filtered_mv_BLT
         return torch.where(lead_mask_BL[..., None], x_BLT, 0.0), lead_mask_BL, accepted_B

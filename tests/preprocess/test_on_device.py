@@ -32,6 +32,7 @@ def odd_recordings() -> tuple[list[np.ndarray], list[float]]:
 @pytest.mark.parametrize(
     "config",
     [
+        PreprocessConfig(scale="fixed"),
         PreprocessConfig(scale="lead"),
         PreprocessConfig(scale="record"),
         PreprocessConfig(scale="none"),
@@ -39,7 +40,7 @@ def odd_recordings() -> tuple[list[np.ndarray], list[float]]:
         PreprocessConfig(mains_hz=0),
         PreprocessConfig(highpass_order=2, samples=2500),  # by the whole matrix
     ],
-    ids=["lead", "record", "none", "length", "no mains", "matrix"],
+    ids=["fixed", "lead", "record", "none", "length", "no mains", "matrix"],
 )
 def test_equals_the_definition(config: PreprocessConfig, device: str):
     signals, rates = odd_recordings()

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import signal as sps
 
 from lsemvae.errors import LsemvaeError
-from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.preprocess import PreprocessConfig, preprocess, preprocess_signals, windows
+from lsemvae.leads import LEADS, LIMB_LEADS, in_order
+from lsemvae.preprocess import FIXED_MV, PreprocessConfig, preprocess, preprocess_signals, windows
 from lsemvae.record import Record
 from lsemvae.simulate import EcgParameters, simulate_ecg
 
@@ -35,7 +35,7 @@ def test_no_recordings_are_an_empty_batch():
     assert prepared.accepted_B.shape == (0,) and prepared.refused_B == []
 
 
-@pytest.mark.parametrize("scale", ["lead", "record", "none"])
+@pytest.mark.parametrize("scale", ["fixed", "lead", "record", "none"])
 def test_what_each_scale_keeps(scale: str):
     signal_mv_LT = ecg_mv()
     config = PreprocessConfig(scale=scale, mains_hz=0)
@@ -50,12 +50,15 @@ def test_what_each_scale_keeps(scale: str):
         assert std_L.max() / std_L.min() > 1.5
     if scale == "record":
         assert np.sqrt((std_L**2).mean()) == pytest.approx(1, rel=1e-5)
+    if scale == "fixed":
+        in_mv = preprocess_signals([signal_mv_LT], [500], LEADS, PreprocessConfig(scale="none", mains_hz=0)).x_BLT[0]
+        np.testing.assert_allclose(x_LT * FIXED_MV, in_mv - in_mv.mean(axis=1, keepdims=True), atol=1e-6)
     if scale == "none":
         sos = sps.butter(5, 0.5, "highpass", fs=500, output="sos")
         np.testing.assert_allclose(x_LT, sps.sosfiltfilt(sos, signal_mv_LT.astype(float), axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", ["lead", "record", "none"])
+@pytest.mark.parametrize("scale", ["fixed", "lead", "record", "none"])
 def test_a_record_alone_equals_the_record_in_a_batch(scale: str):
     config = PreprocessConfig(scale=scale)
     signals = [ecg_mv(seed) for seed in range(3)] + [ecg_mv(3)[:, :2000], ecg_mv(4)]
@@ -68,12 +71,32 @@ def test_a_record_alone_equals_the_record_in_a_batch(scale: str):
         np.testing.assert_array_equal(alone.lead_mask_BL[0], together.lead_mask_BL[b])
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from(LEADS), min_size=1, unique=True),
+    st.lists(st.sampled_from(LEADS), max_size=6, unique=True),
+    st.sampled_from([1200, 5000]),
+)
+def test_a_lead_is_the_same_number_whatever_other_leads_are_asked_for_or_missing(asked, missing, samples):
+    """The default scale: a twelve-lead encoder sees in six-lead fine-tuning what it saw in pre-training."""
+    config = PreprocessConfig(min_lead_share=0.01)
+    leads = in_order(asked)
+    signal_mv_LT = ecg_mv()[:, :samples]
+    whole = preprocess_signals([signal_mv_LT], [500], LEADS, config).x_BLT[0]
+    damaged_mv_LT = signal_mv_LT.copy()
+    damaged_mv_LT[[LEADS.index(lead) for lead in missing]] = np.nan
+    part = preprocess_signals([damaged_mv_LT[[LEADS.index(lead) for lead in leads]]], [500], leads, config)
+    for row, lead in enumerate(leads):
+        if lead not in missing:
+            np.testing.assert_array_equal(part.x_BLT[0, row], whole[LEADS.index(lead)])
+
+
 @pytest.mark.parametrize("rate_hz", [240, 250, 300, 400, 1000])
 def test_another_rate_gives_the_same_beats_at_the_same_time(rate_hz: int):
     time_s = np.arange(5000) / 500
     pure_mv = lambda at: np.stack([(1 + k / 12) * np.sin(2 * np.pi * (3 + k) * at) for k in range(12)])  # noqa: E731
     other_mv = pure_mv(np.arange(10 * rate_hz) / rate_hz)
-    config = PreprocessConfig(mains_hz=0)
+    config = PreprocessConfig(mains_hz=0, scale="record")
     expected = preprocess_signals([pure_mv(time_s)], [500], LEADS, config).x_BLT[0]
     resampled = preprocess_signals([other_mv], [rate_hz], LEADS, config).x_BLT[0]
     middle = slice(1250, 3750)  # the high-pass rings for seconds after the ends, which padding decides
