@@ -4,6 +4,9 @@ A field's type may be one of several configurations: a union of dataclasses, or 
 subclasses. JSON tells them apart by the member's `architecture`, a class variable that is written beside its fields:
 
     {"model": {"architecture": "lsemvae", "latent": 256, …}}
+
+A dataclass that has gained fields keeps the meaning of older files: its class variable `before` holds the new fields
+with the values that they had before they existed.
 """
 
 import types
@@ -16,18 +19,23 @@ from lsemvae.errors import BundleError, LsemvaeError
 TAG = "architecture"
 UNTAGGED = "untagged"
 """Class variable of a base class: the architecture that a value without a tag has."""
+BEFORE = "before"
+"""Class variable: fields that older files lack, and their values there."""
 
 
 def as_json(value: Any, *, every_tag: bool = False) -> Any:
     """A dataclass as `dataclasses.asdict` gives it, with the tag of each configuration in a field of a family.
 
-    The default tag, which `read` assumes, is omitted unless `every_tag`, so that bundles from before tags keep their
-    digests.
+    What `read` assumes is omitted, so that older bundles keep their digests: the default tag, and fields of `before`
+    that have the value there. With `every_tag` nothing is omitted.
     """
     if is_dataclass(value) and not isinstance(value, type):
         found = {}
+        before = {} if every_tag else getattr(type(value), BEFORE, {})
         for field in fields(value):
             inner = getattr(value, field.name)
+            if field.name in before and inner == before[field.name]:
+                continue
             found[field.name] = as_json(inner, every_tag=every_tag)
             tag = getattr(type(inner), TAG, None)
             if tag is not None and (every_tag or tag != getattr(type(inner), UNTAGGED, None)):
@@ -106,7 +114,7 @@ def _read_member(members: Sequence[type], value: Any, where: str) -> Any:
 def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise BundleError(f"{where} is {value!r}: it must hold the fields of {kind.__name__}")
-    hints = get_type_hints(kind)
+    hints, value = get_type_hints(kind), {**getattr(kind, BEFORE, {}), **value}
     names = [field.name for field in fields(kind)]
     for trouble, found in (
         ("lacks", [name for name in names if name not in value]),

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lsemvae.config import PretrainRecipe, with_settings
@@ -31,7 +31,7 @@ def parse_grid(recipe: PretrainRecipe, words: Sequence[str]) -> dict[str, list[A
 
     A short name stands for the one field that ends with it. `make_trials` checks that values fit their fields.
     """
-    current = flatten(as_json(recipe))
+    current = flatten(asdict(recipe))
     grid: dict[str, list[Any]] = {}
     for word in words:
         name, equals, texts = word.partition("=")
@@ -67,7 +67,7 @@ def make_trials(recipe: PretrainRecipe, grid: Mapping[str, list[Any]], data_dige
     trials: dict[str, Trial] = {}
     for values in itertools.product(*grid.values()):
         found = with_settings(recipe, dict(zip(grid, values, strict=True)))
-        flat = flatten(as_json(found))
+        flat = flatten(asdict(found))
         id = digest(as_json(found), data_digest)
         trials[id] = Trial(id, {name: flat[name] for name in grid}, found)
     return list(trials.values())
