@@ -16,6 +16,7 @@ from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.models.contract import (
     Encoder,
     EncoderConfig,
+    Features,
     Predicts,
     Pretrains,
     Reconstructs,
@@ -29,6 +30,7 @@ __all__ = [
     "PRESETS",
     "Encoder",
     "EncoderConfig",
+    "Features",
     "Predicts",
     "Pretrains",
     "Reconstructs",

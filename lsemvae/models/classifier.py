@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import in_order
-from lsemvae.models.contract import EncoderConfig
+from lsemvae.models.contract import EncoderConfig, Features
 from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.models.parts import shifts
 from lsemvae.models.parts.head import Head
 
 
@@ -18,23 +19,31 @@ from lsemvae.models.parts.head import Head
 class ClassifierConfig:
     """The encoder's configuration and the head's (section 2.3 of the paper).
 
+    hidden        units of the head's hidden layer; 0 is a linear head, logistic regression
     focal_gamma   focusing of the focal loss; 0 is the cross-entropy
     focal_alpha   weight of the positives, 1 - alpha that of the negatives; None weighs neither
+    features      what the encoder gives to the head
+    shifts        a score is the mean logit over so many circular time shifts of the recording
     """
 
     architecture: ClassVar[str] = "classifier"
+    before: ClassVar[Mapping[str, Any]] = {"features": "means", "shifts": 1}
 
     encoder: EncoderConfig = field(default_factory=LSEMVAEConfig)
     hidden: int = 128
     dropout: float = 0.5
     focal_gamma: float = 2.0
     focal_alpha: float | None = None
+    features: Features = "means"
+    shifts: int = 1
 
     def __post_init__(self) -> None:
-        if self.hidden < 1 or not 0 <= self.dropout < 1:
+        if self.hidden < 0 or not 0 <= self.dropout < 1:
             raise LsemvaeError(
-                f"hidden is {self.hidden} and dropout {self.dropout}: give 1 or more, and a share below 1"
+                f"hidden is {self.hidden} and dropout {self.dropout}: give 0 or more, and a share below 1"
             )
+        if self.shifts < 1:
+            raise LsemvaeError(f"shifts is {self.shifts}: give 1 or more")
         if not 0 <= self.focal_gamma < float("inf"):
             raise LsemvaeError(f"focal_gamma is {self.focal_gamma}: give a finite number, 0 or more")
         if self.focal_alpha is not None and not 0 < self.focal_alpha < 1:
@@ -48,7 +57,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.leads = in_order(leads)
-        self.encoders: Any = config.encoder.embedder(self.leads)  # bundles hold its weights by this name
+        self.encoders: Any = config.encoder.embedder(
+            self.leads, config.features
+        )  # bundles hold its weights by this name
         self.head = Head(
             self.embedding_size,
             hidden=config.hidden,
@@ -58,18 +69,22 @@ class Classifier(nn.Module):
         )
 
     @classmethod
-    def from_encoder(cls, model: Any, leads: Sequence[str], head: Head) -> Self:
-        """What embeds the named leads in a pre-trained model, under a head trained on its embeddings.
+    def from_encoder(
+        cls, model: Any, leads: Sequence[str], head: Head, features: Features = "means", shifts: int = 1
+    ) -> Self:
+        """What embeds the named leads in a pre-trained model, under a head for its embeddings.
 
         `model` is a `lsemvae.models.contract.Pretrains`. Memory is shared with it where its `embedder` can, and with
         `head`. Raises LsemvaeError where the head reads another number of features.
         """
         config = ClassifierConfig(
             encoder=model.config,
-            hidden=head.fc1.out_features,
+            hidden=head.hidden,
             dropout=head.dropout.p,
             focal_gamma=head.focal_gamma,
             focal_alpha=head.focal_alpha,
+            features=features,
+            shifts=shifts,
         )
         with torch.device("meta"):
             classifier = cls(config, leads)
@@ -78,7 +93,7 @@ class Classifier(nn.Module):
                 f"the head reads {len(head.mean_F)} features and {', '.join(classifier.leads)} give "
                 f"{classifier.embedding_size}: train it on embeddings of these leads"
             )
-        classifier.encoders = model.embedder(classifier.leads)
+        classifier.encoders = model.embedder(classifier.leads, features)
         classifier.head = head
         return classifier.train(head.training)
 
@@ -95,9 +110,17 @@ class Classifier(nn.Module):
         """Which features hold something of the recording, [B, F] bool."""
         return self.encoders.observed(lead_mask_BL)
 
+    def logit(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """logit_B, the mean over so many circular shifts as the configuration has."""
+        observed_BF = self.observed(lead_mask_BL)
+        if self.config.shifts == 1:
+            return self.head.logit(self.embed(x_BLT, lead_mask_BL), observed_BF)
+        h_SBF = self.encoders.embed_shifted(x_BLT, lead_mask_BL, shifts.evenly(self.config.shifts))
+        return torch.stack([self.head.logit(h_BF, observed_BF) for h_BF in h_SBF]).mean(dim=0)
+
     def predict(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """probability_B of the positive class."""
-        return self.head.predict(self.embed(x_BLT, lead_mask_BL), self.observed(lead_mask_BL))
+        return torch.sigmoid(self.logit(x_BLT, lead_mask_BL).float())
 
     def forward(self, batch: Mapping[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
         """batch: `x_BLT`, `lead_mask_BL`, `y_B`, optionally `share_B` -> what Head.forward gives, end to end."""

@@ -11,11 +11,15 @@ observed. The samples of a masked lead, NaN included, have no effect. A wrong sh
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
+
+Features = Literal["means", "fused", "pooled"]
+"""What an encoder gives to a head. means: the lead means, or an architecture's own features; fused: the mean of the
+fused posterior; pooled: mean and deviation of the means over all circular time shifts."""
 
 
 class Encoder(Protocol):
@@ -36,17 +40,25 @@ class Encoder(Protocol):
         False for those of an absent lead, where features belong to leads; a head replaces them by their average.
         """
 
+    def embed_shifted(self, x_BLT: Tensor, lead_mask_BL: Tensor, shift_S: Sequence[float]) -> Tensor:
+        """As `embed` under each circular shift in time, h_SBF. See `lsemvae.models.parts.shifts`."""
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """Base of the configurations of all architectures that embed. JSON names the member, see `lsemvae.fields`."""
 
     architecture: ClassVar[str]
+    title: ClassVar[str]
+    """Its name in tables, as its paper writes it."""
     untagged: ClassVar[str] = "lsemvae"
     """The architecture of a configuration that names none, as in bundles from before this field."""
 
-    def embedder(self, leads: Sequence[str]) -> Encoder:
-        """The part of the architecture that embeds these leads, freshly initialised: what a classifier holds."""
+    def embedder(self, leads: Sequence[str], features: Features = "means") -> Encoder:
+        """The part of the architecture that embeds these leads, freshly initialised: what a classifier holds.
+
+        Raises LsemvaeError on features that the architecture does not give.
+        """
         raise AssertionError(f"{type(self).__name__} has no embedder")
 
 
@@ -93,10 +105,10 @@ class Pretrains(Trains, Protocol):
     def validation(self) -> Validation:
         """An empty pass of this model on its device."""
 
-    def embedder(self, leads: Sequence[str]) -> Encoder:
+    def embedder(self, leads: Sequence[str], features: Features = "means") -> Encoder:
         """The trained part that embeds these leads. Shares memory with the model where it can.
 
-        Raises LsemvaeError on a lead that the model does not read.
+        Raises LsemvaeError on a lead that the model does not read, and on features that it does not give.
         """
 
 

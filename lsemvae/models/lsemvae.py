@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS, in_order
-from lsemvae.models.contract import EncoderConfig
+from lsemvae.models.contract import EncoderConfig, Features
 from lsemvae.models.parts import fusion, objectives
+from lsemvae.models.parts.augment import hide_leads
 from lsemvae.models.parts.blocks import Decoder, LeadEncoders
 from lsemvae.models.parts.diagnostics import Evaluated, ReconstructionPass
+from lsemvae.models.parts.embedders import FusedEncoders, PooledEncoders
+from lsemvae.models.parts.fusion import Fusion
 
 DecoderKind = Literal["lead", "paper"]
-Fusion = Literal["hime", "product", "mixture", "released"]
 Objective = Literal["paper", "released"]
 
 
@@ -28,6 +30,7 @@ class LSEMVAEConfig(EncoderConfig):
     """Sizes, fusion and objective of the model. The defaults are the paper's sizes."""
 
     architecture: ClassVar[str] = "lsemvae"
+    title: ClassVar[str] = "LS-EMVAE"
 
     samples: int = 5000
     """Time points of a record; a multiple of 8."""
@@ -40,7 +43,6 @@ class LSEMVAEConfig(EncoderConfig):
     decoder_leads: tuple[str, ...] = ()
     """Leads to reconstruct; by default the leads that the encoders read."""
     fusion: Fusion = "hime"
-    """hime (the paper's); product and mixture, its ablations; released, that of the released code."""
     objective: Objective = "paper"
     """paper (eqs. 1 and 2), or released, that of the released code, whose terms have other units."""
     reconstruction_weight: float = 1000.0
@@ -70,11 +72,17 @@ class LSEMVAEConfig(EncoderConfig):
         if not 0 <= self.lead_dropout <= 0.5:
             raise LsemvaeError(f"lead_dropout is {self.lead_dropout}: give a share between 0 and 0.5")
 
-    def embedder(self, leads: Sequence[str]) -> LeadEncoders:
-        """Untrained lead encoders without log-variance heads."""
-        return LeadEncoders(
-            in_order(leads), samples=self.samples, latent=self.latent, channels=self.channels, log_variance=False
-        )
+    def embedder(self, leads: Sequence[str], features: Features = "means") -> LeadEncoders:
+        """Untrained lead encoders; only `fused` features need their log-variance heads."""
+        leads = in_order(leads)
+        sizes: dict[str, Any] = {"samples": self.samples, "latent": self.latent, "channels": self.channels}
+        match features:
+            case "means":
+                return LeadEncoders(leads, **sizes, log_variance=False)
+            case "pooled":
+                return PooledEncoders(leads, **sizes, log_variance=False)
+            case "fused":
+                return FusedEncoders(leads, **sizes, kind=self.fusion)
 
     @classmethod
     def released(cls, **changes: Any) -> Self:
@@ -132,9 +140,15 @@ class LSEMVAE(nn.Module):
         """Which features belong to an observed lead, [B, F] bool."""
         return self.encoders.observed(lead_mask_BL)
 
-    def embedder(self, leads: Sequence[str]) -> LeadEncoders:
-        """The named leads' encoders without log-variance heads. See LeadEncoders.select."""
-        return self.encoders.select(leads, log_variance=False)
+    def embedder(self, leads: Sequence[str], features: Features = "means") -> LeadEncoders:
+        """The named leads' encoders, as they give these features. See LeadEncoders.select."""
+        chosen = self.encoders.select(leads, log_variance=features == "fused")
+        if features == "means":
+            return chosen
+        with torch.device("meta"):
+            embedder = self.config.embedder(leads, features)
+        embedder.load_state_dict(chosen.state_dict(), assign=True)
+        return embedder.train(self.training)
 
     def posterior(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> fusion.Posterior:
         """q(z given the observed leads), with its experts and their weights."""
@@ -225,15 +239,7 @@ class LSEMVAE(nn.Module):
         return self.encoders(self.encoders.masked(x_BLT, lead_mask_BL))
 
     def _fuse(self, mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor) -> fusion.Posterior:
-        match self.config.fusion:
-            case "hime":
-                return fusion.hime(mu_BLD, logvar_BLD, lead_mask_BL)
-            case "product":
-                return fusion.product_of_leads(mu_BLD, logvar_BLD, lead_mask_BL)
-            case "mixture":
-                return fusion.mixture_of_leads(mu_BLD, logvar_BLD, lead_mask_BL)
-            case "released":
-                return fusion.released(mu_BLD, logvar_BLD, lead_mask_BL, self.leads)
+        return fusion.fuse(self.config.fusion, mu_BLD, logvar_BLD, lead_mask_BL, self.leads)
 
     def _targets(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Targets and their mask over the decoder's leads."""
@@ -257,22 +263,10 @@ class LSEMVAE(nn.Module):
         return target_BLT, mask_BL
 
 
-def hide_leads(lead_mask_BL: Tensor, share: float) -> Tensor:
-    """Lead dropout: the mask with random observed leads hidden, never all of them, [B, L].
-
-    Each record draws its own rate from U(0, 2 share), so that few observed leads are as frequent as many: at a share of
-    0.5 every number of hidden leads is equally likely.
-    """
-    draws = torch.rand((len(lead_mask_BL), lead_mask_BL.shape[1] + 1), device=lead_mask_BL.device)
-    chance_BL, rate_B1 = draws[:, 1:], 2 * share * draws[:, :1]
-    kept_mask_BL = chance_BL >= rate_B1
-    luckiest_B1 = chance_BL.masked_fill(~lead_mask_BL, -1.0).argmax(dim=1, keepdim=True)
-    return lead_mask_BL & kept_mask_BL.scatter(1, luckiest_B1, True)
-
-
 PRESETS = {
     "paper": LSEMVAEConfig(),
     "released": LSEMVAEConfig.released(),
+    "cpu": LSEMVAEConfig(samples=2496, latent=64, channels=(8, 16, 16)),
     "small": LSEMVAEConfig(latent=128, channels=(4, 8, 8)),
     "smoke": LSEMVAEConfig(latent=16, channels=(4, 8, 8)),
 }

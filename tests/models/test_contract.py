@@ -26,7 +26,12 @@ from lsemvae.training.validation import validate
 
 SAMPLES = 80
 ENCODERS = [LSEMVAEConfig(samples=SAMPLES, latent=3, channels=(2, 2, 2)), TinyConfig(samples=SAMPLES)]
-CONFIGS = [*ENCODERS, *(ClassifierConfig(encoder=config, hidden=4, dropout=0.0) for config in ENCODERS)]
+CONFIGS = [
+    *ENCODERS,
+    *(ClassifierConfig(encoder=config, hidden=4, dropout=0.0) for config in ENCODERS),
+    ClassifierConfig(encoder=ENCODERS[0], hidden=0, features="pooled"),
+    ClassifierConfig(encoder=ENCODERS[0], hidden=4, dropout=0.0, features="fused", shifts=3),
+]
 OPTIM = OptimConfig(epochs=1, batch_size=6, learning_rate=1e-2)
 
 every_architecture = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)

@@ -15,7 +15,8 @@ from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import CHEST_LEADS, LEADS, LIMB_LEADS
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.models.classifier import Classifier, ClassifierConfig
-from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig, hide_leads, to_released_state_dict
+from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig, to_released_state_dict
+from lsemvae.models.parts.augment import hide_leads
 from lsemvae.models.parts.blocks import LeadEncoders
 from lsemvae.models.parts.diagnostics import Diagnostics, einthoven_rmse
 from lsemvae.models.parts.head import Head
@@ -606,8 +607,8 @@ def test_a_missing_field_is_refused_by_name_at_any_depth():
         config_from("classifier", values | {"encoder": 3})
     with pytest.raises(LsemvaeError, match=r"focal_alpha is 1\.5"):
         ClassifierConfig(SMALL, focal_alpha=1.5)
-    with pytest.raises(LsemvaeError, match="hidden is 0"):
-        ClassifierConfig(SMALL, hidden=0)
+    with pytest.raises(LsemvaeError, match="hidden is -1"):
+        ClassifierConfig(SMALL, hidden=-1)
 
 
 def test_models_need_torch_alone():

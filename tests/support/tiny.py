@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import in_order
-from lsemvae.models import EncoderConfig
-from lsemvae.models.parts import objectives
+from lsemvae.models import EncoderConfig, Features
+from lsemvae.models.parts import objectives, shifts
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,14 @@ class TinyConfig(EncoderConfig):
     """A linear autoencoder of every tenth sample's mean over the observed leads."""
 
     architecture: ClassVar[str] = "tiny"
+    title: ClassVar[str] = "Tiny"
 
     samples: int = 5000
     width: int = 3
 
-    def embedder(self, leads: Sequence[str]) -> "TinyEncoder":
+    def embedder(self, leads: Sequence[str], features: Features = "means") -> "TinyEncoder":
+        if features != "means":
+            raise LsemvaeError(f"Tiny gives no {features} features: choose means")
         return TinyEncoder(self, leads)
 
 
@@ -40,6 +43,10 @@ class TinyEncoder(nn.Module):
         if x_BLT.shape[1:] != (len(self.leads), self.samples) or lead_mask_BL.shape != x_BLT.shape[:2]:
             raise LsemvaeError(f"the input is {list(x_BLT.shape)}: give {len(self.leads)} leads")
         return self.linear(self.signal(x_BLT, lead_mask_BL))
+
+    def embed_shifted(self, x_BLT: Tensor, lead_mask_BL: Tensor, shift_S: Sequence[float]) -> Tensor:
+        size_B = shifts.recorded_samples(x_BLT)
+        return torch.stack([self.embed(shifts.shifted(x_BLT, size_B, shift), lead_mask_BL) for shift in shift_S])
 
     def observed(self, lead_mask_BL: Tensor) -> Tensor:
         return torch.ones(len(lead_mask_BL), self.embedding_size, dtype=torch.bool, device=lead_mask_BL.device)
@@ -86,7 +93,9 @@ class Tiny(nn.Module):
     def observed(self, lead_mask_BL: Tensor) -> Tensor:
         return self.encoder.observed(lead_mask_BL)
 
-    def embedder(self, leads: Sequence[str]) -> TinyEncoder:
+    def embedder(self, leads: Sequence[str], features: Features = "means") -> TinyEncoder:
+        if features != "means":
+            raise LsemvaeError(f"Tiny gives no {features} features: choose means")
         if in_order(leads) != self.leads:
             raise LsemvaeError(f"this model reads {', '.join(self.leads)} together")
         return self.encoder

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import in_order
+from lsemvae.models.parts import shifts
 from lsemvae.models.parts.fusion import full_precision
+
+STRIDE = 8
+"""Samples in one position of the convolutions' output."""
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -77,7 +81,7 @@ class LeadEncoders(nn.Module):
         super().__init__()
         self.leads = tuple(leads)
         self.samples, self.latent, self.channels = samples, latent, channels
-        count, features = len(self.leads), channels[2] * samples // 8
+        count, features = len(self.leads), channels[2] * samples // STRIDE
         self.conv1 = LeadConv(count, 1, channels[0])
         self.conv2 = LeadConv(count, channels[0], channels[1])
         self.conv3 = LeadConv(count, channels[1], channels[2])
@@ -113,7 +117,24 @@ class LeadEncoders(nn.Module):
 
     def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """h_BF: the lead means mu_i one after another, zeros for an absent lead. Computes no log-variance."""
-        mu_BLD = full_precision(self.means(self.masked(x_BLT, lead_mask_BL)))
+        return self.embedding(self.features(self.masked(x_BLT, lead_mask_BL)), lead_mask_BL)
+
+    def embed_shifted(self, x_BLT: Tensor, lead_mask_BL: Tensor, shift_S: Sequence[float]) -> Tensor:
+        """As `embed`, of the recording under each circular shift, h_SBF. Shifts are by whole strides of 8 samples.
+
+        The convolutions run once: shifting their output is shifting their input, except for the 15 samples round the
+        recording's two ends, which keep the zero padding that they have without a shift.
+        """
+        x_BLT = self.masked(x_BLT, lead_mask_BL)
+        size_B = shifts.recorded_samples(x_BLT) // STRIDE
+        h_LBCP = self.features(x_BLT).unflatten(2, (self.channels[2], -1))
+        return torch.stack(
+            [self.embedding(shifts.shifted(h_LBCP, size_B, shift).flatten(2), lead_mask_BL) for shift in shift_S]
+        )
+
+    def embedding(self, h_LBF: Tensor, lead_mask_BL: Tensor) -> Tensor:
+        """What `features` gives -> h_BF."""
+        mu_BLD = full_precision(self.fc_mu(h_LBF)).transpose(0, 1)
         return torch.where(lead_mask_BL.unsqueeze(-1), mu_BLD, torch.zeros_like(mu_BLD)).flatten(1)
 
     def observed(self, lead_mask_BL: Tensor) -> Tensor:
@@ -133,13 +154,9 @@ class LeadEncoders(nn.Module):
             )
         return torch.where(lead_mask_BL.unsqueeze(-1), x_BLT, torch.zeros_like(x_BLT))
 
-    def means(self, x_BLT: Tensor) -> Tensor:
-        """x_BLT -> mu_BLD; the log-variance heads are not touched."""
-        return self.fc_mu(self.features(x_BLT)).transpose(0, 1)
-
     def forward(self, x_BLT: Tensor) -> tuple[Tensor, Tensor]:
         """x_BLT -> mu_BLD, logvar_BLD."""
-        assert self.fc_logvar is not None, "built without log-variance heads: only means() can be computed"
+        assert self.fc_logvar is not None, "built without log-variance heads: only embed() can be computed"
         h_LBF = self.features(x_BLT)
         return self.fc_mu(h_LBF).transpose(0, 1), self.fc_logvar(h_LBF).transpose(0, 1)
 
@@ -198,7 +215,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.leads = tuple(leads)
         self.channels = channels
-        self.fc = nn.Linear(latent, channels[2] * samples // 8)
+        self.fc = nn.Linear(latent, channels[2] * samples // STRIDE)
         self.convtrans1 = nn.ConvTranspose1d(channels[2], channels[1], 4, stride=2, padding=1)
         self.convtrans2 = nn.ConvTranspose1d(channels[1], channels[0], 4, stride=2, padding=1)
         outputs = len(self.leads) if kind == "lead" else 1

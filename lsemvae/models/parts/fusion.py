@@ -17,7 +17,7 @@ is exactly zero, even where it holds NaN. A record without any observed expert g
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from lsemvae.leads import LEADS
 
 # The released code multiplies within these groups and then averages over them.
 RELEASED_GROUPS = (LEADS[0:3], LEADS[3:6], LEADS[6:9], LEADS[9:12])
+
+Fusion = Literal["hime", "product", "mixture", "released"]
+"""hime (the paper's); product and mixture, its ablations; released, that of the released code."""
 
 
 class Gaussian(NamedTuple):
@@ -186,3 +189,16 @@ def released(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor, leads: Se
         mask_BK,
         weight_BK,
     )
+
+
+def fuse(kind: Fusion, mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: Tensor, leads: Sequence[str]) -> Posterior:
+    """The posterior of the named leads' experts by the fusion of that name."""
+    match kind:
+        case "hime":
+            return hime(mu_BLD, logvar_BLD, lead_mask_BL)
+        case "product":
+            return product_of_leads(mu_BLD, logvar_BLD, lead_mask_BL)
+        case "mixture":
+            return mixture_of_leads(mu_BLD, logvar_BLD, lead_mask_BL)
+        case "released":
+            return released(mu_BLD, logvar_BLD, lead_mask_BL, leads)

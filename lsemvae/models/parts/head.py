@@ -1,4 +1,4 @@
-"""The head: standardisation and two fully connected layers on an embedding."""
+"""The head: standardisation and one or two fully connected layers on an embedding."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from lsemvae.models.parts import objectives
 
 
 class Head(nn.Module):
-    """Standardisation and two fully connected layers on an embedding: h_BF -> logit_B.
+    """Standardisation and two fully connected layers on an embedding: h_BF -> logit_B. With `hidden=0` it is linear.
 
     It can be trained alone, on embeddings that were computed once. With `observed_BF`, which an encoder's `observed`
     gives, a feature that was not observed counts as its average over the training set, not as the embedding's zero.
@@ -33,9 +33,10 @@ class Head(nn.Module):
         self.focal_gamma, self.focal_alpha = focal_gamma, focal_alpha
         self.register_buffer("mean_F", torch.zeros(features))
         self.register_buffer("scale_F", torch.ones(features))
-        self.fc1 = nn.Linear(features, hidden)
+        self.hidden = hidden
+        self.fc1 = nn.Linear(features, hidden) if hidden else None
         self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(hidden, 1)
+        self.fc2 = nn.Linear(hidden or features, 1)
 
     @torch.no_grad()
     def standardise_from(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> None:
@@ -56,19 +57,24 @@ class Head(nn.Module):
         standard_BF = (h_BF - self.mean_F) / self.scale_F
         if observed_BF is not None:
             standard_BF = torch.where(observed_BF, standard_BF, torch.zeros_like(standard_BF))
+        if self.fc1 is None:
+            return self.fc2(self.dropout(standard_BF)).squeeze(-1)
         return self.fc2(self.dropout(F.relu(self.fc1(standard_BF)))).squeeze(-1)
 
     def predict(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> Tensor:
         """h_BF -> probability_B of the positive class."""
         return torch.sigmoid(self.logit(h_BF, observed_BF).float())
 
+    def loss(self, logit_B: Tensor, y_B: Tensor) -> Tensor:
+        """The focal loss of each record, loss_B."""
+        return objectives.binary_focal(logit_B, y_B, self.focal_gamma, self.focal_alpha)
+
     def forward(self, batch: Mapping[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
         """batch: `h_BF`, `y_B` (0 or 1), optionally `observed_BF` -> "loss", and "focal", the same detached.
 
         `share_B`, `check` and NonFiniteBatch as in `lsemvae.models.contract.Trains`.
         """
-        logit_B = self.logit(batch["h_BF"], batch.get("observed_BF"))
-        loss_B = objectives.binary_focal(logit_B, batch["y_B"], self.focal_gamma, self.focal_alpha)
+        loss_B = self.loss(self.logit(batch["h_BF"], batch.get("observed_BF")), batch["y_B"])
         good_B = objectives.finite_records(loss_B.detach())
         loss = objectives.average(loss_B, batch.get("share_B"))
         found = {"loss": loss, "focal": loss.detach()}
