@@ -46,6 +46,9 @@ class Args:
     epoch after a colon: --data s3://bucket/mimic s3://bucket/own:12."""
     storage: str
     """Where checkpoints and the bundle go (folder or s3:// URI that every worker can reach)."""
+    exclude: tuple[str, ...] = ()
+    """Leave out the subjects of these shards: a labelled cohort that is part of --data, so that no recording of its
+    test folds is seen before."""
     num_workers: str = "2"
     """Training workers, or a range such as 4-8: as many as the cluster has, fewer when machines are lost, more when
     they return. The batches are the same for any number."""
@@ -67,13 +70,13 @@ class Args:
 
 
 def main(args: Args) -> None:
-    sources = open_sources(args.data)
+    sources = open_sources(args.data, args.exclude)
     recipe = args.recipe
     workers = parse_workers(args.num_workers)
     feeds = make_feeds(sources, recipe, args.all, args.cache)
     feeds.train.order.streams_of(0, workers[1])
     storage = Storage.open(args.storage)
-    name = args.name or f"pretrain-{_digest(recipe, sources, args.all)}"
+    name = args.name or f"pretrain-{_digest(recipe, sources, args.all, args.exclude)}"
     place = storage / name
     if place.exists(RESULT):
         result = json.loads(place.read_bytes(RESULT))
@@ -87,7 +90,7 @@ def main(args: Args) -> None:
     import ray.train
 
     require_resources(workers[0], args.use_gpu, args.wait_s)
-    params = as_json(recipe)
+    params = as_json(recipe, every_tag=True)
     previous = json.loads(place.read_bytes("run.json"))["run"] if place.exists("run.json") else None
     run = Run.start("pretrain", name, params, resume=previous)
     run.tags({"data": data_uri(sources), "data_digest": data_digest(sources), "storage": place.uri})
@@ -121,8 +124,11 @@ def main(args: Args) -> None:
     _say_where(result)
 
 
-def _digest(recipe: PretrainRecipe, sources: Sequence[Source], everything: bool) -> str:
-    text = json.dumps([as_json(recipe), data_digest(sources), everything], sort_keys=True)
+def _digest(recipe: PretrainRecipe, sources: Sequence[Source], everything: bool, exclude: Sequence[str]) -> str:
+    parts = [as_json(recipe), data_digest(sources), everything]
+    if exclude:
+        parts.append([source.data.withdrawn.digest for source in sources])
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

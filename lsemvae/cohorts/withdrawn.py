@@ -27,6 +27,11 @@ class Withdrawn:
 
     subjects: frozenset[str] = frozenset()
 
+    @classmethod
+    def of(cls, subjects: Iterable[str]) -> "Withdrawn":
+        """These subjects."""
+        return cls(frozenset(_plain(subject) for subject in subjects))
+
     def mask(self, subjects: Iterable[str]) -> np.ndarray:
         """Which of these have withdrawn, bool [B]."""
         return np.array([_plain(subject) in self.subjects for subject in subjects], dtype=bool)

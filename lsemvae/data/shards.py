@@ -270,6 +270,11 @@ class ShardedDataset:
             data = replace(data, labels=read_labels_beside(data.storage, keys))
         return data._counted() if gone.subjects or data.labels else data
 
+    def without(self, subjects: Withdrawn) -> "ShardedDataset":
+        """The data set without the recordings of these subjects too, as if they had withdrawn."""
+        gone = self.withdrawn | subjects
+        return replace(self, withdrawn=gone, withdrawn_in=self._rows_of(gone))._counted()
+
     @property
     def since_ingest(self) -> dict[str, str]:
         """The digests of the list of who has withdrawn and of the changed labels, where there are any."""

@@ -16,6 +16,7 @@ import torch
 
 from lsemvae import __version__
 from lsemvae.bundle import load
+from lsemvae.cohorts.withdrawn import NOBODY, Withdrawn
 from lsemvae.config import PretrainRecipe
 from lsemvae.data.feed import Feed, require_different
 from lsemvae.data.shards import ShardedDataset
@@ -57,10 +58,12 @@ class Source(NamedTuple):
     repeats: int = 1
 
 
-def open_sources(words: Sequence[str]) -> list[Source]:
+def open_sources(words: Sequence[str], exclude: Sequence[str] = ()) -> list[Source]:
     """`["s3://b/mimic", "own:12"]` -> the data sets, the second with each of its records twelve times an epoch.
 
-    Raises LsemvaeError where there is no data set, one is named twice, or the repeats are below 1.
+    Recordings of subjects who are in a data set of `exclude` are left out: a labelled cohort on which the encoder is to
+    be tested. Raises LsemvaeError where there is no data set, one is named twice, the repeats are below 1, or an
+    excluded data set has no subject.
     """
     found = []
     for word in words:
@@ -70,6 +73,17 @@ def open_sources(words: Sequence[str]) -> list[Source]:
         uri, repeats = (match[1], int(match[2])) if match else (word, 1)
         found.append(Source(ShardedDataset.open(uri), repeats))
     require_different(found)
+    return [source._replace(data=source.data.without(_subjects(exclude))) for source in found] if exclude else found
+
+
+def _subjects(uris: Sequence[str]) -> Withdrawn:
+    """The subjects of these data sets. Raises LsemvaeError where one has none."""
+    found = NOBODY
+    for uri in uris:
+        subjects = {str(subject) for subject in ShardedDataset.open(uri).read(["subject_id"])["subject_id"].to_pylist()}
+        if not subjects - {"", "None"}:
+            raise LsemvaeError(f"--exclude {uri} has no subject: name shards whose recordings have a subject_id")
+        found |= Withdrawn.of(subjects)
     return found
 
 

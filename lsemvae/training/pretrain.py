@@ -20,6 +20,7 @@ from lsemvae.data.feed import DAMAGED, Feed, require_room
 from lsemvae.data.layouts import Rows
 from lsemvae.data.order import Order
 from lsemvae.errors import LsemvaeError
+from lsemvae.models.parts.shifts import each_shifted
 from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.storage import Storage
 from lsemvae.training.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
@@ -114,10 +115,15 @@ class Worker(Watcher):
     def batches(self, feed: Feed, epoch: int, first: int = 0) -> Iterator[Batch]:
         for rows in batches_ahead(self.rows(feed, epoch, first), self.device):
             self.damaged += rows.pop("damaged")
-            yield self.finish.batch(rows) if self.finish else rows
+            shift_B = rows.pop("shift_B", None)
+            batch = self.finish.batch(rows) if self.finish else rows
+            yield batch if shift_B is None else {**batch, "x_BLT": each_shifted(batch["x_BLT"], shift_B)}
 
     def rows(self, feed: Feed, epoch: int, first: int) -> Iterator[Rows]:
-        """This worker's part of each step, with its noise: a record's is the same for any number of workers."""
+        """This worker's part of each step, with its random numbers: a record's are the same for any number of workers.
+
+        They are the noise, and in training the circular shift.
+        """
         streams = list(feed.order.streams_of(self.rank, self.workers))
         split = 0 if feed is self.job.train else 1
         size = self.model.noise_size
@@ -125,6 +131,10 @@ class Worker(Watcher):
             if size:
                 seed = (self.recipe.optim.seed, split, epoch, step)
                 rows = rows | {"noise_BD": _noise(feed.order, size, seed)[streams].reshape(-1, size)}
+            if split == 0 and self.recipe.circular_shifts:
+                draws = np.random.default_rng((self.recipe.optim.seed, 2, epoch, step))
+                shift_SN = draws.random((feed.order.streams, feed.order.per_stream), dtype=np.float32)
+                rows = rows | {"shift_B": shift_SN[streams].reshape(-1)}
             yield rows
 
     # --- what fit tells ------------------------------------------------------------------------------------------

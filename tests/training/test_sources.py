@@ -1,9 +1,12 @@
 """Several data sets in one pre-training run: their names in --data, and the records that the run reads."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.random import default_rng
 
@@ -74,6 +77,28 @@ def test_a_bundle_names_the_list_of_who_had_withdrawn(tmp_path: Path):
 def provenance(uri: str) -> dict:
     sources = open_sources([uri])
     return make_job(sources, RECIPE, make_feeds(sources, RECIPE), None).provenance["data"]
+
+
+def test_the_subjects_of_an_excluded_cohort_are_left_out(uris: tuple[str, str], tmp_path: Path):
+    """Records 100 and 101 are in both data sets under the same subjects."""
+    cohort = data_set(tmp_path / "cohort", 2, 0, first=100)
+    sources = open_sources([uris[0], f"{uris[1]}:4"], exclude=[cohort])
+    feeds = make_feeds(sources, RECIPE)
+    counts = Counter(int(row) for rows in feeds.train.batches(0, read=read_here) for row in rows["row_B"] if row >= 0)
+    assert counts == {**dict.fromkeys(range(9), 1), 11: 4}
+    changed = make_job(sources, RECIPE, feeds, None).provenance["data"]["since_ingest"]
+    assert set(changed) == set(uris) and all(found["withdrawn"] for found in changed.values())
+    nobody = data_set(tmp_path / "nobody", 1, 0)
+    path = tmp_path / "nobody" / "train.parquet"
+    table = pq.read_table(path)
+    empty = pa.array([""] * len(table))
+    table = table.set_column(table.schema.get_field_index("subject_id"), table.schema.field("subject_id"), empty)
+    pq.write_table(table, path)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = path.stat().st_size
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LsemvaeError, match="nobody has no subject: name shards whose recordings have a subject_id"):
+        open_sources([uris[0]], exclude=[nobody])
 
 
 def test_one_data_set_is_named_as_before(uris: tuple[str, str]):
