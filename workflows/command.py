@@ -78,9 +78,8 @@ def run_command(main: Callable[[Args], None], args_type: type[Args], default: Ar
     """Parse `sys.argv` into `args_type` and call `main`; a user's mistake is one line and exit status 2."""
     prepare_environment()
     _quiet_logs()
-    args = tyro.cli(args_type, default=default, description=sys.modules[main.__module__].__doc__)
-    try:
-        main(args)
+    try:  # a recipe refuses values while the command line is read
+        main(tyro.cli(args_type, default=default, description=sys.modules[main.__module__].__doc__))
     except LsemvaeError as error:
         _say_and_exit(error)
     except KeyboardInterrupt:
