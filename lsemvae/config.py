@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.fields import as_json, read
 from lsemvae.leads import LEADS
-from lsemvae.models.contract import EncoderConfig
+from lsemvae.models.contract import EncoderConfig, Features
 from lsemvae.preprocess import PreprocessConfig
 
 Recipe = TypeVar("Recipe")
@@ -47,6 +47,8 @@ class OptimConfig:
 class PretrainRecipe:
     """A pre-training run on unlabelled recordings."""
 
+    before: ClassVar[Mapping[str, Any]] = {"circular_shifts": False}
+
     model: EncoderConfig
     optim: OptimConfig
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
@@ -69,25 +71,79 @@ class PretrainRecipe:
     """Stop when a larger share of an epoch's recordings is unreadable because shards are damaged."""
     plot_every: int = 5
     """Draw reconstructions every so many epochs."""
+    circular_shifts: bool = False
+    """Train on each recording under a random circular shift in time, another one each epoch, so that few recordings
+    are worth more and the latent does not learn where windows begin."""
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """Cross-validation and refit of a head on a frozen encoder's embeddings."""
+    """Cross-validation and refit of a classifier on a pre-trained encoder."""
+
+    before: ClassVar[Mapping[str, Any]] = {
+        "trains": "head", "features": "means", "shifts": 1, "inner_folds": 5, "strengths": (1e-4, 1e-3, 1e-2, 1e-1),
+        "encoder_rate": 3e-4, "early_stop": False, "lead_dropout": 0.0, "noise": 0.0, "amplitude": 0.0,
+        "scratch_epochs": 100, "scratch_rate": 1e-3, "seeds": 1,
+    }  # fmt: skip
 
     optim: OptimConfig
+    """How a head is trained, and the encoder with it; `learning_rate` is the head's."""
     folds: int = 5
     hidden: int = 128
+    """Units of the head's hidden layer; 0 is a linear head."""
     dropout: float = 0.5
     focal_gamma: float = 2.0
     balance: bool = True
-    """Weight each class in the focal loss by the share of the other, so that both count the same."""
+    """Weight each class in the loss by the share of the other, so that both count the same."""
     bootstrap_draws: int = 300
     embed_batch_size: int = 64
+    trains: Literal["head", "linear", "all"] = "head"
+    """head: the head alone, on frozen features, as in the paper; linear: L2 logistic regression on frozen features;
+    all: the head and every weight of the encoder, under random circular shifts in time."""
+    features: Features = "means"
+    """What the encoder gives to the head: the lead means; the mean of the fused posterior; or mean and deviation of the
+    lead means over all circular shifts."""
+    shifts: int = 1
+    """A score is the mean logit over so many circular shifts, in the table and in the bundle."""
+    inner_folds: int = 5
+    """Folds within each training set, by subject, that choose the strength of `linear` and the epochs of `all`."""
+    strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """Inverse regularisation strengths C (of scikit-learn's LogisticRegression) that `linear` chooses from."""
+    encoder_rate: float = 3e-4
+    """Learning rate of the encoder's weights in `all`."""
+    early_stop: bool = False
+    """`all` trains once with an inner fold held out, takes the number of epochs with the smallest loss there, and
+    trains again on the whole training set for so many."""
+    lead_dropout: float = 0.0
+    """Mean share of the leads that training hides in `all`, up to 0.5."""
+    noise: float = 0.0
+    """Standard deviation of the white noise that training adds in `all`, in units of the model's input."""
+    amplitude: float = 0.0
+    """Standard deviation of the logarithm of a random factor on each recording's amplitude in `all`."""
+    scratch_epochs: int = 100
+    """Epochs of the row that trains all weights from scratch: it needs more than a pre-trained encoder."""
+    scratch_rate: float = 1e-3
+    """Learning rate of all weights in that row."""
+    seeds: int = 1
+    """Repeat the training of every row so often with other seeds: tables then show means over seeds."""
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise LsemvaeError(f"folds={self.folds}: cross-validation needs at least 2")
+        if self.folds < 2 or self.inner_folds < 2:
+            raise LsemvaeError(f"folds={self.folds}, inner_folds={self.inner_folds}: cross-validation needs at least 2")
+        if min(self.shifts, self.seeds, self.scratch_epochs) < 1:
+            raise LsemvaeError(
+                f"shifts={self.shifts}, seeds={self.seeds}, scratch_epochs={self.scratch_epochs}: give 1 or more"
+            )
+        if not self.strengths or min(*self.strengths, self.encoder_rate, self.scratch_rate) <= 0:
+            raise LsemvaeError(
+                f"strengths={self.strengths}, encoder_rate={self.encoder_rate}, scratch_rate={self.scratch_rate}: "
+                "give numbers above 0"
+            )
+        if not 0 <= self.lead_dropout <= 0.5 or min(self.noise, self.amplitude) < 0:
+            raise LsemvaeError(
+                f"lead_dropout={self.lead_dropout}, noise={self.noise}, amplitude={self.amplitude}: give a share up to "
+                "0.5, and deviations of 0 or more"
+            )
 
 
 def recipe_from(kind: type[Recipe], values: Mapping[str, Any]) -> Recipe:

@@ -32,6 +32,26 @@ PRETRAIN: dict[str, PretrainRecipe] = {
         optim=replace(_PAPER.optim, learning_rate=5e-4, weight_decay=1e-5),
         preprocess=PreprocessConfig(scale="lead"),
     ),
+    # The paper's model in minutes on one GPU, for ten thousand to a million recordings: a larger batch and rate, which
+    # rises and falls, and circular shifts. docs/results.md says what that gives.
+    "minutes": replace(
+        _PAPER,
+        optim=OptimConfig(
+            epochs=20, batch_size=256, learning_rate=3e-4, schedule="cosine", warmup_steps=100, precision="bf16"
+        ),
+        kl_warmup_epochs=8,
+        preprocess_on="device",
+        circular_shifts=True,
+    ),
+    # Eight million parameters at 250 Hz, in minutes on two CPU cores.
+    "cpu": PretrainRecipe(
+        model=_MODELS["cpu"],
+        optim=OptimConfig(epochs=20, batch_size=64, learning_rate=1.5e-3, schedule="cosine", warmup_steps=30),
+        preprocess=PreprocessConfig(rate_hz=250, samples=2496),
+        kl_warmup_epochs=8,
+        plot_every=10,
+        circular_shifts=True,
+    ),
     # Sixteen million parameters, for a few hundred or thousand recordings on a CPU.
     "small": PretrainRecipe(
         model=_MODELS["small"],
@@ -46,18 +66,35 @@ PRETRAIN: dict[str, PretrainRecipe] = {
         kl_warmup_epochs=2,
         shuffle_buffer=128,
         plot_every=2,
+        circular_shifts=True,
     ),
 }
 
 _PAPER_HEAD = FinetuneRecipe(optim=OptimConfig(epochs=50, batch_size=32, learning_rate=1e-4))
 
+_FULL = FinetuneRecipe(
+    optim=OptimConfig(epochs=40, batch_size=64, learning_rate=1e-3, weight_decay=0.05, schedule="cosine"),
+    trains="all",
+    shifts=8,
+    early_stop=True,
+)
+
 FINETUNE: dict[str, FinetuneRecipe] = {
+    # The paper's: its head on frozen lead means.
     "paper": _PAPER_HEAD,
+    # Logistic regression on frozen features that do not depend on where the beats fall.
+    "linear": replace(_PAPER_HEAD, trains="linear", features="pooled"),
+    # All weights, for the full size on a GPU.
+    "full": _FULL,
+    # All weights of the small model that pre-training's `cpu` makes.
+    "cpu": replace(_FULL, encoder_rate=1e-3, early_stop=False),
     "smoke": replace(
         _PAPER_HEAD,
         optim=replace(_PAPER_HEAD.optim, epochs=10, learning_rate=1e-3),
         folds=3,
         bootstrap_draws=100,
+        inner_folds=2,
+        strengths=(0.01,),
     ),
 }
 

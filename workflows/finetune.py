@@ -1,8 +1,11 @@
-"""Fine-tune a head on a frozen encoder's embeddings: cross-validate it with Ray Tune, refit it, and register it.
+"""Fine-tune a pre-trained encoder for a label: cross-validate it with Ray Tune, refit it, and register it.
 
-The table always has two more rows: the naive score (the label's mean), and the same head on an untrained encoder. Where
-the untrained encoder does as well, pre-training has not been shown to help. Folds are stratified by label and keep each
-subject's recordings together. The model's probability is its score, calibrated on the out-of-fold scores.
+The recipe says what is trained: `paper` and `linear` a head on frozen features, `full` every weight of the encoder. The
+table always has other rows: the naive score (the label's mean), classical features in logistic regression, an untrained
+encoder, and with `full` the same training from random weights. Where such a row does as well, pre-training has not been
+shown to help; paired differences say so. Folds are stratified by label and keep each subject's recordings together. The
+model's probability is its score, calibrated on the out-of-fold scores. If it is interrupted, the same command with the
+same --output or --storage goes on after the trainings that had finished.
 """
 
 import tempfile
@@ -19,15 +22,15 @@ from lsemvae.config import FinetuneRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation.embedding import embed, untrained
-from lsemvae.evaluation.folds import require_subjects
-from lsemvae.evaluation.protocol import ENCODER, UNTRAINED, Result, run_protocol
+from lsemvae.evaluation.protocol import Result, Trials, outer_folds, refit, run_protocol, trials_digest, untrained_names
 from lsemvae.fields import as_json
 from lsemvae.leads import lead_set_name, parse_leads
 from lsemvae.models import Pretrains
 from lsemvae.models.classifier import Classifier
 from lsemvae.recipes import FINETUNE
+from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run, fetch
-from lsemvae.training.finetune import train_head
+from lsemvae.training.finetune import new_head
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,14 @@ class Args:
     model_name: str | None = None
     """The MLflow model that the result becomes a version of; by default TASK-LEADS, such as ph-6L."""
     output: Path | None = None
-    """Also write results.csv, scores.csv, the curves and the bundle into this folder."""
+    """Also write results.csv, differences.csv, scores.csv, the curves and the bundle into this folder."""
     storage: str | None = None
-    """Where Ray Tune keeps its trials; needed on a cluster of several machines, by default a temporary folder."""
+    """Folder or s3:// URI where finished trainings are kept until the end, so that an interrupted command can go on; by
+    default the output folder."""
     max_concurrent: int = 2
-    """Trials at a time, one CPU each."""
+    """Trainings at a time, one CPU each."""
+    gpus: float = 0
+    """GPUs for each training and for embedding, such as 0.5 for two trainings on one; 0 uses CPUs."""
 
 
 def main(args: Args) -> None:
@@ -58,26 +64,49 @@ def main(args: Args) -> None:
     data = ShardedDataset.open(args.data)
     column = data.require_label(args.task)
     labelled = data.read(["subject_id", column]).drop_null().to_pandas()
-    require_subjects(labelled[column].to_numpy(), labelled["subject_id"].to_numpy(), recipe.folds)
+    outer_folds(labelled[column].to_numpy(), labelled["subject_id"].to_numpy(), recipe)  # before anything starts
     bundle, encoder = load_encoder(args.encoder, leads)
+    title = encoder.config.title
+    head = new_head(encoder.embedder(leads, recipe.features).embedding_size, labelled[column].to_numpy(), recipe)
+    start = Classifier.from_encoder(encoder, leads, head, recipe.features, recipe.shifts)
     start_ray()
-    encoders = {
-        ENCODER: encoder.embedder(leads),
-        UNTRAINED: untrained(encoder, recipe.optim.seed).embedder(leads),
+    # Trained rows of `all` aside, the rows are frozen features in logistic regression: the richest that there are.
+    frozen = "pooled" if recipe.trains == "all" else recipe.features
+    encoders = {title: encoder.embedder(leads, frozen)}
+    encoders |= {
+        name: untrained(encoder, recipe.optim.seed + seed).embedder(leads, frozen)
+        for seed, name in enumerate(untrained_names(recipe))
     }
-    embedded = embed(data, args.task, leads, bundle.preprocess, encoders, recipe.embed_batch_size)
+    whole = recipe.trains == "all"
+    embedded = embed(
+        data, args.task, leads, bundle.preprocess, encoders, recipe.embed_batch_size, keep_input=whole, gpus=args.gpus
+    )
 
     model_name = args.model_name or f"{args.task}-{lead_set_name(leads)}"
-    params = {"recipe": as_json(recipe), "task": args.task, "leads": ",".join(leads), "encoder": args.encoder}
+    params = {
+        "recipe": as_json(recipe, every_tag=True),
+        "task": args.task,
+        "leads": ",".join(leads),
+        "encoder": args.encoder,
+    }
     run = Run.start("finetune", model_name, params)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": bundle.digest})
+    kept_in = args.storage or (str(args.output) if args.output else None)
+    digest = trials_digest(
+        data.manifest.digest, data.since_ingest, args.task, leads, bundle.digest, as_json(recipe), __version__
+    )
+    keep = Storage.open(kept_in) / f"folds-{digest}" if kept_in else None
+    trials = Trials(keep, args.max_concurrent, args.gpus)
     try:
-        result = run_protocol(embedded, recipe, run.run_id, args.storage, args.max_concurrent)
-        head = train_head(embedded.h_BF[ENCODER], embedded.observed_BF[ENCODER], embedded.y_B, recipe)
+        result = run_protocol(embedded, recipe, title, start if whole else None, trials)
+        trained = refit(embedded, recipe, title, start if whole else None, trials)
     except BaseException:
         run.end("FAILED")
         raise
-    classifier = Classifier.from_encoder(encoder, leads, head)
+    if isinstance(trained, Classifier):
+        classifier = trained
+    else:
+        classifier = Classifier.from_encoder(encoder, leads, trained, recipe.features)
     described = Bundle.of(
         classifier,
         bundle.preprocess,
@@ -93,23 +122,23 @@ def main(args: Args) -> None:
                 **({"since_ingest": data.since_ingest} if data.since_ingest else {}),
             },
             "encoder": {"uri": args.encoder, "digest": bundle.digest},
-            "out_of_fold": {name: asdict(value) for name, value in result.metrics[ENCODER].items()},
+            "out_of_fold": {name: asdict(value) for name, value in result.metrics[title].items()},
             "mlflow_run": run.run_id,
             "lsemvae": __version__,
         },
     )
     positive = int(embedded.y_B.sum())
-    title = f"{args.task}, {lead_set_name(leads)}: {len(embedded.y_B)} recordings, {positive} positive"
+    caption = f"{args.task}, {lead_set_name(leads)}: {len(embedded.y_B)} recordings, {positive} positive"
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        result.log(run, result.write(folder, title))
+        result.log(run, result.write(folder, caption))
         saved = save(described, classifier, folder / "bundle")
         run.bundle(folder / "bundle")
     version = run.register(model_name, {"digest": saved.digest, "task": args.task, "leads": ",".join(leads)}, CANDIDATE)
     run.end()
 
-    print(f"\n{title}, {embedded.refused} refused; {recipe.folds} folds by subject, 95 % bootstrap intervals\n")
+    print(f"\n{caption}, {embedded.refused} refused; {recipe.folds} folds by subject, 95 % bootstrap intervals\n")
     show(result, saved, f"models:/{model_name}/{version}")
     if args.output:
         print(f"files:   {args.output}")
@@ -130,8 +159,9 @@ def load_encoder(uri: str, leads: tuple[str, ...]) -> tuple[Bundle, Any]:
 
 
 def show(result: Result, saved: Bundle, model: str) -> None:
-    """Print the table, and what the model decides at."""
+    """Print the tables, and what the model decides at."""
     print(result.table().to_string(index=False))
+    print(f"\n{result.differences_table().to_string(index=False)}")
     print(f"\nmodel:   {model} (alias {CANDIDATE}, digest {saved.digest})")
     print(f"         decision at {result.threshold:.3f} or above")
     if saved.calibration:

@@ -1,7 +1,7 @@
-"""Embeddings: every labelled recording once through every encoder, on Ray Data."""
+"""What the protocol needs of each labelled recording, computed once on Ray Data: features, model input, labels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,19 @@ import torch
 from tqdm import tqdm
 
 from lsemvae.data.shards import LABEL_PREFIX, ShardedDataset
+from lsemvae.evaluation import classical
 from lsemvae.models import Encoder, build
-from lsemvae.preprocess import PreprocessConfig
+from lsemvae.preprocess import FIXED_MV, PreprocessConfig
+
+CLASSICAL, QUANTILES = "classical features", "amplitude quantiles"
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a head is trained on, computed once: features by encoder, labels, records and subjects. B recordings.
+    """Labelled recordings, sorted by record id: features by name, labels, records and subjects. B recordings.
 
-    observed_BF   by encoder, which features hold something of the recording; see `lsemvae.models.Encoder.observed`
+    observed_BF   by name, which features hold something of the recording; see `lsemvae.models.Encoder.observed`
+    x_BLT, lead_mask_BL   model input, where it was asked for
     refused       labelled recordings that preprocessing refused; they are not among the B
     """
 
@@ -28,21 +32,29 @@ class Embedded:
     record_B: np.ndarray
     subject_B: np.ndarray
     refused: int
+    x_BLT: np.ndarray | None = None
+    lead_mask_BL: np.ndarray | None = None
 
 
 class Embedder:
     """A Ray Data actor: embeds batches with every encoder it is given."""
 
-    def __init__(self, encoders: Mapping[str, Encoder]) -> None:
-        self._encoders = encoders
+    def __init__(self, encoders: Mapping[str, Encoder], keep_input: bool = False, device: str = "cpu") -> None:
+        self._device, self._keep_input = device, keep_input
+        # The driver's own stay where they are: a copy moves to the device.
+        self._encoders: dict[str, Any] = {
+            name: encoder if device == "cpu" else encoder.to(device)  # type: ignore[attr-defined]
+            for name, encoder in encoders.items()
+        }
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        x_BLT, mask_BL = (torch.from_numpy(batch.pop(name).copy()) for name in ("x_LT", "lead_mask_L"))
+        x_LT, mask_L = (batch.pop(name) for name in ("x_LT", "lead_mask_L"))
+        x_BLT, mask_BL = (torch.from_numpy(values.copy()).to(self._device) for values in (x_LT, mask_L))
         with torch.inference_mode():
             for name, encoder in self._encoders.items():
-                batch[f"h.{name}"] = encoder.embed(x_BLT, mask_BL).numpy()
-                batch[f"observed.{name}"] = encoder.observed(mask_BL).numpy()
-        return batch
+                batch[f"h.{name}"] = encoder.embed(x_BLT, mask_BL).cpu().numpy()
+                batch[f"observed.{name}"] = encoder.observed(mask_BL).cpu().numpy()
+        return batch | ({"x": x_LT, "mask": mask_L} if self._keep_input else {})
 
 
 def untrained(model: Any, seed: int) -> Any:
@@ -58,37 +70,79 @@ def embed(
     preprocess: PreprocessConfig,
     encoders: Mapping[str, Encoder],
     batch_size: int = 64,
+    *,
+    keep_input: bool = False,
+    gpus: float = 0,
 ) -> Embedded:
-    """Every recording that has the label `task` once through every encoder, on Ray Data.
+    """Every recording that has the label `task` once through every encoder and through `lsemvae.evaluation.classical`.
 
-    Raises LsemvaeError where the data set has no such label.
+    With `gpus`, the encoders run on that share of a GPU. Raises LsemvaeError where the data set has no such label.
     """
     import ray.data
 
     column = data.require_label(task)
     columns = ["record_id", "subject_id", column]
-    labelled = data.model_input(leads, preprocess, columns=columns, labelled=column)
-    embedded = labelled.map_batches(
-        Embedder,
-        fn_constructor_args=(encoders,),
-        batch_size=batch_size,
-        compute=ray.data.ActorPoolStrategy(size=1),
-    )
-    parts: list[dict[str, np.ndarray]] = []
     counts = data.manifest.labels[column.removeprefix(LABEL_PREFIX)]
-    with tqdm(total=counts["0"] + counts["1"], desc="embed", unit="records") as bar:
-        for batch in embedded.iter_batches(batch_size=None):
-            parts.append(batch)
-            bar.update(len(batch["record_id"]))
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # Ray Data keeps no order: sort, so that folds and results depend on the data and the seed alone.
-    order = np.argsort(whole["record_id"], kind="stable")
-    accepted = order[pd.isna(whole["refused"][order])]
+    total = counts["0"] + counts["1"]
+    place: dict[str, Any] = {"columns": columns, "labelled": column}
+    embedder: dict[str, Any] = {
+        "fn_constructor_args": (encoders, keep_input, "cuda" if gpus else "cpu"),
+        "batch_size": batch_size,
+        "num_gpus": gpus or None,
+        "compute": ray.data.ActorPoolStrategy(size=1),
+    }
+    unit_mv = {"fixed": FIXED_MV, "none": 1.0}.get(preprocess.scale)
+    measure = Classical(tuple(leads), preprocess.rate_hz, unit_mv or 1.0)
+    rows = data.model_input(leads, preprocess, **place)
+    if unit_mv:
+        rows = rows.map_batches(measure, batch_size=batch_size)
+    whole = _gathered(rows.map_batches(Embedder, **embedder), total, "embed")
+    if not unit_mv:  # the model's input has lost its voltages
+        in_mv = data.model_input(leads, replace(preprocess, scale="none"), **place)
+        measured = _gathered(in_mv.map_batches(measure, batch_size=batch_size), total, "measure")
+        assert (whole["record_id"] == measured["record_id"]).all()
+        whole |= {name: measured[name] for name in (CLASSICAL, QUANTILES)}
+    accepted = pd.isna(whole["refused"])
+    h_BF = {name: whole[f"h.{name}"][accepted] for name in encoders}
+    observed_BF = {name: whole[f"observed.{name}"][accepted].astype(bool) for name in encoders}
+    for name in (CLASSICAL, QUANTILES):
+        values_BF = whole[name][accepted]
+        h_BF[name], observed_BF[name] = np.nan_to_num(values_BF), np.isfinite(values_BF)
     return Embedded(
-        h_BF={name: whole[f"h.{name}"][accepted] for name in encoders},
-        observed_BF={name: whole[f"observed.{name}"][accepted].astype(bool) for name in encoders},
+        h_BF=h_BF,
+        observed_BF=observed_BF,
         y_B=whole[column][accepted].astype(np.int64),
         record_B=whole["record_id"][accepted].astype(str),
         subject_B=whole["subject_id"][accepted].astype(str),
-        refused=len(order) - len(accepted),
+        refused=int((~accepted).sum()),
+        x_BLT=whole["x"][accepted] if keep_input else None,
+        lead_mask_BL=whole["mask"][accepted].astype(bool) if keep_input else None,
     )
+
+
+class Classical:
+    """A Ray Data function: adds the classical features of rows whose `x_LT` is in units of so many millivolts."""
+
+    def __init__(self, leads: tuple[str, ...], rate_hz: int, unit_mv: float) -> None:
+        self._leads, self._rate_hz, self._unit_mv = leads, rate_hz, unit_mv
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found: dict[str, list[np.ndarray]] = {CLASSICAL: [], QUANTILES: []}
+        for x_LT, mask_L in zip(batch["x_LT"], batch["lead_mask_L"].astype(bool), strict=True):
+            recorded = np.flatnonzero((x_LT != 0).any(axis=0))  # zeros pad a short recording
+            signal_mv_LT = x_LT[:, : recorded[-1] + 1 if len(recorded) else None].astype(np.float64) * self._unit_mv
+            found[CLASSICAL].append(classical.beat_features(signal_mv_LT, mask_L, self._rate_hz, self._leads))
+            found[QUANTILES].append(classical.quantile_features(signal_mv_LT, mask_L))
+        return batch | {name: np.stack(rows) for name, rows in found.items()}
+
+
+def _gathered(rows: Any, total: int, what: str) -> dict[str, np.ndarray]:
+    """All rows, sorted by record id: Ray Data keeps no order, and results must depend on data and seed alone."""
+    parts: list[dict[str, np.ndarray]] = []
+    with tqdm(total=total, desc=what, unit="records") as bar:
+        for batch in rows.iter_batches(batch_size=None):
+            parts.append(batch)
+            bar.update(len(batch["record_id"]))
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(whole["record_id"], kind="stable")
+    return {name: values[order] for name, values in whole.items()}

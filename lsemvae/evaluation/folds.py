@@ -9,13 +9,13 @@ Fold = tuple[np.ndarray, np.ndarray]
 """Training rows and test rows."""
 
 
-def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int) -> None:
-    """Raises LsemvaeError when either class has fewer subjects than there are folds."""
+def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int, option: str = "--folds") -> None:
+    """Raises LsemvaeError, naming the option, when either class has fewer subjects than there are folds."""
     negative, positive = (len(np.unique(subject_B[y_B == value])) for value in (0, 1))
     if min(negative, positive) < folds:
         raise LsemvaeError(
             f"{positive} subjects are positive and {negative} negative: {folds} folds need {folds} of each; "
-            "lower --folds or add recordings"
+            f"lower {option} or add recordings"
         )
 
 

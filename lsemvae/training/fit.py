@@ -177,8 +177,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> None:
+    rate = learning_rate(config, step, steps)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step, steps)
+        group["lr"] = rate * group.get("share", 1.0)
 
 
 class _Later:
@@ -308,6 +309,18 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; fused, so that it leaves out a step that is not finite."""
-    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over all parameters; fused, so that it leaves out a step that is not finite.
+
+    `rates` are learning rates of parameters by the start of their name, such as {"encoders.": 3e-4}; all others have
+    `config.learning_rate`. Each follows the schedule.
+    """
+    groups: list[dict[str, Any]] = []
+    rest = dict(model.named_parameters())
+    for prefix, rate in (rates or {}).items():
+        chosen = [rest.pop(name) for name in list(rest) if name.startswith(prefix)]
+        groups.append({"params": chosen, "lr": rate, "share": rate / config.learning_rate})
+    groups.append({"params": list(rest.values())})
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)

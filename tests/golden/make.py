@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lsemvae.bundle import Bundle, Calibration, Scorer, example_record, save
 from lsemvae.config import OptimConfig, PretrainRecipe
 from lsemvae.data.order import Order
 from lsemvae.data.shards import pack, shard_bytes
+from lsemvae.fields import as_json
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import build
 from lsemvae.models.classifier import Classifier
@@ -34,7 +34,7 @@ from lsemvae.training.fit import Step, Watcher, fit, make_optimizer
 
 HERE = Path(__file__).parent
 SHARD, BUNDLE, CHECKPOINT, FACTS = "shard.parquet", "bundle", "checkpoint", "facts.json"
-SMALL = PreprocessConfig(rate_hz=100, samples=1000)
+SMALL = PreprocessConfig(rate_hz=100, samples=1000, scale="record")
 RECIPE = PretrainRecipe(
     model=LSEMVAEConfig(samples=1000, latent=2, channels=(2, 2, 2)),
     optim=OptimConfig(epochs=1, batch_size=4, learning_rate=1e-3),
@@ -119,14 +119,16 @@ def described(model: Classifier) -> Bundle:
 
 def facts(recordings: list[Record]) -> dict[str, Any]:
     """What must stay as it is and is no file: numbers to a tolerance, and digests of what is exact."""
-    full = preprocess(recordings, LEADS, PreprocessConfig())
+    full = preprocess(recordings, LEADS, PreprocessConfig(scale="record"))
     blocks = [
         repr(ORDER.demand(epoch, list(ORDER.streams_of(w, 2)), step)) for epoch, w, step in ((0, 0, 0), (1, 1, 3))
     ]
     orders = [ORDER.permutation(block).tolist() for block in ORDER.blocks(2, 1)]
-    recipes = {f"{kind}.{name}": digest(asdict(r)) for kind, all in (("pretrain", PRETRAIN), ("finetune", FINETUNE)) for name, r in all.items()}  # fmt: skip  # noqa: E501
+    recipes = {f"{kind}.{name}": digest(as_json(r)) for kind, all in (("pretrain", PRETRAIN), ("finetune", FINETUNE)) for name, r in all.items()}  # fmt: skip  # noqa: E501
     return {
-        "preprocess_digests": {scale: PreprocessConfig(scale=scale).digest for scale in ("lead", "record", "none")},
+        "preprocess_digests": {
+            scale: PreprocessConfig(scale=scale).digest for scale in ("fixed", "lead", "record", "none")
+        },
         "order": digest([blocks, orders]),
         "recipes": recipes,
         "x_sample": full.x_BLT[:, ::4, ::1000].astype(float).round(5).tolist(),

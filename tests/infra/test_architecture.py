@@ -48,6 +48,8 @@ MAY_IMPORT = {
     "training/search.py": {"ray", "tqdm"},
     "training/trials.py": {"pandas"},
     "evaluation": {"sklearn"},
+    "evaluation/classical.py": {"scipy"},
+    "evaluation/linear.py": {"sklearn", "torch"},
     "evaluation/embedding.py": {"torch", "ray", "pandas", "tqdm"},
     "evaluation/protocol.py": {"torch", "ray", "pandas", "tqdm", "sklearn"},
     "scoring": {"pyarrow", "pandas"},

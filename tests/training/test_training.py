@@ -169,13 +169,19 @@ def test_fine_tuning_is_out_of_fold_and_registered(
     assert sorted(scores["fold"].unique()) == list(range(FINETUNE["smoke"].folds))
 
     results = pd.read_csv(folder / "results.csv", index_col="scored by")
-    assert list(results.index) == ["LS-EMVAE", "untrained encoder", "naive"]
-    for row in ("LS-EMVAE", "untrained encoder"):
+    rows = ["LS-EMVAE", "untrained encoder", "classical features", "amplitude quantiles"]
+    assert list(results.index) == [*rows, "naive"]
+    for row in rows:
         auroc = roc_auc_score(scores["label"], scores[row])
         assert results.loc[row, "AUROC"].startswith(f"{auroc:.3f} [")
         assert results.loc[row, "AUROC"] in printed
     assert results.loc["naive", "AUROC"] == "0.500 [0.500, 0.500]"
     assert results.loc["LS-EMVAE", "AUROC"] != results.loc["untrained encoder", "AUROC"]
+    differences = pd.read_csv(folder / "differences.csv", index_col="compared with")
+    assert list(differences.index) == rows[1:]
+    found = differences.iloc[0, 0]
+    auroc = {row: roc_auc_score(scores["label"], scores[row]) for row in rows}
+    assert found.startswith(f"{auroc[rows[0]] - auroc[rows[1]]:+.3f} [") and found in printed
 
     bundle, model = bundles.load(folder / "bundle")
     assert bundle.task == "ph" and bundle.leads == (LIMB_LEADS if leads == "6" else LEADS)
@@ -186,6 +192,44 @@ def test_fine_tuning_is_out_of_fold_and_registered(
     assert bundles.describe(fetched.folder).digest == bundle.digest
     assert resolve(f"models:/ph-{leads}L@champion") == (name, version)
     assert (folder / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.ray
+def test_every_weight_is_trained_over_shifts_and_an_interrupted_command_goes_on(
+    shards: Path, pretrained: Trained, tmp_path: Path
+):
+    """`trains=all` with early stop: its rows, what it registers, and a second run that finds all folds finished."""
+    command = [
+        "finetune", "smoke", "--data", shards, "--task", "ph", "--leads", "6", "--encoder",
+        pretrained.folder / "bundle", "--model-name", "whole", "--trains", "all", "--shifts", 3, "--optim.epochs", 2,
+        "--scratch-epochs", 3, "--early-stop", "--seeds", 2, "--folds", 2, "--lead-dropout", 0.2, "--noise", 0.05,
+        "--amplitude", 0.1,
+    ]  # fmt: skip
+    first = workflow(*command, "--output", tmp_path / "out")
+    results = pd.read_csv(tmp_path / "out" / "results.csv", index_col="scored by")
+    assert list(results.index) == [
+        "LS-EMVAE", "LS-EMVAE, frozen", "from scratch", "untrained encoder, frozen", "classical features",
+        "amplitude quantiles", "naive",
+    ]  # fmt: skip
+    assert results.loc["from scratch", "seeds"].startswith("2 (SD ")
+    bundle, model = bundles.load(tmp_path / "out" / "bundle")
+    assert model.config.shifts == 3 and bundle.provenance["recipe"]["trains"] == "all"
+    _, encoder = bundles.load(pretrained.folder / "bundle")
+    for name, before in encoder.embedder(LIMB_LEADS).state_dict().items():
+        assert not torch.equal(model.encoders.state_dict()[name], before), name
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv", dtype={"record_id": str, "subject_id": str})
+    assert not np.allclose(scores["LS-EMVAE"], scores["LS-EMVAE (seed 1)"])
+
+    (kept,) = (tmp_path / "out").glob("folds-*")
+    files = sorted(kept.glob("*.json"))
+    assert len(files) == 2 * (2 + 1 + 2 + 2 + 1 + 1)
+    before = {path: path.stat().st_mtime_ns for path in files}
+    files[0].unlink()  # a command that was killed before this training had ended
+    second = workflow(*command, "--output", tmp_path / "out")
+    again = {path: path.stat().st_mtime_ns for path in sorted(kept.glob("*.json"))}
+    assert [path for path in again if again[path] != before[path]] == [files[0]]
+    shown = results.loc["LS-EMVAE", "AUROC"]
+    assert shown in first.stdout and shown in second.stdout
 
 
 @pytest.mark.ray
@@ -216,7 +260,7 @@ def test_promotion_goes_forward_and_back(finetuned: dict[str, Trained]):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["pretrain", "nope", "--data", "{shards}", "--storage", "{tmp}/s"], "choose one of paper, released, small"),
+        (["pretrain", "nope", "--data", "{shards}", "--storage", "{tmp}/s"], "choose one of paper, released, minutes"),
         (["pretrain", "smoke", "--data", "{tmp}", "--storage", "{tmp}/s"], "holds no manifest.json"),
         (["pretrain", "smoke", "--data", "{shards}", "--storage", "gs://x/y"], "only folders, file:// and s3://"),
         (
@@ -234,6 +278,14 @@ def test_promotion_goes_forward_and_back(finetuned: dict[str, Trained]):
         (["finetune", "smoke", "--task", "ph", "--encoder", "{tmp}"], "is no bundle"),
         (["finetune", "smoke", "--task", "ph", "--encoder", "{classifier}"], "takes a pre-trained"),
         (["finetune", "smoke", "--task", "ph", "--encoder", "{encoder}", "--folds", "40"], "40 folds need 40 of each"),
+        (
+            [
+                "finetune", "smoke", "--task", "ph", "--encoder", "{encoder}", "--strengths", "1", "2", "--inner-folds",
+                "30",
+            ],
+            "30 folds need 30 of each; lower --inner-folds",
+        ),
+        (["finetune", "smoke", "--task", "ph", "--encoder", "{encoder}", "--shifts", "0"], "shifts=0"),
         (["score", "--model", "models:/ph-6L@nobody", "--data", "{shards}", "--output", "{tmp}/s"], "alias 'nobody'"),
         (["score", "--model", "{encoder}", "--data", "{shards}", "--output", "{tmp}/s"], "fine-tune it first"),
         (["promote", "--name", "nothing"], "no model 'nothing' with alias 'candidate'"),

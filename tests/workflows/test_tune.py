@@ -131,7 +131,9 @@ def test_every_field_can_be_searched():
         if value == ():
             continue
         text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        (trial,) = make_trials(SMOKE, parse_grid(SMOKE, [f"{name}={text.replace('False', 'false')}"]), "d")
+        (trial,) = make_trials(
+            SMOKE, parse_grid(SMOKE, [f"{name}={text.lower() if isinstance(value, bool) else text}"]), "d"
+        )
         assert trial.recipe == SMOKE, name
 
 
