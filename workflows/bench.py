@@ -28,6 +28,11 @@ from lsemvae.memory import keep_freed_memory
 # only when that case is run, because `model` must run without Ray and MLflow.
 CASES = {
     "model": ("benchmarks.model", "bench_model", "training step and forward pass against the paper's loop over leads"),
+    "features": (
+        "benchmarks.features",
+        "bench_features",
+        "features and scores over time shifts, against explicit shifts",
+    ),
     "infer": ("benchmarks.infer", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
     "train": ("benchmarks.train", "bench_train", "training from shards against the bare step on a batch in memory"),
     "score": ("benchmarks.score", "bench_score", "a whole cohort against the bare model in a loop in one process"),
