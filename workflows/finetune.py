@@ -25,7 +25,7 @@ from lsemvae.evaluation.embedding import embed, untrained
 from lsemvae.evaluation.protocol import Result, Trials, outer_folds, refit, run_protocol, trials_digest, untrained_names
 from lsemvae.fields import as_json
 from lsemvae.leads import lead_set_name, parse_leads
-from lsemvae.models import Pretrains
+from lsemvae.models import Features, Pretrains
 from lsemvae.models.classifier import Classifier
 from lsemvae.recipes import FINETUNE
 from lsemvae.storage import Storage
@@ -70,8 +70,8 @@ def main(args: Args) -> None:
     head = new_head(encoder.embedder(leads, recipe.features).embedding_size, labelled[column].to_numpy(), recipe)
     start = Classifier.from_encoder(encoder, leads, head, recipe.features, recipe.shifts)
     start_ray()
-    # Trained rows of `all` aside, the rows are frozen features in logistic regression: the richest that there are.
-    frozen = "pooled" if recipe.trains == "all" else recipe.features
+    # Beside the rows in which all weights are trained stand frozen features in logistic regression.
+    frozen = pooled_where_it_can(encoder, leads) if recipe.trains == "all" else recipe.features
     encoders = {title: encoder.embedder(leads, frozen)}
     encoders |= {
         name: untrained(encoder, recipe.optim.seed + seed).embedder(leads, frozen)
@@ -156,6 +156,15 @@ def load_encoder(uri: str, leads: tuple[str, ...]) -> tuple[Bundle, Any]:
     if absent:
         raise LsemvaeError(f"the encoder has no lead {', '.join(absent)}: it has {', '.join(bundle.leads)}")
     return bundle, encoder
+
+
+def pooled_where_it_can(encoder: Any, leads: tuple[str, ...]) -> Features:
+    """Pooled features if the architecture gives them, otherwise its own."""
+    try:
+        encoder.embedder(leads, "pooled")
+    except LsemvaeError:
+        return "means"
+    return "pooled"
 
 
 def show(result: Result, saved: Bundle, model: str) -> None:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsemvae.evaluation import classical
+from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Classical
 from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.preprocess import PreprocessConfig, preprocess_signals
+from lsemvae.preprocess import FIXED_MV, PreprocessConfig, preprocess_signals
 from lsemvae.simulate import EcgParameters, simulate_ecg
 
 IN_MV = PreprocessConfig(scale="none")
@@ -80,3 +81,20 @@ def test_quantiles_are_of_the_deviation_from_the_median():
     values = classical.quantile_features(signal_mv_LT, np.array([True, False]))
     np.testing.assert_allclose(values[:9], np.array(classical.QUANTILES) * 1000 - 500, rtol=1e-5)
     assert np.isnan(values[9:]).all()
+
+
+def test_rows_of_a_scaled_model_are_measured_in_millivolts_without_their_padding():
+    signal_mv_LT = ecg_mv()
+    x_LT = (signal_mv_LT / FIXED_MV).astype(np.float32)
+    short_LT = x_LT.copy()
+    short_LT[:, 3000:] = 0
+    batch = {"x_LT": np.stack([x_LT, short_LT]), "lead_mask_L": np.ones((2, 12), dtype=bool)}
+    found = Classical(LEADS, 500, FIXED_MV)(batch)
+    assert found.keys() == {"x_LT", "lead_mask_L", CLASSICAL, QUANTILES}
+    for row, samples in enumerate((5000, 3000)):
+        part_mv_LT, mask_L = signal_mv_LT[:, :samples], np.ones(12, dtype=bool)
+        expected = classical.beat_features(part_mv_LT, mask_L, 500, LEADS)
+        np.testing.assert_allclose(found[CLASSICAL][row], expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            found[QUANTILES][row], classical.quantile_features(part_mv_LT, mask_L), rtol=1e-4, atol=1e-5
+        )

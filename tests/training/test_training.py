@@ -22,6 +22,8 @@ from support.watched import Attempt
 from lsemvae import bundle as bundles
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.models import build
+from lsemvae.preprocess import PreprocessConfig
 from lsemvae.recipes import FINETUNE, PRETRAIN
 from lsemvae.tracking import Run, fetch, promote, resolve
 
@@ -230,6 +232,26 @@ def test_every_weight_is_trained_over_shifts_and_an_interrupted_command_goes_on(
     assert [path for path in again if again[path] != before[path]] == [files[0]]
     shown = results.loc["LS-EMVAE", "AUROC"]
     assert shown in first.stdout and shown in second.stdout
+
+
+@pytest.mark.ray
+def test_an_encoder_that_scales_each_record_has_the_same_classical_row(
+    shards: Path, finetuned: dict[str, Trained], tmp_path: Path
+):
+    """Its model input has lost the voltages, so they are measured apart. Also: logistic regression on pooled features,
+    which is a bundle too."""
+    model = build(PRETRAIN["smoke"].model, LEADS)
+    bundles.save(bundles.Bundle.of(model, PreprocessConfig(scale="record")), model, tmp_path / "encoder")
+    workflow(
+        "finetune", "smoke", "--data", shards, "--task", "ph", "--leads", "6", "--encoder", tmp_path / "encoder",
+        "--output", tmp_path / "out", "--model-name", "record-scale", "--trains", "linear", "--features", "pooled",
+    )  # fmt: skip
+    one, other = (pd.read_csv(place / "scores.csv") for place in (finetuned["6"].folder, tmp_path / "out"))
+    assert (one["record_id"] == other["record_id"]).all() and (one["fold"] == other["fold"]).all()
+    np.testing.assert_allclose(one["classical features"], other["classical features"], atol=2e-3)
+    bundle, classifier = bundles.load(tmp_path / "out" / "bundle")
+    assert (classifier.config.features, classifier.config.hidden) == ("pooled", 0)
+    assert bundle.preprocess.scale == "record" and bundle.example is not None
 
 
 @pytest.mark.ray
