@@ -193,7 +193,7 @@ def plain_scores(records: list[Record], folder: Path) -> np.ndarray:
     """The score computed again here: scipy's filters, einsum and matmul over the bundle's tensors, nothing of ours."""
     config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     leads, settings = config["leads"], config["preprocess"]
-    assert settings["scale"] == "record"
+    assert settings["scale"] == "fixed"
     scores = []
     for record in records:
         rows_mv = []
@@ -208,7 +208,7 @@ def plain_scores(records: list[Record], folder: Path) -> np.ndarray:
         usable_L = (std_L >= settings["min_std_mv"]) & (
             np.isnan(record.signal_for(leads)).mean(axis=1) <= settings["max_nan_share"]
         )
-        x_LT = (filtered_LT - filtered_LT.mean(axis=1, keepdims=True)) / np.sqrt((std_L[usable_L] ** 2).mean())
+        x_LT = (filtered_LT - filtered_LT.mean(axis=1, keepdims=True)) / 0.15
         x_LT[~usable_L] = 0
         h = torch.from_numpy(x_LT).float()[None]
         for part in ("conv1", "conv2", "conv3"):

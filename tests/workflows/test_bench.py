@@ -9,7 +9,7 @@ from support.session import workflow
 
 def test_shifts_are_measured_against_explicit_ones(tmp_path):
     path = tmp_path / "rows.json"
-    done = workflow("bench", "features", "--size", "smoke", "--batch", 2, "--rounds", 1, "--json", path)
+    done = workflow("bench", "features", "--size", "smoke", "--batch", 2, "--rounds", 1, "--json", path, alone=True)
     rows = json.loads(path.read_text())["rows"]
     cases = [f"all shifts by FFT, against {count}" for count in (8, 16)]
     assert [row["case"] for row in rows] == [*cases, *(f"{count} shifts, against one" for count in (2, 4, 8))]
