@@ -31,8 +31,8 @@ PREFERRED_TASKS = ("ph", "norm")
 MEANING = """\
 What the figures mean: each row is scored on subjects that its training had not seen. The pre-trained encoder has seen
 all recordings without labels, for about two minutes. A difference whose interval holds 0 shows no difference. With so
-few recordings, expect classical features and an untrained encoder to do as well as the pre-trained one: pre-training
-shows its worth on many more recordings, if it has any for the task (docs/results.md).
+few recordings, expect classical features and an untrained encoder to do as well as the pre-trained one, or better:
+whether longer pre-training on more recordings helps, these figures cannot show (docs/results.md).
 """
 
 
@@ -129,7 +129,9 @@ def walk(args: Args, folder: Path, place: Path) -> None:
     if args.data is None:
         truth = json.loads((place / "cohort" / "truth.json").read_text())
         print(f"best AUROC that any reader of these simulated ECGs can expect: {truth['cohort_auroc']:.3f}\n")
-    print(f"tables, curves:    {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results.csv, scores.csv, curves.png)")
+    print(
+        f"tables, curves:    {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results.csv, differences.csv, scores.csv, curves.png)"
+    )
     print(f"pre-training:      {json.loads((place / 'pretrain' / 'result.json').read_text())['run']}")
     print(f"scores:            {scores}   (scores-*.parquet, scores-*.csv, summary.json)")
     print("MLflow UI:         make ui" + ("" if folder.name == "demo" else f" DEMO={folder}"))
