@@ -130,7 +130,7 @@ def walk(args: Args, folder: Path, place: Path) -> None:
         truth = json.loads((place / "cohort" / "truth.json").read_text())
         print(f"best AUROC that any reader of these simulated ECGs can expect: {truth['cohort_auroc']:.3f}\n")
     print(
-        f"tables, curves:    {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results.csv, differences.csv, scores.csv, curves.png)"
+        f"tables:            {place / f'{task}-6L'}, {place / f'{task}-12L'}   (results, differences, scores, curves)"
     )
     print(f"pre-training:      {json.loads((place / 'pretrain' / 'result.json').read_text())['run']}")
     print(f"scores:            {scores}   (scores-*.parquet, scores-*.csv, summary.json)")
