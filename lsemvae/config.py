@@ -104,7 +104,7 @@ class FinetuneRecipe:
     """What the encoder gives to the head: the lead means; the mean of the fused posterior; or mean and deviation of the
     lead means over all circular shifts."""
     shifts: int = 1
-    """A score is the mean logit over so many circular shifts, in the table and in the bundle."""
+    """In `all`: a score is the mean logit over so many circular shifts, in the table and in the bundle."""
     inner_folds: int = 5
     """Folds within each training set, by subject, that choose the strength of `linear` and the epochs of `all`."""
     strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)

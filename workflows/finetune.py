@@ -22,7 +22,7 @@ from lsemvae.config import FinetuneRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation.embedding import embed, untrained
-from lsemvae.evaluation.protocol import Result, Trials, outer_folds, refit, run_protocol, trials_digest, untrained_names
+from lsemvae.evaluation.protocol import Result, Trials, outer_folds, refit, run_protocol, untrained_names
 from lsemvae.fields import as_json
 from lsemvae.leads import lead_set_name, parse_leads
 from lsemvae.models import Features, Pretrains
@@ -31,6 +31,7 @@ from lsemvae.recipes import FINETUNE
 from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run, fetch
 from lsemvae.training.finetune import new_head
+from lsemvae.training.grid import digest
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,21 @@ def main(args: Args) -> None:
     outer_folds(labelled[column].to_numpy(), labelled["subject_id"].to_numpy(), recipe)  # before anything starts
     bundle, encoder = load_encoder(args.encoder, leads)
     title = encoder.config.title
-    head = new_head(encoder.embedder(leads, recipe.features).embedding_size, labelled[column].to_numpy(), recipe)
-    start = Classifier.from_encoder(encoder, leads, head, recipe.features, recipe.shifts)
-    start_ray()
-    # Beside the rows in which all weights are trained stand frozen features in logistic regression.
-    frozen = pooled_where_it_can(encoder, leads) if recipe.trains == "all" else recipe.features
+    start, frozen = None, recipe.features
+    if recipe.trains == "all":
+        head = new_head(encoder.embedder(leads, recipe.features).embedding_size, labelled[column].to_numpy(), recipe)
+        start = Classifier.from_encoder(encoder, leads, head, recipe.features, recipe.shifts)
+        frozen = pooled_where_it_can(encoder, leads)  # beside it stand frozen features in logistic regression
     encoders = {title: encoder.embedder(leads, frozen)}
     encoders |= {
         name: untrained(encoder, recipe.optim.seed + seed).embedder(leads, frozen)
         for seed, name in enumerate(untrained_names(recipe))
     }
-    whole = recipe.trains == "all"
+    start_ray()
     embedded = embed(
-        data, args.task, leads, bundle.preprocess, encoders, recipe.embed_batch_size, keep_input=whole, gpus=args.gpus
-    )
+        data, args.task, leads, bundle.preprocess, encoders, recipe.embed_batch_size, keep_input=start is not None,
+        gpus=args.gpus,
+    )  # fmt: skip
 
     model_name = args.model_name or f"{args.task}-{lead_set_name(leads)}"
     params = {
@@ -92,14 +94,15 @@ def main(args: Args) -> None:
     run = Run.start("finetune", model_name, params)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": bundle.digest})
     kept_in = args.storage or (str(args.output) if args.output else None)
-    digest = trials_digest(
+    # Equal for equal data, encoder, recipe and release: the same command goes on.
+    made_of = digest(
         data.manifest.digest, data.since_ingest, args.task, leads, bundle.digest, as_json(recipe), __version__
     )
-    keep = Storage.open(kept_in) / f"folds-{digest}" if kept_in else None
+    keep = Storage.open(kept_in) / f"folds-{made_of}" if kept_in else None
     trials = Trials(keep, args.max_concurrent, args.gpus)
     try:
-        result = run_protocol(embedded, recipe, title, start if whole else None, trials)
-        trained = refit(embedded, recipe, title, start if whole else None, trials)
+        result = run_protocol(embedded, recipe, title, start, trials)
+        trained = refit(embedded, recipe, title, start, trials)
     except BaseException:
         run.end("FAILED")
         raise

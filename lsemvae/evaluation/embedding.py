@@ -12,6 +12,7 @@ from tqdm import tqdm
 from lsemvae.data.shards import LABEL_PREFIX, ShardedDataset
 from lsemvae.evaluation import classical
 from lsemvae.models import Encoder, build
+from lsemvae.models.parts.shifts import recorded_samples
 from lsemvae.preprocess import FIXED_MV, PreprocessConfig
 
 CLASSICAL, QUANTILES = "classical features", "amplitude quantiles"
@@ -39,13 +40,9 @@ class Embedded:
 class Embedder:
     """A Ray Data actor: embeds batches with every encoder it is given."""
 
-    def __init__(self, encoders: Mapping[str, Encoder], keep_input: bool = False, device: str = "cpu") -> None:
+    def __init__(self, encoders: Mapping[str, Any], keep_input: bool = False, device: str = "cpu") -> None:
         self._device, self._keep_input = device, keep_input
-        # The driver's own stay where they are: a copy moves to the device.
-        self._encoders: dict[str, Any] = {
-            name: encoder if device == "cpu" else encoder.to(device)  # type: ignore[attr-defined]
-            for name, encoder in encoders.items()
-        }
+        self._encoders = {name: encoder.to(device) for name, encoder in encoders.items()}  # modules, and this actor's
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         x_LT, mask_L = (batch.pop(name) for name in ("x_LT", "lead_mask_L"))
@@ -128,9 +125,9 @@ class Classical:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found: dict[str, list[np.ndarray]] = {CLASSICAL: [], QUANTILES: []}
-        for x_LT, mask_L in zip(batch["x_LT"], batch["lead_mask_L"].astype(bool), strict=True):
-            recorded = np.flatnonzero((x_LT != 0).any(axis=0))  # zeros pad a short recording
-            signal_mv_LT = x_LT[:, : recorded[-1] + 1 if len(recorded) else None].astype(np.float64) * self._unit_mv
+        size_B = recorded_samples(torch.from_numpy(batch["x_LT"].copy())).tolist()
+        for x_LT, mask_L, size in zip(batch["x_LT"], batch["lead_mask_L"].astype(bool), size_B, strict=True):
+            signal_mv_LT = x_LT[:, :size].astype(np.float64) * self._unit_mv
             found[CLASSICAL].append(classical.beat_features(signal_mv_LT, mask_L, self._rate_hz, self._leads))
             found[QUANTILES].append(classical.quantile_features(signal_mv_LT, mask_L))
         return batch | {name: np.stack(rows) for name, rows in found.items()}

@@ -57,9 +57,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.leads = in_order(leads)
-        self.encoders: Any = config.encoder.embedder(
-            self.leads, config.features
-        )  # bundles hold its weights by this name
+        # Bundles hold its weights by this name.
+        self.encoders: Any = config.encoder.embedder(self.leads, config.features)
         self.head = Head(
             self.embedding_size,
             hidden=config.hidden,

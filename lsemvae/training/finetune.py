@@ -84,8 +84,8 @@ def train_all(
     return _train_all(classifier, inputs, recipe, recipe.optim.epochs, device)
 
 
-def logits(classifier: Classifier, inputs: Inputs, device: str = "cpu") -> np.ndarray:
-    """logit_B as the classifier scores: the mean over its shifts."""
+def logits(classifier: Classifier, inputs: Inputs, device: str = "cpu") -> Tensor:
+    """logit_B as the classifier scores: the mean over its shifts; on the CPU."""
     was_training = classifier.training
     classifier.eval()
     found = []
@@ -95,7 +95,7 @@ def logits(classifier: Classifier, inputs: Inputs, device: str = "cpu") -> np.nd
             x_BLT, mask_BL = (torch.from_numpy(v[part]).to(device) for v in (inputs.x_BLT, inputs.lead_mask_BL))
             found.append(classifier.logit(x_BLT, mask_BL).float().cpu())
     classifier.train(was_training)
-    return torch.cat(found).numpy()
+    return torch.cat(found)
 
 
 def _train_all(
@@ -140,13 +140,11 @@ def _train_all(
 def _standardise(model: Classifier, x_BLT: Tensor, mask_BL: Tensor) -> None:
     """The head's mean and scale from the features of some shifts, before training."""
     model.eval()
+    shift_S = shifts.evenly(_STANDARDISED_SHIFTS)
     with torch.inference_mode():
-        h_SBF = [
-            model.encoders.embed_shifted(x_BLT[b : b + _CHUNK], mask_BL[b : b + _CHUNK], shift_S)
-            for shift_S in (shifts.evenly(_STANDARDISED_SHIFTS),)
-            for b in range(0, len(x_BLT), _CHUNK)
-        ]
-        h_BF = torch.cat(h_SBF, dim=1).flatten(0, 1)
+        parts = zip(x_BLT.split(_CHUNK), mask_BL.split(_CHUNK), strict=True)
+        h_SBF = torch.cat([model.encoders.embed_shifted(x, mask, shift_S) for x, mask in parts], dim=1)
+        h_BF = h_SBF.flatten(0, 1)
         model.head.standardise_from(h_BF, model.observed(mask_BL).repeat(_STANDARDISED_SHIFTS, 1))
 
 
@@ -190,8 +188,7 @@ class _HeldOut(Watcher):
         self._losses: list[float] = []
 
     def on_epoch(self, epoch: Epoch) -> None:
-        logit_B = torch.from_numpy(logits(self.model, self._inputs, self._device)).to(self._device)
-        y_B = torch.from_numpy(self._inputs.y_B).float().to(self._device)
+        logit_B, y_B = logits(self.model, self._inputs, self._device), torch.from_numpy(self._inputs.y_B).float()
         self._losses.append(float(self.model.head.loss(logit_B, y_B).mean()))
 
     def best_epochs(self) -> int:

@@ -73,7 +73,10 @@ def open_sources(words: Sequence[str], exclude: Sequence[str] = ()) -> list[Sour
         uri, repeats = (match[1], int(match[2])) if match else (word, 1)
         found.append(Source(ShardedDataset.open(uri), repeats))
     require_different(found)
-    return [source._replace(data=source.data.without(_subjects(exclude))) for source in found] if exclude else found
+    if not exclude:
+        return found
+    subjects = _subjects(exclude)
+    return [source._replace(data=source.data.without(subjects)) for source in found]
 
 
 def _subjects(uris: Sequence[str]) -> Withdrawn:
