@@ -9,7 +9,7 @@ from dataclasses import replace
 from lsemvae.config import FinetuneRecipe, OptimConfig, PretrainRecipe, Recipe, recipe_from
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
-from lsemvae.models import PRESETS
+from lsemvae.models import ARCHITECTURES, PRESETS
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.storage import Storage
 
@@ -69,6 +69,34 @@ PRETRAIN: dict[str, PretrainRecipe] = {
         circular_shifts=True,
     ),
 }
+
+SIZES = {"full": "minutes", "cpu": "cpu", "smoke": "smoke"}
+"""The recipe whose schedule, preprocessing and shifts every compared method has at that size."""
+
+ABLATIONS = {
+    "lsemvae-no-alignment": {"gamma": 0.0},
+    "lsemvae-product": {"fusion": "product"},
+    "lsemvae-mixture": {"fusion": "mixture"},
+}
+"""Settings of LS-EMVAE without one of its parts."""
+
+
+def _compared() -> dict[str, PretrainRecipe]:
+    """Every other method that pre-trains, and the ablations, at every size: `NAME-SIZE`. Only the model differs."""
+    found = {}
+    for size, base in SIZES.items():
+        recipe = PRETRAIN[base]
+        for name, changes in ABLATIONS.items():
+            found[f"{name}-{size}"] = replace(recipe, model=replace(recipe.model, **changes))
+        for name, presets in PRESETS.items():
+            if name != "lsemvae" and hasattr(ARCHITECTURES[type(presets[size])], "validation"):
+                found[f"{name}-{size}"] = replace(recipe, model=presets[size])
+    return found
+
+
+COMPARED = _compared()
+"""The methods that LS-EMVAE is compared with, by `NAME-SIZE`: each with the schedule of `SIZES`."""
+PRETRAIN |= COMPARED
 
 _PAPER_HEAD = FinetuneRecipe(optim=OptimConfig(epochs=50, batch_size=32, learning_rate=1e-4))
 

@@ -31,7 +31,7 @@ from support.readme import (
 from support.session import ROOT
 
 import lsemvae
-from lsemvae.recipes import FINETUNE, PRETRAIN
+from lsemvae.recipes import COMPARED, FINETUNE, PRETRAIN
 
 # ---- ray_cluster.yaml
 
@@ -456,7 +456,14 @@ def test_readme_names_exactly_the_recipes() -> None:
         (workflow, name): (recipe.optim.epochs, recipe.optim.batch_size, recipe.optim.learning_rate)
         for workflow, recipes in (("pretrain", PRETRAIN), ("finetune", FINETUNE))
         for name, recipe in recipes.items()
+        if name not in COMPARED
     }
+
+
+def test_readme_names_every_compared_method() -> None:
+    (line,) = [line for line in README.splitlines() if line.startswith("Methods to compare with")]
+    named = set(re.findall(r"`([a-z-]+)`", line.split("The names are")[1]))
+    assert named == {name.rsplit("-", 1)[0] for name in COMPARED}
 
 
 def test_readme_tree_is_real_and_has_every_workflow() -> None:
