@@ -3,15 +3,15 @@
 `means` are the lead encoders themselves (`lsemvae.models.parts.blocks.LeadEncoders`). `pooled` and `fused` are here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsemvae.models.parts import fusion, shifts
+from lsemvae.models.parts import shifts
 from lsemvae.models.parts.blocks import STRIDE, LeadEncoders
-from lsemvae.models.parts.fusion import full_precision
+from lsemvae.models.parts.fusion import Posterior, full_precision
 
 LEAST_VARIANCE = 1e-6
 """Added to a variance over shifts, so that its root has a gradient where a feature does not vary."""
@@ -94,11 +94,20 @@ def _moments(h_LBCP: Tensor, weight_LCPD: Tensor, size: int) -> tuple[Tensor, Te
 
 
 class FusedEncoders(LeadEncoders):
-    """The mean of the fused posterior q(z given the observed leads), F = D: what the paper's text fine-tunes."""
+    """The mean of the fused posterior q(z given the observed leads), F = D: what the paper's text fine-tunes.
 
-    def __init__(self, leads: Sequence[str], *, kind: fusion.Fusion, **sizes: Any) -> None:
+    `fuse` is the model's own fusion: means, log-variances, mask and names of the leads -> posterior.
+    """
+
+    def __init__(
+        self,
+        leads: Sequence[str],
+        *,
+        fuse: Callable[[Tensor, Tensor, Tensor, Sequence[str]], Posterior],
+        **sizes: Any,
+    ) -> None:
         super().__init__(leads, **sizes)
-        self.kind: fusion.Fusion = kind
+        self.fuse = fuse
 
     @property
     def embedding_size(self) -> int:
@@ -112,4 +121,4 @@ class FusedEncoders(LeadEncoders):
         """What `features` gives -> h_BF."""
         assert self.fc_logvar is not None
         mu_BLD, logvar_BLD = (head(h_LBF).transpose(0, 1) for head in (self.fc_mu, self.fc_logvar))
-        return fusion.fuse(self.kind, mu_BLD, logvar_BLD, lead_mask_BL, self.leads).mu_BD
+        return self.fuse(mu_BLD, logvar_BLD, lead_mask_BL, self.leads).mu_BD
