@@ -16,6 +16,7 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.leads import in_order
 from lsemvae.models.parts import shifts
 from lsemvae.models.parts.fusion import full_precision
+from lsemvae.models.parts.whole import masked
 
 STRIDE = 8
 """Samples in one position of the convolutions' output."""
@@ -146,13 +147,7 @@ class LeadEncoders(nn.Module):
 
         Without this a NaN in an absent lead would reach the gradient of its encoder's weights.
         """
-        expected = (len(self.leads), self.samples)
-        if x_BLT.ndim != 3 or x_BLT.shape[1:] != expected or lead_mask_BL.shape != x_BLT.shape[:2]:
-            raise LsemvaeError(
-                f"the input is {list(x_BLT.shape)} with a mask {list(lead_mask_BL.shape)}: give [batch, "
-                f"{expected[0]}, {expected[1]}] and [batch, {expected[0]}] for {', '.join(self.leads)}"
-            )
-        return torch.where(lead_mask_BL.unsqueeze(-1), x_BLT, torch.zeros_like(x_BLT))
+        return masked(x_BLT, lead_mask_BL, self.leads, self.samples)
 
     def forward(self, x_BLT: Tensor) -> tuple[Tensor, Tensor]:
         """x_BLT -> mu_BLD, logvar_BLD."""

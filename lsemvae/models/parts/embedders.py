@@ -13,9 +13,6 @@ from lsemvae.models.parts import shifts
 from lsemvae.models.parts.blocks import STRIDE, LeadEncoders
 from lsemvae.models.parts.fusion import Posterior, full_precision
 
-LEAST_VARIANCE = 1e-6
-"""Added to a variance over shifts, so that its root has a gradient where a feature does not vary."""
-
 
 class PooledEncoders(LeadEncoders):
     """Mean and standard deviation of each lead mean over all circular shifts of the recording by whole strides.
@@ -62,7 +59,7 @@ class PooledEncoders(LeadEncoders):
                     rows = size_B == size
                     mean_LBD[:, rows], variance_LBD[:, rows] = _moments(h_LBCP[:, rows], weight_LCPD, size)
             mean_LBD = mean_LBD + full_precision(self.fc_mu.bias).unsqueeze(1)
-            both = [mean_LBD.transpose(0, 1), (variance_LBD + LEAST_VARIANCE).sqrt().transpose(0, 1)]
+            both = [mean_LBD.transpose(0, 1), (variance_LBD + shifts.LEAST_VARIANCE).sqrt().transpose(0, 1)]
         mask_BL1 = lead_mask_BL.unsqueeze(-1)
         return torch.cat([torch.where(mask_BL1, part, torch.zeros_like(part)).flatten(1) for part in both], dim=1)
 

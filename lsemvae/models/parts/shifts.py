@@ -7,6 +7,9 @@ first quarter follows its end. Only the recorded part is shifted: the zeros that
 import torch
 from torch import Tensor
 
+LEAST_VARIANCE = 1e-6
+"""Added to a variance over shifts, so that its root has a gradient where a feature does not vary."""
+
 
 def recorded_samples(x_BLT: Tensor) -> Tensor:
     """Samples before the zeros that pad a short recording, [B]; the whole window where there is no signal at all.
