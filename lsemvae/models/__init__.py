@@ -11,7 +11,8 @@ from torch import nn
 
 from lsemvae import fields
 from lsemvae.errors import BundleError
-from lsemvae.models import lsemvae
+from lsemvae.models import beta_vae, lsemvae, resnet1d, st_mem, transformer, xresnet1d
+from lsemvae.models.beta_vae import BetaVAE, BetaVAEConfig
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.models.contract import (
     Encoder,
@@ -24,6 +25,10 @@ from lsemvae.models.contract import (
     Validation,
 )
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
+from lsemvae.models.resnet1d import ResNet1d, ResNet1dConfig
+from lsemvae.models.st_mem import STMEM, STMEMConfig
+from lsemvae.models.transformer import Transformer, TransformerConfig
+from lsemvae.models.xresnet1d import XResNet1d, XResNet1dConfig
 
 __all__ = [
     "ARCHITECTURES",
@@ -41,9 +46,25 @@ __all__ = [
     "config_from",
 ]
 
-ARCHITECTURES: dict[type[Any], type[nn.Module]] = {LSEMVAEConfig: LSEMVAE, ClassifierConfig: Classifier}
+ARCHITECTURES: dict[type[Any], type[nn.Module]] = {
+    LSEMVAEConfig: LSEMVAE,
+    ClassifierConfig: Classifier,
+    ResNet1dConfig: ResNet1d,
+    XResNet1dConfig: XResNet1d,
+    TransformerConfig: Transformer,
+    BetaVAEConfig: BetaVAE,
+    STMEMConfig: STMEM,
+}
+"""The module of each configuration. One without `validation` learns from labels alone: it is an encoder, no more."""
 
-PRESETS: Mapping[str, Mapping[str, EncoderConfig]] = {"lsemvae": lsemvae.PRESETS}
+PRESETS: Mapping[str, Mapping[str, EncoderConfig]] = {
+    "lsemvae": lsemvae.PRESETS,
+    "resnet1d": resnet1d.PRESETS,
+    "xresnet1d": xresnet1d.PRESETS,
+    "transformer": transformer.PRESETS,
+    "beta-vae": beta_vae.PRESETS,
+    "st-mem": st_mem.PRESETS,
+}
 """Configurations that recipes name, by architecture."""
 
 

@@ -16,21 +16,42 @@ from lsemvae.config import OptimConfig, PretrainRecipe, recipe_from
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import ARCHITECTURES, EncoderConfig, Predicts, Pretrains, Reconstructs, Trains, build
+from lsemvae.models.beta_vae import BetaVAEConfig
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.models.parts.head import Head
+from lsemvae.models.resnet1d import ResNet1dConfig
+from lsemvae.models.st_mem import STMEMConfig
+from lsemvae.models.transformer import TransformerConfig
+from lsemvae.models.xresnet1d import XResNet1dConfig
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.recipes import PRETRAIN, recipe_json
 from lsemvae.training.fit import Step, Watcher, fit, make_optimizer
 from lsemvae.training.validation import validate
 
 SAMPLES = 80
-ENCODERS = [LSEMVAEConfig(samples=SAMPLES, latent=3, channels=(2, 2, 2)), TinyConfig(samples=SAMPLES)]
+ENCODERS = [
+    LSEMVAEConfig(samples=SAMPLES, latent=3, channels=(2, 2, 2)),
+    TinyConfig(samples=SAMPLES),
+    BetaVAEConfig(samples=SAMPLES, latent=3, channels=(2, 2, 2)),
+    STMEMConfig(
+        samples=SAMPLES, patch=8, width=8, depth=1, heads=2, decoder_width=4, decoder_depth=1, decoder_heads=1
+    ),
+]  # fmt: skip
+SUPERVISED = [
+    ResNet1dConfig(samples=SAMPLES, filters=2, blocks=4, kernel=4, dropout=0.0),
+    XResNet1dConfig(samples=SAMPLES, width=4, blocks=(1, 1), kernel=3),
+    TransformerConfig(samples=SAMPLES, patch=8, width=8, depth=1, heads=2, dropout=0.0),
+]
+"""Encoders that learn from labels alone: they stand under a head, and have no loss of their own."""
 CONFIGS = [
     *ENCODERS,
-    *(ClassifierConfig(encoder=config, hidden=4, dropout=0.0) for config in ENCODERS),
+    *(ClassifierConfig(encoder=config, hidden=4, dropout=0.0) for config in (*ENCODERS, *SUPERVISED)),
     ClassifierConfig(encoder=ENCODERS[0], hidden=0, features="pooled"),
     ClassifierConfig(encoder=ENCODERS[0], hidden=4, dropout=0.0, features="fused", shifts=3),
+    ClassifierConfig(encoder=ENCODERS[2], hidden=4, dropout=0.0, shifts=3),
+    ClassifierConfig(encoder=ENCODERS[3], hidden=0, dropout=0.0, features="pooled"),
+    ClassifierConfig(encoder=SUPERVISED[0], hidden=0, dropout=0.0, features="pooled"),
 ]
 OPTIM = OptimConfig(epochs=1, batch_size=6, learning_rate=1e-2)
 
@@ -62,7 +83,21 @@ def batch_of(model: Any, records: int = 6) -> dict[str, Tensor]:
 
 
 def test_every_architecture_is_among_the_cases():
-    assert {type(config) for config in CONFIGS} == set(ARCHITECTURES)
+    assert {type(config) for config in (*CONFIGS, *SUPERVISED)} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("config", SUPERVISED, ids=lambda config: config.architecture)
+def test_an_encoder_that_learns_from_labels_alone_says_so(config: EncoderConfig):
+    """The commands ask `Pretrains`. The module embeds as the classifier's encoder does."""
+    model = model_of(config).eval()
+    assert not isinstance(model, Pretrains)
+    batch = batch_of(model)
+    h_BF = model.embed(batch["x_BLT"], batch["lead_mask_BL"])
+    encoder: Any = config.embedder(LIMB_LEADS)
+    encoder.load_state_dict(model.state_dict())
+    assert torch.equal(encoder.eval().embed(batch["x_BLT"], batch["lead_mask_BL"]), h_BF)
+    with pytest.raises(LsemvaeError, match=f"{config.title} gives no fused features: choose means or pooled"):
+        config.embedder(LIMB_LEADS, "fused")
 
 
 @every_architecture

@@ -8,7 +8,7 @@ import torch
 from lsemvae import bundle as bundles
 from lsemvae.bundle import Bundle, Calibration
 from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.models import build
+from lsemvae.models import PRESETS, build
 from lsemvae.models.classifier import ClassifierConfig
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
@@ -18,7 +18,11 @@ from lsemvae.simulate import EcgParameters, simulate_ecg
 SMALL = LSEMVAEConfig(latent=4, channels=(2, 3, 4))
 
 
-CONFIGS = [SMALL, ClassifierConfig(encoder=SMALL, hidden=8)]
+CONFIGS = [
+    SMALL,
+    ClassifierConfig(encoder=SMALL, hidden=8),
+    *(presets["smoke"] for name, presets in PRESETS.items() if name != "lsemvae"),
+]
 
 
 CALIBRATION = Calibration(slope=2.5, intercept=-0.75)
@@ -33,5 +37,5 @@ def records(count: int, seed: int = 0) -> list[Record]:
 def save(folder: Path, config: object = CONFIGS[1], leads: tuple[str, ...] = LIMB_LEADS) -> Bundle:
     torch.manual_seed(1)
     model = build(config, leads)
-    rest = {"task": "ph", "threshold": 0.5, "calibration": CALIBRATION} if config is not SMALL else {}
+    rest = {"task": "ph", "threshold": 0.5, "calibration": CALIBRATION} if isinstance(config, ClassifierConfig) else {}
     return bundles.save(Bundle.of(model, PreprocessConfig(), provenance={"data": "made up"}, **rest), model, folder)
