@@ -51,10 +51,16 @@ MAY_IMPORT = {
     "evaluation/classical.py": {"scipy"},
     "evaluation/linear.py": {"sklearn", "torch"},
     "evaluation/embedding.py": {"torch", "ray", "pandas", "tqdm"},
+    "evaluation/significance.py": {"scipy"},
+    "evaluation/compare.py": {"pandas", "tqdm"},
+    "evaluation/published.py": {"pandas"},
     "evaluation/protocol.py": {"torch", "ray", "pandas", "tqdm", "sklearn"},
     "scoring": {"pyarrow", "pandas"},
     "plots/curves.py": {"matplotlib", "sklearn"},
+    "plots/evaluation.py": {"matplotlib", "sklearn"},
     "reports": {"pyarrow"},
+    "reports/evaluation.py": {"pandas"},
+    "reports/model_card.py": {"pandas"},
 }
 
 
