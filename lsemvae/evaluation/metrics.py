@@ -41,6 +41,20 @@ A value that is not defined is NaN: NPV where no score is below the threshold, a
 or where a threshold separates the classes without an error, so that no finite slope fits best.
 """
 
+TITLES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "mcc": "MCC",
+    "f1": "F1",
+    "accuracy": "accuracy",
+    "sensitivity_at_90_specificity": "sensitivity at 90 % specificity",
+    "ppv_at_80_sensitivity": "PPV at 80 % sensitivity",
+    "npv_at_80_sensitivity": "NPV at 80 % sensitivity",
+    "brier": "Brier score",
+    "calibration_slope": "calibration slope",
+    "calibration_intercept": "calibration intercept",
+}
+
 SPECIFICITY, SENSITIVITY = 0.9, 0.8
 _ROUNDING = 1e-9  # 0.1 * 30 is not 3
 _CELLS = 20_000  # draws times recordings in one pass, so that its arrays stay in the cache of the processor
@@ -69,8 +83,7 @@ def classification(
     y_B: np.ndarray, score_B: np.ndarray, decision_B: np.ndarray, metrics: Sequence[str] = ALL_METRICS
 ) -> dict[str, float]:
     """These metrics; raises LsemvaeError when one class is absent. All but METRICS need scores between 0 and 1."""
-    if len(np.unique(y_B)) < 2:
-        raise LsemvaeError(f"all {len(y_B)} recordings have label {y_B[:1].tolist()}: both classes are needed")
+    _require_both(y_B)
     y_B, score_B = np.asarray(y_B, dtype=float), np.asarray(score_B, dtype=float)
     false_K, true_K, threshold_K = roc_curve(y_B, score_B, drop_intermediate=False)
     sensitive_B = score_B >= threshold_K[np.argmax(true_K >= SENSITIVITY - _ROUNDING)]
@@ -91,6 +104,11 @@ def classification(
     return {name: float(of[name]()) for name in metrics}
 
 
+def _require_both(y_B: np.ndarray) -> None:
+    if len(np.unique(y_B)) < 2:
+        raise LsemvaeError(f"all {len(y_B)} recordings have label {y_B[:1].tolist()}: both classes are needed")
+
+
 def with_intervals(
     y_B: np.ndarray,
     score_NB: np.ndarray,
@@ -107,9 +125,12 @@ def with_intervals(
     trainings' values, in every resampling too. Resamplings in which a metric is not defined do not count for it; there
     is no interval when they are more than a tenth.
     """
-    pairs = list(zip(np.atleast_2d(score_NB), np.atleast_2d(decision_NB), strict=True))
-    points = [classification(y_B, score_B, decision_B, metrics) for score_B, decision_B in pairs]
-    measures = [Weighted(y_B, score_B, decision_B) for score_B, decision_B in pairs]
+    _require_both(y_B)
+    measures = [
+        Weighted(y_B, score_B, decision_B)
+        for score_B, decision_B in zip(np.atleast_2d(score_NB), np.atleast_2d(decision_NB), strict=True)
+    ]
+    points = [measure(np.ones(len(y_B)), metrics) for measure in measures]
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
     for times_DB in resampled(y_B, subject_B, draws, seed):
         found = [measure(times_DB, metrics) for measure in measures]

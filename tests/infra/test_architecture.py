@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "evaluation/embedding.py": {"torch", "ray", "pandas", "tqdm"},
     "evaluation/significance.py": {"scipy"},
     "evaluation/compare.py": {"pandas", "tqdm"},
+    "evaluation/tables.py": {"pandas"},
     "evaluation/published.py": {"pandas"},
     "evaluation/protocol.py": {"torch", "ray", "pandas", "tqdm", "sklearn"},
     "scoring": {"pyarrow", "pandas"},
