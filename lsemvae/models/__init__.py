@@ -11,7 +11,7 @@ from torch import nn
 
 from lsemvae import fields
 from lsemvae.errors import BundleError
-from lsemvae.models import beta_vae, lsemvae, resnet1d, st_mem, transformer, xresnet1d
+from lsemvae.models import beta_vae, lsemvae, mmvae_plus, mopoe, mvae, resnet1d, st_mem, transformer, xresnet1d
 from lsemvae.models.beta_vae import BetaVAE, BetaVAEConfig
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.models.contract import (
@@ -25,6 +25,9 @@ from lsemvae.models.contract import (
     Validation,
 )
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
+from lsemvae.models.mmvae_plus import MMVAEPlus, MMVAEPlusConfig
+from lsemvae.models.mopoe import MoPoEConfig, MoPoEVAE
+from lsemvae.models.mvae import MVAE, MVAEConfig
 from lsemvae.models.resnet1d import ResNet1d, ResNet1dConfig
 from lsemvae.models.st_mem import STMEM, STMEMConfig
 from lsemvae.models.transformer import Transformer, TransformerConfig
@@ -54,6 +57,9 @@ ARCHITECTURES: dict[type[Any], type[nn.Module]] = {
     TransformerConfig: Transformer,
     BetaVAEConfig: BetaVAE,
     STMEMConfig: STMEM,
+    MVAEConfig: MVAE,
+    MoPoEConfig: MoPoEVAE,
+    MMVAEPlusConfig: MMVAEPlus,
 }
 """The module of each configuration. One without `validation` learns from labels alone: it is an encoder, no more."""
 
@@ -64,6 +70,9 @@ PRESETS: Mapping[str, Mapping[str, EncoderConfig]] = {
     "transformer": transformer.PRESETS,
     "beta-vae": beta_vae.PRESETS,
     "st-mem": st_mem.PRESETS,
+    "mvae": mvae.PRESETS,
+    "mopoe-vae": mopoe.PRESETS,
+    "mmvae-plus": mmvae_plus.PRESETS,
 }
 """Configurations that recipes name, by architecture."""
 

@@ -16,7 +16,7 @@ from lsemvae.leads import LEADS
 from lsemvae.models.parts import objectives
 from lsemvae.models.parts.augment import hide_leads
 from lsemvae.models.parts.blocks import Decoder
-from lsemvae.models.parts.fusion import Fusion, Posterior, fuse
+from lsemvae.models.parts.fusion import Fusion, Gaussian, Posterior, fuse
 from lsemvae.models.parts.lead_vae import LeadVAE, LeadVAEConfig, Outcome
 
 DecoderKind = Literal["lead", "paper"]
@@ -99,7 +99,7 @@ class LSEMVAE(LeadVAE):
             reconstruction_B = objectives.released_reconstruction(prediction_BLT, target_BLT, target_mask_BL)
             kl_B, alignment_B = objectives.released_kl_and_alignment(mu_BLD, logvar_BLD, seen_mask_BL)
         terms_B = {"reconstruction": reconstruction_B, "kl": kl_B, "alignment": alignment_B}
-        return Outcome(terms_B, posterior, posterior.mu_BD)
+        return Outcome(terms_B, Gaussian(posterior.mu_BD, posterior.logvar_BD), posterior.mu_BD)
 
 
 PRESETS = {

@@ -19,6 +19,9 @@ from lsemvae.models import ARCHITECTURES, EncoderConfig, Predicts, Pretrains, Re
 from lsemvae.models.beta_vae import BetaVAEConfig
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.models.mmvae_plus import MMVAEPlusConfig
+from lsemvae.models.mopoe import MoPoEConfig
+from lsemvae.models.mvae import MVAEConfig
 from lsemvae.models.parts.head import Head
 from lsemvae.models.resnet1d import ResNet1dConfig
 from lsemvae.models.st_mem import STMEMConfig
@@ -37,6 +40,9 @@ ENCODERS = [
     STMEMConfig(
         samples=SAMPLES, patch=8, width=8, depth=1, heads=2, decoder_width=4, decoder_depth=1, decoder_heads=1
     ),
+    MVAEConfig(samples=SAMPLES, latent=3, channels=(2, 2, 2)),
+    MoPoEConfig(samples=SAMPLES, latent=3, channels=(2, 2, 2), sampled_subsets=4),
+    MMVAEPlusConfig(samples=SAMPLES, latent=3, channels=(2, 2, 2), private=2),
 ]  # fmt: skip
 SUPERVISED = [
     ResNet1dConfig(samples=SAMPLES, filters=2, blocks=4, kernel=4, dropout=0.0),

@@ -18,7 +18,7 @@ from lsemvae.models.parts import objectives
 from lsemvae.models.parts.blocks import Decoder, LeadEncoders
 from lsemvae.models.parts.diagnostics import Evaluated, ReconstructionPass
 from lsemvae.models.parts.embedders import FusedEncoders, PooledEncoders
-from lsemvae.models.parts.fusion import Posterior
+from lsemvae.models.parts.fusion import Gaussian, Posterior
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Outcome(NamedTuple):
     """What a model found in a batch.
 
     `terms_B` are the unweighted loss terms, one value a record. `posterior` is that of all leads which the encoders
-    saw, and `code` what the decoder makes of its mean.
+    saw, and `code` what the decoder reads for its mean.
     """
 
     terms_B: Mapping[str, Tensor]
-    posterior: Posterior
+    posterior: Gaussian
     code: Tensor
 
 
@@ -181,7 +181,7 @@ class LeadVAE(nn.Module, ABC):
             found, good_B = now.terms
             objectives.require(good_B, "NaN, infinity or no lead at all")
             posterior, prediction_BLT = now.outcome.posterior, self.decoder(now.outcome.code)
-            return Evaluated(found, posterior.mu_BD, posterior.logvar_BD, prediction_BLT, *now.targets)
+            return Evaluated(found, posterior.mu, posterior.logvar, prediction_BLT, *now.targets)
 
         terms = ["loss", *names, *(f"weighted_{name}" for name in names)]
         return ReconstructionPass(evaluate, terms, self.config.latent, self.decoder_leads, device)
