@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.contract import Encoder, EncoderConfig, Features
 from lsemvae.models.parts.fusion import full_precision
-from lsemvae.models.parts.whole import WholeEncoder, as_features, start_batch_norms
+from lsemvae.models.parts.whole import BatchNorm, WholeEncoder, as_features, start_batch_norms
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SameConv(nn.Conv1d):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, bias=False)
-        nn.init.kaiming_normal_(self.weight)
+        nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         kernel = self.kernel_size[0]
@@ -82,9 +82,9 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, config: ResNet1dConfig, stride: int, first: bool) -> None:
         super().__init__()
         self.stride, self.more = stride, outputs - inputs
-        self.norm1 = None if first else nn.BatchNorm1d(inputs)
+        self.norm1 = None if first else BatchNorm(inputs)
         self.conv1 = SameConv(inputs, outputs, config.kernel, stride)
-        self.norm2 = nn.BatchNorm1d(outputs)
+        self.norm2 = BatchNorm(outputs)
         self.conv2 = SameConv(outputs, outputs, config.kernel)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -106,7 +106,7 @@ class ResNet1d(WholeEncoder):
     def __init__(self, config: ResNet1dConfig, leads: Sequence[str]) -> None:
         super().__init__(config, leads)
         self.stem = SameConv(len(self.leads), config.filters, config.kernel)
-        self.stem_norm = nn.BatchNorm1d(config.filters)
+        self.stem_norm = BatchNorm(config.filters)
         widths = [config.filters, *(config.width(index) for index in range(config.blocks))]
         self.blocks = nn.Sequential(
             *(
@@ -114,7 +114,7 @@ class ResNet1d(WholeEncoder):
                 for index in range(config.blocks)
             )
         )
-        self.norm = nn.BatchNorm1d(widths[-1])
+        self.norm = BatchNorm(widths[-1])
         start_batch_norms(self)
 
     @property

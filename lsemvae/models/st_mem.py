@@ -86,8 +86,8 @@ class STMEMEncoder(WholeEncoder):
         super().__init__(config, leads)
         self.patch = nn.Linear(config.patch, config.width)
         self.register_buffer("position_NW", sine_positions(config.patches + 2, config.width))
-        self.lead_LW = nn.Parameter(0.5 * torch.randn(len(self.leads), config.width))
-        self.sep_W = nn.Parameter(0.5 * torch.randn(config.width))
+        self.lead_LW = _embedding(len(self.leads), config.width)
+        self.sep_W = _embedding(config.width)
         self.layers = PreNormLayers(config.width, config.depth, config.heads)
 
     @property
@@ -129,7 +129,7 @@ class LeadDecoder(nn.Module):
         super().__init__()
         width = config.decoder_width
         self.enter = nn.Linear(config.width, width)
-        self.mask_W = nn.Parameter(0.5 * torch.randn(width))
+        self.mask_W = _embedding(width)
         self.register_buffer("position_NW", sine_positions(config.patches + 2, width))
         self.layers = PreNormLayers(width, config.decoder_depth, config.decoder_heads)
         self.leave = nn.Linear(width, config.patch)
@@ -280,6 +280,11 @@ def normalised(patch_BLNP: Tensor) -> Tensor:
     """Each patch minus its mean, by its standard deviation: what the decoder has to give."""
     variance, mean = torch.var_mean(full_precision(patch_BLNP), dim=3, keepdim=True)
     return (full_precision(patch_BLNP) - mean) / (variance + 1e-6).sqrt()
+
+
+def _embedding(*shape: int) -> nn.Parameter:
+    """U(-1, 1): of the size of an embedded patch of a signal with variance 1."""
+    return nn.Parameter(torch.empty(shape).uniform_(-1, 1))
 
 
 PRESETS = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.contract import Encoder, EncoderConfig, Features
 from lsemvae.models.parts.fusion import full_precision
-from lsemvae.models.parts.whole import WholeEncoder, as_features, start_batch_norms
+from lsemvae.models.parts.whole import BatchNorm, WholeEncoder, as_features, start_batch_norms
 
 EXPANSION = 4
 """Output channels of a bottleneck block over those of its inner convolution."""
@@ -65,8 +65,8 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, scale: float = 1.0) -> None:
         conv = nn.Conv1d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-        norm = nn.BatchNorm1d(outputs)
-        nn.init.kaiming_normal_(conv.weight)
+        norm = BatchNorm(outputs)
+        nn.init.kaiming_uniform_(conv.weight)
         nn.init.constant_(norm.weight, scale)
         super().__init__(conv, norm)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsemvae.errors import LsemvaeError
@@ -18,7 +19,7 @@ from lsemvae.models.parts.fusion import full_precision
 
 POOLED_SHIFTS = 8
 """Circular shifts that pooled features are computed over."""
-_REFERENCE_RECORDS = 4
+_REFERENCE_RECORDS = 8
 
 
 def masked(x_BLT: Tensor, lead_mask_BL: Tensor, leads: Sequence[str], samples: int) -> Tensor:
@@ -159,6 +160,25 @@ def as_features(encoder: WholeEncoder, features: Features) -> Encoder:
             raise LsemvaeError(f"{encoder.config.title} gives no fused features: choose means or pooled")
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm whose running statistics leave out a batch that is not finite, as `fit` leaves out its step.
+
+    Otherwise one NaN would stay in them for ever.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        if not self.training:
+            return super().forward(input)
+        mean_C, variance_C = self.running_mean.clone(), self.running_var.clone()
+        output = F.batch_norm(input, mean_C, variance_C, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+        with torch.no_grad():
+            good = mean_C.isfinite().all() & variance_C.isfinite().all()
+            self.running_mean.copy_(torch.where(good, mean_C, self.running_mean))
+            self.running_var.copy_(torch.where(good, variance_C, self.running_var))
+        return output
+
+
 @torch.no_grad()
 def start_batch_norms(encoder: WholeEncoder) -> None:
     """Set the running statistics of all batch norms to those of seeded white noise.
@@ -166,7 +186,7 @@ def start_batch_norms(encoder: WholeEncoder) -> None:
     An untrained encoder then gives features of about the same scale in evaluation as in training. Without this a head
     that is standardised before training (or a classifier on an untrained encoder) would see features of another scale.
     """
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm1d)]
+    norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
     if norms[0].weight.is_meta:
         return
     device = norms[0].weight.device
@@ -209,8 +229,9 @@ class PreNormLayers(nn.Module):
 
 def sine_positions(count: int, width: int) -> Tensor:
     """Fixed position embeddings, [count, width]: sines and cosines of geometric wavelengths (Vaswani et al. 2017)."""
-    at_N1 = torch.arange(count, dtype=torch.float32).unsqueeze(1)
-    rate_W = torch.exp(-math.log(10_000.0) / width * torch.arange(0, width, 2, dtype=torch.float32))
+    # On the CPU even while a bundle is built on the meta device, where torch.arange imports for a second and a half.
+    at_N1 = torch.arange(count, dtype=torch.float32, device="cpu").unsqueeze(1)
+    rate_W = torch.exp(-math.log(10_000.0) / width * torch.arange(0, width, 2, dtype=torch.float32, device="cpu"))
     return torch.stack([torch.sin(at_N1 * rate_W), torch.cos(at_N1 * rate_W)], dim=2).flatten(1)
 
 
