@@ -103,7 +103,7 @@ class STMEMEncoder(WholeEncoder):
         h_BLNW = self.patch(patch_BLNP) + self.position_NW[1:-1] + self.lead_LW.unsqueeze(1)
         if visible_BLV is not None:
             h_BLNW = h_BLNW.gather(2, visible_BLV.unsqueeze(-1).expand(-1, -1, -1, h_BLNW.shape[-1]))
-        ends_L2W = self.sep_W + self.position_NW[[0, -1]] + self.lead_LW.unsqueeze(1)
+        ends_L2W = self.sep_W + self.position_NW[:: self.config.patches + 1] + self.lead_LW.unsqueeze(1)
         ends_BL2W = ends_L2W.to(h_BLNW.dtype).expand(len(h_BLNW), -1, -1, -1)
         h_BLNW = torch.cat([ends_BL2W[:, :, :1], h_BLNW, ends_BL2W[:, :, 1:]], dim=2)
         hidden_BS = ~lead_mask_BL.repeat_interleave(h_BLNW.shape[2], dim=1)
