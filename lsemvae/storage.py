@@ -110,12 +110,29 @@ class Storage:
 
     def head(self, relative: str, n_bytes: int) -> bytes:
         """The first `n_bytes` of the file, or all of it if it is shorter; no more is read. Raises as `read_bytes`."""
+        return self.read_range(relative, 0, n_bytes)
+
+    def read_range(self, relative: str, start: int, n_bytes: int) -> bytes:
+        """`n_bytes` from byte `start`, or fewer where the file ends; no more is read. Raises as `read_bytes`."""
+        with self.reading(relative) as stream:
+            stream.seek(start)
+            return stream.read(n_bytes)
+
+    def size(self, relative: str) -> int:
+        """How many bytes the file has. Raises as `read_bytes`."""
+        with self.reading(relative) as stream:
+            return stream.seek(0, os.SEEK_END)
+
+    @contextmanager
+    def reading(self, relative: str) -> Iterator[IO[bytes]]:
+        """A stream of a file too large for the memory; it can be sought in. Raises as `read_bytes`."""
         with explained(self._shown(relative)):
             if self.is_local:
                 with Path(self.path(relative)).open("rb") as file:
-                    return file.read(n_bytes)
-            with self.filesystem.open_input_file(self.path(relative)) as stream:
-                return stream.read(n_bytes)
+                    yield file
+            else:
+                with self.filesystem.open_input_file(self.path(relative)) as stream:
+                    yield stream
 
     def _require_size(self, relative: str, size: int, max_bytes: int | None) -> None:
         if max_bytes is not None and size > max_bytes:

@@ -33,8 +33,11 @@ def read_or_reason(
     def fetch(name: str, max_bytes: int, /) -> bytes:
         return patiently(lambda: storage.read_bytes(name, max_bytes), patience_s)
 
+    def fetch_range(name: str, start: int, n_bytes: int) -> bytes:
+        return patiently(lambda: storage.read_range(name, start, n_bytes), patience_s)
+
     try:
-        return use(read_relative(path, fetch, uv_per_lsb=uv_per_lsb))
+        return use(read_relative(path, fetch, uv_per_lsb=uv_per_lsb, read_range=fetch_range))
     except UnreadableRecording as error:
         return error
     except (NotADirectoryError, IsADirectoryError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from lsemvae.errors import FileTooLarge, UnreadableRecording
+from lsemvae.formats.echonext import ReadRange, is_row, read_row
 from lsemvae.formats.listing import SUFFIXES, UNSURE_SUFFIXES, Listing, PassedOver, find_recordings
 from lsemvae.formats.readers import READERS, Fetch, Reader, reader_of
 from lsemvae.record import Record
@@ -23,6 +24,7 @@ __all__ = [
     "Listing",
     "PassedOver",
     "ReadBytes",
+    "ReadRange",
     "Reader",
     "find_recordings",
     "folder_fetch",
@@ -52,11 +54,18 @@ def read(path: Path | str, *, uv_per_lsb: float | None = None) -> Record:
     return read_record(path.name, folder_fetch(path.parent), uv_per_lsb=uv_per_lsb)
 
 
-def read_relative(path: str, read_bytes: ReadBytes, *, uv_per_lsb: float | None = None) -> Record:
-    """Like `read`, for a path below the root of `read_bytes`, such as `Storage.read_bytes`."""
+def read_relative(
+    path: str, read_bytes: ReadBytes, *, uv_per_lsb: float | None = None, read_range: ReadRange | None = None
+) -> Record:
+    """Like `read`, for a path below the root of `read_bytes`, such as `Storage.read_bytes`.
+
+    With `read_range`, such as `Storage.read_range`, the path may also be a row of EchoNext's waveforms.
+    """
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or path.startswith("/") or "\\" in path or "\0" in path:
         raise UnreadableRecording("unsafe_name", f"{path[:200]!r} points outside of its source: give a path below it")
+    if read_range is not None and is_row(path):
+        return read_row(path, read_range)
     folder = PurePosixPath(*parts[:-1])
 
     def fetch(name: str) -> bytes:

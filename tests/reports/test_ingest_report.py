@@ -227,3 +227,12 @@ def test_real_recordings(shared_data: Path, tmp_path: Path) -> None:
     assert "cut off at 10 mV: all leads" in page.sections["Most flagged"][0][1]
     median = int(re.search(r"Heart rate: median (\d+) a minute", page.text).group(1))
     assert 50 < median < 90
+
+
+def test_signals_that_are_no_millivolts_are_said_to_be_none(made: tuple, html: str, tmp_path: Path) -> None:
+    assert "no millivolts" not in html
+    record = replace(simulated(0), flags=("no_millivolts",))
+    data = data_set(tmp_path, {"train-00000.parquet": [record], "val-00000.parquet": [simulated(1)]})
+    page = ingest_report(replace(data, manifest=replace(data.manifest, flagged={"no_millivolts": 1})), [])
+    assert "<p>1 recordings are no millivolts" in page
+    assert Page(page).tables["Flags"]["no_millivolts"][0] == "1"
