@@ -22,6 +22,7 @@ from command import run_command
 from servers import end, free_port, mlflow_server, wait_until_healthy
 
 from lsemvae.bundle import describe
+from lsemvae.cohorts.labels import NO_TASKS
 from lsemvae.data.shards import ShardedDataset, unpack
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS
@@ -192,7 +193,8 @@ def score_online(place: Path, data: ShardedDataset, names: dict[str, str]) -> di
 
 def choose_task(data: ShardedDataset) -> str:
     """Choose the label to predict; raises LsemvaeError if no label has two classes."""
-    usable = [name for name, n in data.manifest.labels.items() if n["0"] and n["1"] and not n["other"]]
+    counts = {name: n for name, n in data.manifest.labels.items() if name not in NO_TASKS}
+    usable = [name for name, n in counts.items() if n["0"] and n["1"] and not n["other"]]
     if not usable:
         raise LsemvaeError("no label has both 0 and 1: give LABELS=<csv> with a key column and a 0/1 column")
     task = next((name for name in PREFERRED_TASKS if name in usable), usable[0])

@@ -7,6 +7,7 @@ counts fulfil it exactly. That one count is 1 uV is inferred.
 import numpy as np
 import pandas as pd
 
+from lsemvae.cohorts.demographics import age_years, female
 from lsemvae.cohorts.labels import stated
 from lsemvae.cohorts.tables import join_labels, only_present, read_table, require_columns
 from lsemvae.storage import Storage
@@ -48,5 +49,9 @@ def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
         statements = listed[column].fillna("").map(lambda cell: {line.strip() for line in cell.splitlines()} - {""})
         values = stated(statements, positive)
         table[f"label.{name}"] = values if column in _ALWAYS_STATED else np.nan_to_num(values, nan=0.0)
+    if "Sex" in listed.columns:
+        table["label.female"] = female(listed["Sex"])
+    if "Age" in listed.columns:
+        table["label.age_years"] = age_years(listed["Age"])
     table = only_present(table, storage, TABLE)
     return table if labels is None else join_labels(table, labels)

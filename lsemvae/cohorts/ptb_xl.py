@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from lsemvae.cohorts.demographics import OLDER_THAN_89, age_years, female
 from lsemvae.cohorts.labels import stated
-from lsemvae.cohorts.tables import join_labels, only_present, read_table, require_columns
+from lsemvae.cohorts.tables import LABEL_PREFIX, join_labels, only_present, read_table, require_columns
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 
@@ -29,6 +30,8 @@ _DIAGNOSES = {
 _RHYTHMS = {"af": ("AFIB",), "afl": ("AFLT",)}
 _LEFT_AXIS, _RIGHT_AXIS = ("LAD", "ALAD", "AXL"), ("RAD", "ARAD", "AXR")
 _MAX_CODES_LENGTH = 2000
+_SEXES = {"0": 0.0, "1": 1.0}  # 0 is a man, 1 a woman
+_HIDDEN_AGE = 300  # older than 89
 
 
 def recordings(storage: Storage, labels: pd.DataFrame | None) -> pd.DataFrame:
@@ -51,7 +54,7 @@ def label_table(database: pd.DataFrame, storage: Storage) -> pd.DataFrame:
 
     A label is NaN where the database does not state it: superclasses and diagnoses if there is no diagnostic statement,
     rhythms if there is no rhythm statement, an axis if none is noted. `left_axis` is also 1 with a left anterior
-    fascicular block, because that includes left axis deviation. Raises LsemvaeError.
+    fascicular block, because that includes left axis deviation. Sex, age and fold follow. Raises LsemvaeError.
     """
     require_columns(database, DATABASE, "ecg_id", "patient_id", "scp_codes", "filename_hr", "heart_axis")
     try:
@@ -82,7 +85,20 @@ def label_table(database: pd.DataFrame, storage: Storage) -> pd.DataFrame:
     for name, deviations in (("left_axis", _LEFT_AXIS), ("right_axis", _RIGHT_AXIS)):
         table[f"label.{name}"] = axis.isin(deviations).astype(float).where(axis.notna())
     table.loc[["LAFB" in found for found in codes], "label.left_axis"] = 1.0
-    return table
+    return table.join(_about_subjects(database).add_prefix(LABEL_PREFIX))
+
+
+def _about_subjects(database: pd.DataFrame) -> pd.DataFrame:
+    """`female`, `age_years` and `strat_fold`, the published folds; each where the database has its column."""
+    columns = pd.DataFrame(index=database.index)
+    if "sex" in database.columns:
+        columns["female"] = female(database["sex"], _SEXES)
+    if "age" in database.columns:
+        ages = pd.to_numeric(database["age"], errors="coerce")
+        columns["age_years"] = age_years(ages.where(ages != _HIDDEN_AGE, OLDER_THAN_89))
+    if "strat_fold" in database.columns:
+        columns["strat_fold"] = pd.to_numeric(database["strat_fold"], errors="coerce").astype("float64")
+    return columns
 
 
 def _codes(cell: object, ecg_id: str) -> Mapping[str, float]:

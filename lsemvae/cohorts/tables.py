@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lsemvae.cohorts import labels as definitions
+from lsemvae.cohorts.demographics import with_demographics
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 
@@ -19,7 +20,8 @@ SUBJECTS = ("subject_id", "patient_id")
 
 _IDENTIFIERS = {*KEYS, *SUBJECTS, "eid"}
 # Other common names. Names are compared in lower case, with _ for everything that is not a letter or a digit.
-_ALSO = {"patient": "patient_id", "f_eid": "eid", "mpap": "mpap_mmhg", "pawp": "pawp_mmhg"}
+_ALSO = {"patient": "patient_id", "f_eid": "eid", "mpap": "mpap_mmhg", "pawp": "pawp_mmhg", "pasp": "pasp_mmhg"}
+_ALSO |= {"ecg_key": "ecg_id", "patient_key": "patient_id"}  # of EchoNext
 _DECIMAL_COMMA = r"[+-]?\d+(?:,\d+)?"
 _EXTENSION = re.compile(r"\.(hea|dat|mat|xml|dcm|atc|npy|csv|json|scp)$", re.IGNORECASE)
 
@@ -122,7 +124,8 @@ def documented_labels(table: pd.DataFrame, name: str, *, compute_anew: bool = Fa
     """The table with the labels that docs/labels.md defines, wherever it has the columns that they need.
 
     `ph` needs mpap_mmhg, `post_capillary` also pawp_mmhg; `cmr_pawp_mmhg` and `elevated_pawp` need la_volume_ml and
-    lv_mass_g. These columns get their plain names, the others keep theirs. Where the table has a column of the label's
+    lv_mass_g; `_FOLLOWING` lists all. These columns get their plain names, the others keep theirs. Sex and age become
+    `female` and `age_years`. Where the table has a column of the label's
     name, that one is kept, or replaced if `compute_anew`; a warning counts the values that differ. Raises LsemvaeError
     for a measurement that is not a number or outside `lsemvae.cohorts.labels.PLAUSIBLE`, with its row: a wrong label
     would be learnt.
@@ -130,7 +133,7 @@ def documented_labels(table: pd.DataFrame, name: str, *, compute_anew: bool = Fa
     names = {column: plain for column in table.columns if (plain := plain_name(column)) in definitions.PLAUSIBLE}
     if repeated := sorted({plain for plain in names.values() if list(names.values()).count(plain) > 1}):
         raise LsemvaeError(f"{name} has {', '.join(repeated)} more than once, written differently: keep one of each")
-    table = table.rename(columns=names)
+    table = with_demographics(table.rename(columns=names), plain_name)
     for column, (low, high) in definitions.PLAUSIBLE.items():
         if column in table.columns:
             table[column] = _measured(table[column], name, low, high)
@@ -160,6 +163,9 @@ _FOLLOWING: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
     "post_capillary": (definitions.post_capillary, ("mpap_mmhg", "pawp_mmhg")),
     "cmr_pawp_mmhg": (definitions.cmr_pawp_mmhg, ("la_volume_ml", "lv_mass_g")),
     "elevated_pawp": (definitions.elevated_pawp, ("cmr_pawp_mmhg",)),
+    "pasp_ge_45": (definitions.pasp_at_least_45, ("pasp_mmhg",)),
+    "elevated_pasp_35": (definitions.elevated_pasp, ("pasp_mmhg",)),
+    "tr_velocity_ge_3_2": (definitions.tr_velocity_at_least_3_2, ("tr_velocity_m_s",)),
 }
 
 
@@ -174,6 +180,23 @@ def _measured(values: pd.Series, name: str, low: float, high: float) -> pd.Serie
             f"({wrong.sum()} such rows): mend it, or leave it empty if it was not measured"
         )
     return numbers
+
+
+def plausible(values: pd.Series, measurement: str, name: str, factor: pd.Series | float = 1.0) -> pd.Series:
+    """Numbers times `factor`; NaN outside `lsemvae.cohorts.labels.PLAUSIBLE[measurement]`, which a warning counts.
+
+    For published tables, which a user cannot correct.
+    """
+    low, high = definitions.PLAUSIBLE[measurement]
+    numbers = pd.to_numeric(values, errors="coerce").astype("float64") * factor
+    kept = numbers.where(numbers.between(low, high))
+    wrong = values.astype("string").str.strip().fillna("").ne("").astype(bool) & kept.isna()
+    if wrong.any():
+        logger.warning(
+            f"{name}: {wrong.sum()} values for {measurement} are no number from {low:g} to {high:g}, such as "
+            f"{str(values[wrong].iloc[0])[:20]!r}; they count as not measured"
+        )
+    return kept
 
 
 def first_row(wrong: pd.Series) -> str:

@@ -93,7 +93,7 @@ def test_numeric_columns_are_labels_and_others_are_not() -> None:
             "record_id": ["001"],
             "ph": [1],
             "mpap_mmhg": [31.5],
-            "sex": ["f"],
+            "site": ["ward"],
             "subject_id": [12],
             "Unnamed: 0": [0],
         }
@@ -141,6 +141,25 @@ def test_documented_labels_follow_from_documented_columns_in_any_cohort(
     write(tmp_path / "labels", {"labels.csv": csv.replace(",43,", ",5.7,").replace(",12,", ",1.6,")})
     with pytest.raises(LsemvaeError, match=r"row 3 .* mpap_mmhg is 1.6, no number from 5 to 150"):
         COHORTS["folder"].recordings(storage, read_labels(str(tmp_path / "labels" / "labels.csv")))
+
+
+def test_sex_and_age_of_a_users_table() -> None:
+    words = pd.DataFrame({"record_id": ["001", "002", "003"], "Sex": ["F ", "male", "x"], "Age": ["61", ">89", "old"]})
+    assert labels_of(join_labels(RECORDINGS, words)) == {
+        "label.female": [1, 0, None],
+        "label.age_years": [61, 90, None],
+    }
+    # A number does not say which sex it means, and a column that says who is a woman needs no other.
+    numbers = pd.DataFrame({"record_id": ["001", "003"], "sex": [0, 1], "age_years": [-3, 300]})
+    assert labels_of(join_labels(RECORDINGS, numbers)) == {
+        "label.sex": [0, None, 1],
+        "label.age_years": [None, None, None],
+    }
+    both = pd.DataFrame({"record_id": ["001", "003"], "female": ["yes", "no"], "sex": ["m", "f"], "age": [150, 40.5]})
+    assert labels_of(join_labels(RECORDINGS, both)) == {
+        "label.female": [1, None, 0],
+        "label.age_years": [None, None, 40.5],
+    }
 
 
 def test_labels_replace_those_of_the_same_name() -> None:
@@ -312,12 +331,16 @@ STATEMENTS = (
 
 
 def ptb_xl_source(root: Path, codes: list[str], axes: list[str] | None = None, present: int | None = None) -> Storage:
-    rows = ["ecg_id,patient_id,scp_codes,heart_axis,strat_fold,filename_lr,filename_hr"]
+    rows = ["ecg_id,patient_id,age,sex,scp_codes,heart_axis,strat_fold,filename_lr,filename_hr"]
     files = {"scp_statements.csv": STATEMENTS}
     for number, cell in enumerate(codes, start=1):
         name = f"00000/{number:05d}"
         axis = axes[number - 1] if axes else ""
-        rows.append(f'{number},{1000 + number // 2}.0,"{cell}",{axis},1,records100/{name}_lr,records500/{name}_hr')
+        about = ("56.0,1", "300.0,0", ",", "0.0,1")[(number - 1) % 4]
+        fold = 1 + number % 10
+        rows.append(
+            f'{number},{1000 + number // 2}.0,{about},"{cell}",{axis},{fold},records100/{name}_lr,records500/{name}_hr'
+        )
         if present is None or number <= present:
             files[f"records500/{name}_hr.hea"] = ""
     return write(root, files | {"ptbxl_database.csv": "\n".join(rows)})
@@ -345,6 +368,9 @@ def test_ptb_xl_labels(tmp_path: Path) -> None:
     assert labels["label.af"] == [0, 1, None, 0, None]
     assert labels["label.left_axis"] == [None, 1, 1, 0, 0]
     assert labels["label.right_axis"] == [None, None, 0, 1, 0]
+    assert labels["label.female"] == [1, 0, None, 1, 1]
+    assert labels["label.age_years"] == [56, 90, None, 0, 56]  # 300 means: older than 89
+    assert labels["label.strat_fold"] == [2, 3, 4, 5, 6]
 
 
 def test_ptb_xl_uses_what_is_there(tmp_path: Path) -> None:
@@ -406,6 +432,10 @@ def test_ptb_xl_500(shared_data: Path) -> None:
     assert counts == {"norm": 297, "sttc": 96, "cd": 78, "mi": 73, "hyp": 40}
     assert int((table["label.left_axis"] == 1).sum()) == 71
     assert table["label.norm"].isna().sum() == 12
+    assert table["label.female"].sum() == 251 and not table["label.female"].isna().any()
+    ages = table["label.age_years"]
+    assert (ages.min(), ages.max(), ages.isna().sum()) == (17, 91, 4)
+    assert set(table["label.strat_fold"]) == set(range(1, 11))
     record = read_relative(table["path"][499], storage.read_bytes)
     assert (record.record_id, record.leads) == ("00500_hr", LEADS)
     assert ptb_xl.is_database(labels)
@@ -562,12 +592,12 @@ def test_ukb_the_table_decides_who_belongs_to_it_and_which_visit(tmp_path: Path)
     given = write(tmp_path / "labels", {"a.csv": "eid,age\n01000049,61\n", "b.csv": "file,age\n1000012_20205_3_0,70\n"})
     for name, ages in (("a.csv", [None, 61]), ("b.csv", [70, None])):
         added = COHORTS["ukb-20205"].recordings(storage, read_labels(given.path(name)))
-        assert labels_of(added) == labels | {"label.age": ages}
+        assert labels_of(added) == labels | {"label.age_years": ages}
     (tmp_path / "ukb-20205.csv").unlink()
     alone = COHORTS["ukb-20205"].recordings(storage, read_labels(given.path("a.csv")))
-    assert (alone["subject_id"].tolist(), labels_of(alone)) == (["1000049"], {"label.age": [61]})
+    assert (alone["subject_id"].tolist(), labels_of(alone)) == (["1000049"], {"label.age_years": [61]})
     beside = COHORTS["ukb-20205"].recordings(storage, pd.DataFrame({"subject_id": ["1000049"], "age": [61]}))
-    assert labels_of(beside) == {"label.age": [None, None, None, 61]}
+    assert labels_of(beside) == {"label.age_years": [None, None, None, 61]}
 
 
 @pytest.mark.parametrize(
@@ -682,6 +712,9 @@ def test_ludb(shared_data: Path) -> None:
     assert counts == {"lvh": 108, "left_axis": 66, "rbbb": 33, "lbbb": 10, "af": 15}
     assert table["label.left_axis"].isna().sum() == 10
     assert not table["label.lvh"].isna().any()
+    assert table["label.female"].sum() == 85 and (table["label.female"] == 0).sum() == 115
+    assert (table["label.age_years"].min(), table["label.age_years"].max()) == (11, 90)  # ">89"
+    assert not table["label.age_years"].isna().any()
     for path in table["path"][:20]:
         record = read_relative(path, storage.read_bytes, uv_per_lsb=COHORTS["ludb"].uv_per_lsb)
         # Read at the gain of their headers, they would break Einthoven's law.

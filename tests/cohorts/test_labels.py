@@ -103,6 +103,50 @@ def test_statements():
 def test_ranges_hold_the_limits_and_exclude_other_units():
     """An mPAP of PH in kPa, volumes in litres, and a 0 for what was not measured are no measurements."""
     wrong = {"mpap_mmhg": (20 / 7.5, 0), "pawp_mmhg": (-1, 0), "la_volume_ml": (0.08, 0), "lv_mass_g": (0.09, 0)}
+    wrong |= {"pasp_mmhg": (35 / 7.5, 0), "tr_gradient_mmhg": (-1, 0), "tr_velocity_m_s": (-1, 0)}
+    limits = {"mpap_mmhg": 20, "pawp_mmhg": 15, "la_volume_ml": 75, "lv_mass_g": 90}
+    limits |= {"pasp_mmhg": 45, "tr_gradient_mmhg": 41, "tr_velocity_m_s": 3.2}
     for name, (low, high) in labels.PLAUSIBLE.items():
         assert all(value < low for value in wrong[name])
-        assert low < {"mpap_mmhg": 20, "pawp_mmhg": 15, "la_volume_ml": 75, "lv_mass_g": 90}[name] < high
+        assert low < limits[name] < high
+    assert labels.PLAUSIBLE["tr_velocity_m_s"][1] < 50  # cm/s
+
+
+@pytest.mark.parametrize(
+    ("pasp", "velocity", "expected"),
+    [
+        (45.0, 3.2, [1, 1, 1]),  # from 45 and 3.2, but above 35
+        (44.9, 3.19, [0, 1, 0]),
+        (35.0, 1.0, [0, 0, 0]),
+        (35.1, None, [0, 1, None]),
+        (None, 4.0, [None, None, 1]),
+    ],
+)
+def test_labels_of_the_echocardiogram(pasp, velocity, expected):
+    pasp, velocity = (NAN if value is None else value for value in (pasp, velocity))
+    found = (labels.pasp_at_least_45(pasp), labels.elevated_pasp(pasp), labels.tr_velocity_at_least_3_2(velocity))
+    assert [plain(values)[0] for values in found] == expected
+
+
+def test_a_gradient_of_the_tricuspid_regurgitation_is_four_times_the_velocity_squared():
+    np.testing.assert_array_equal(labels.tr_velocity_m_s([40.96, 64, 0, -1, NAN]), [3.2, 4, 0, NAN, NAN])
+    assert labels.tr_velocity_at_least_3_2(labels.tr_velocity_m_s(40.96)) == 1
+
+
+@pytest.mark.parametrize(
+    ("grade", "expected"),
+    [
+        *((grade, 0) for grade in ("normal", "mildly reduced", "Nl RV function", "Low normal function", "none")),
+        *((grade, 0) for grade in ("Hyperdynamic", "Mild global RV hypo", " Normal ")),
+        *((grade, 1) for grade in ("moderately reduced", "severely reduced", "Moderate global RV hypo", "SEVERE")),
+        ("Mod-severe", 1),
+        *((grade, None) for grade in ("presumed none", "Presumed normal", "RV not well seen", "", " ", "abnormal")),
+        *((grade, None) for grade in ("Cannot assess RV function", "mild to moderate", "Mild-mod", "RV depressed")),
+        ("Basal RV hypo (McConnell's sign)", None),
+        (None, None),
+        (NAN, None),
+        (1.0, None),
+    ],
+)
+def test_words_for_the_right_ventricle(grade, expected):
+    assert plain(labels.rv_dysfunction([grade])) == [expected]

@@ -70,5 +70,6 @@ def with_labels(**labels: list[float]) -> ShardedDataset:
 def test_the_task_is_chosen_among_labels_with_two_classes():
     assert demo.choose_task(with_labels(lvh=[0, 1], norm=[0, 1])) == "norm"
     assert demo.choose_task(with_labels(ph=[1, 1], lvh=[0, 1])) == "lvh"
+    assert demo.choose_task(with_labels(female=[0, 1], split=[0, 1], strat_fold=[0, 1], lvh=[0, 1])) == "lvh"
     with pytest.raises(LsemvaeError, match="no label has both 0 and 1"):
-        demo.choose_task(with_labels(ph=[1, 1], mpap=[20, 31]))
+        demo.choose_task(with_labels(ph=[1, 1], mpap=[20, 31], female=[0, 1], age_years=[0, 1]))
