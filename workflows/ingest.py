@@ -21,6 +21,7 @@ from command import run_command, start_ray
 from tqdm import tqdm
 
 from lsemvae.cohorts import Selection, describe_left_out, select
+from lsemvae.cohorts.mimic_iv_echo import EchoOptions
 from lsemvae.data.ingest import Job, Made, Task, make_plan, make_shards
 from lsemvae.data.shards import LABEL_PREFIX, MANIFEST, UNREADABLE, Manifest, ShardedDataset, label_counts
 from lsemvae.errors import LsemvaeError
@@ -38,7 +39,8 @@ class Args:
     output: str
     """Where the shards and their manifest go (folder or s3:// URI)."""
     cohort: str = "auto"
-    """mimic-iv-ecg, ptb-xl, ludb, aspire, ukb-20205, kardia, folder, or auto: recognised by the files of the source."""
+    """mimic-iv-ecg, mimic-iv-echo, echonext, ptb-xl, ludb, aspire, ukb-20205, kardia, folder, or auto: recognised by
+    the files of the source."""
     labels: str | None = None
     """A CSV with a key column (path, record_id, study_id, file, ecg_id or subject_id) and columns of labels: numbers,
     yes and no, or true and false. Pressures (mpap_mmhg, pawp_mmhg) and other documented measurements give the labels
@@ -46,6 +48,14 @@ class Args:
     withdrawn: str | None = None
     """A list of subjects who have withdrawn, an identifier a line. They are left out, as are those of a withdrawn.csv
     in the source."""
+    echo_days: float | None = None
+    """Of mimic-iv-echo: an ECG gets the labels of its patient's echocardiogram that is nearest in time, if that is at
+    most this many days before or after it. 90 unless given."""
+    echo_columns: tuple[str, ...] = ()
+    """Of mimic-iv-echo: what your release calls the columns and measurements of structured_measurement.csv, as pairs:
+    subject=subject_id time=measurement_datetime name=measurement value=result unit=unit type=test_type pasp=pasp
+    tr_velocity=tr_velocity tr_gradient=tr_mmhg rv_function=rv_function ivc=ivc. These are the defaults; give those that
+    differ."""
     val_share: float = 0.1
     """Share of subjects held out for validation in pre-training."""
     seed: int = 0
@@ -77,7 +87,9 @@ def main(args: Args) -> None:
             f"shard_records={args.shard_records}, threads={args.threads}, concurrent_reads={args.concurrent_reads}, "
             f"patience_s={args.patience_s:g}: give 1 or more, and 0 or more seconds"
         )
-    chosen = select(source, args.cohort, args.labels, args.limit, args.withdrawn)
+    has_echo = args.echo_days is not None or args.echo_columns
+    echo = EchoOptions.of(args.echo_days, args.echo_columns) if has_echo else None
+    chosen = select(source, args.cohort, args.labels, args.limit, args.withdrawn, echo)
     table, tasks, plan = make_plan(
         chosen.table,
         chosen.name,

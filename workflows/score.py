@@ -48,8 +48,8 @@ class Args:
     source: str | None = None
     """In place of --data, recordings: a folder or s3:// URI."""
     cohort: str = "auto"
-    """Of --source: mimic-iv-ecg, ptb-xl, ludb, aspire, ukb-20205 (one recording for each participant), kardia, folder,
-    or auto: recognised by the files of the source."""
+    """Of --source: mimic-iv-ecg, mimic-iv-echo, echonext, ptb-xl, ludb, aspire, ukb-20205 (one recording for each
+    participant), kardia, folder, or auto: recognised by the files of the source."""
     labels: str | None = None
     """Of --source: a CSV that says whose a recording is, or for ukb-20205 who belongs to the cohort."""
     limit: int | None = None

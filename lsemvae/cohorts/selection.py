@@ -3,11 +3,13 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pandas as pd
 
-from lsemvae.cohorts import aspire, folder, kardia, ludb, mimic_iv_ecg, ptb_xl, ukb_20205
+from lsemvae.cohorts import aspire, echonext, folder, kardia, ludb, mimic_iv_ecg, mimic_iv_echo, ptb_xl, ukb_20205
+from lsemvae.cohorts.mimic_iv_echo import EchoOptions
 from lsemvae.cohorts.source import Source
 from lsemvae.cohorts.tables import read_labels
 from lsemvae.cohorts.withdrawn import NOBODY, WITHDRAWN, Withdrawn, read_withdrawn, require_withdrawn
@@ -39,6 +41,8 @@ class Cohort:
 
 COHORTS = {
     "mimic-iv-ecg": Cohort(mimic_iv_ecg.recordings, (mimic_iv_ecg.RECORD_LIST,), lists=False),
+    "mimic-iv-echo": Cohort(mimic_iv_echo.recordings, mimic_iv_echo.MEASUREMENTS, lists=False),
+    "echonext": Cohort(echonext.recordings, echonext.TABLES, lists=False),
     "ptb-xl": Cohort(ptb_xl.recordings, (ptb_xl.DATABASE,), lists=False),
     "ludb": Cohort(ludb.recordings, (ludb.TABLE,), lists=False, uv_per_lsb=ludb.UV_PER_LSB),
     "aspire": Cohort(aspire.recordings, (aspire.TABLE,)),
@@ -67,12 +71,13 @@ def select(
     labels: str | None = None,
     limit: int | None = None,
     withdrawn: str | None = None,
+    echo: EchoOptions | None = None,
 ) -> Selection:
     """The recordings of a source that belong to the cohort `name`, or to the one that it is (`"auto"`).
 
     `labels` and `withdrawn` are paths or URIs, `limit` keeps only the first recordings. Subjects who have withdrawn
-    are left out of every cohort. Raises LsemvaeError when the cohort is unknown or ambiguous, when there are no
-    recordings, and when two have one id.
+    are left out of every cohort. `echo` is for mimic-iv-echo only. Raises LsemvaeError when the cohort is unknown or
+    ambiguous, when there are no recordings, and when two have one id.
     """
     source = Source.of(storage)
     if name == "auto":
@@ -80,8 +85,16 @@ def select(
     if name not in COHORTS:
         raise LsemvaeError(f"there is no cohort {name!r}: choose one of {', '.join(COHORTS)}")
     cohort = COHORTS[name]
+    if echo is not None:
+        if name != "mimic-iv-echo":
+            raise LsemvaeError(f"{storage.uri} is {name}: --echo-days and --echo-columns are for mimic-iv-echo only")
+        cohort = replace(cohort, recordings=partial(mimic_iv_echo.recordings, echo=echo))
     gone = read_withdrawn(source) | (require_withdrawn(withdrawn) if withdrawn else NOBODY)
-    table = cohort.recordings(source, read_labels(labels) if labels else None)
+    given = read_labels(labels) if labels else None
+    try:
+        table = cohort.recordings(source, given)
+    except FileNotFoundError as error:
+        raise LsemvaeError(f"{storage.uri} lacks a table of the cohort {name} ({error}): check --cohort") from None
     left_out = _left_out(source, name, table, labels) if cohort.lists else []
     if gone.subjects:
         # A file that is named for its participant is known by its name, whichever cohort reads it.
@@ -119,6 +132,8 @@ def detect(storage: Storage) -> str:
     """
     source = Source.of(storage)
     tables = {name: t for name, c in COHORTS.items() for t in reversed(c.tables) if source.exists(t)}
+    if "mimic-iv-echo" in tables:  # its table counts beside the recordings of MIMIC-IV-ECG, and then as theirs
+        del tables["mimic-iv-ecg" if "mimic-iv-ecg" in tables else "mimic-iv-echo"]
     if len(tables) > 1:
         shown = " and ".join(f"{table} (of {name})" for name, table in tables.items())
         raise LsemvaeError(f"{source.uri} has {shown}: say with --cohort which of them it is")
