@@ -4,7 +4,9 @@ Any field can be overridden after the name.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lsemvae.config import FinetuneRecipe, OptimConfig, PretrainRecipe, Recipe, recipe_from
 from lsemvae.errors import LsemvaeError
@@ -73,7 +75,7 @@ PRETRAIN: dict[str, PretrainRecipe] = {
 SIZES = {"full": "minutes", "cpu": "cpu", "smoke": "smoke"}
 """The recipe whose schedule, preprocessing and shifts every compared method has at that size."""
 
-ABLATIONS = {
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "lsemvae-no-alignment": {"gamma": 0.0},
     "lsemvae-product": {"fusion": "product"},
     "lsemvae-mixture": {"fusion": "mixture"},
