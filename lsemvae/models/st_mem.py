@@ -189,7 +189,7 @@ class STMEM(WholeModel):
         return found
 
     def validation(self) -> "MaskedPass":
-        """The loss and how well each lead's masked patches are filled in, under one masking for all records."""
+        """The loss and how well each lead's masked patches are filled in, under the same masking in every epoch."""
         return MaskedPass(self)
 
     def fill(self, batch: Mapping[str, Tensor], score_BLN: Tensor) -> Filled:
@@ -224,7 +224,7 @@ class MaskedPass:
         sizes: dict[str, tuple[int, ...]] = {"records": (), "loss": (), "r_L": (leads,), "count_L": (leads,)}
         sizes |= {"h_F": (width,), "h_square_F": (width,)}
         self._sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
-        # By lead and place in time: the same in every epoch, and for every number of workers and set of leads.
+        # For batches without noise, by lead and place in time: the same in every epoch and for every set of leads.
         generator = torch.Generator().manual_seed(0)
         score_LN = torch.rand((len(LEADS), model.config.patches), generator=generator)
         self._score_LN = score_LN[[LEADS.index(lead) for lead in model.leads]].to(device)
@@ -233,14 +233,16 @@ class MaskedPass:
     def update(self, batch: Mapping[str, Tensor]) -> None:
         """Add a batch."""
         size, sums = len(batch["x_BLT"]), self._sums
-        now = self._model.fill(batch, self._score_LN.expand(size, -1, -1))
+        score_BLN = self._score_LN.expand(size, -1, -1)
+        if "noise_BD" in batch:  # pre-training gives a held-out record the same numbers in every epoch
+            score_BLN = batch["noise_BD"].unflatten(1, self._score_LN.shape)
+        now = self._model.fill(batch, score_BLN)
         objectives.require(now.good_B, "NaN, infinity or no lead at all")
-        # The same patches of every record are masked, and none of an absent lead, whose target then does not vary.
-        hidden_LN = self._score_LN.argsort(dim=1).argsort(dim=1) >= self._model.config.visible
-        shape = (size, len(self._model.leads), -1)
-        prediction_BLT = now.prediction_BLNP[:, hidden_LN].reshape(shape)
-        target_BLT = torch.where(now.masked_BLN.unsqueeze(-1), now.target_BLNP, 0.0)[:, hidden_LN].reshape(shape)
-        r_BL, varies_BL = pearson_r(prediction_BLT, target_BLT)
+        # Each lead has the same number of masked patches. Those of an absent lead are zeros: r does not count there.
+        hidden_BLM = score_BLN.argsort(dim=2)[:, :, self._model.config.visible :]
+        at_BLMP = hidden_BLM.unsqueeze(-1).expand(-1, -1, -1, self._model.config.patch)
+        pair = (values_BLNP.gather(2, at_BLMP).flatten(2) for values_BLNP in (now.prediction_BLNP, now.target_BLNP))
+        r_BL, varies_BL = pearson_r(*pair)
         h_BF = now.h_BF.double()
         for name, total in (
             ("records", torch.tensor(size)),

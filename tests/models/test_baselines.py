@@ -511,12 +511,12 @@ def test_validation_masks_the_same_patches_in_every_epoch_and_for_any_leads():
     batch["lead_mask_BL"][0, 2] = False
     first, again = model.validation(), model.validation()
     first.update(batch)
-    for b in range(RECORDS):  # in other batches, with other noise
-        again.update({name: values[b : b + 1] for name, values in batch.items() if name != "noise_BD"})
+    for b in range(RECORDS):  # in other batches
+        again.update({name: values[b : b + 1] for name, values in batch.items()})
     metrics = first.metrics()
     assert again.metrics() == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     assert metrics["collapsed"] == 0.0 and len([name for name in metrics if name.startswith("r/")]) == 6
-    now = model.fill(batch, first._score_LN.expand(RECORDS, -1, -1))
+    now = model.fill(batch, batch["noise_BD"].view(RECORDS, 6, 8))
     assert metrics["loss"] == pytest.approx(now.error_B.mean().item(), rel=1e-5)
     r = []
     for b in range(1, RECORDS):
@@ -524,6 +524,13 @@ def test_validation_masks_the_same_patches_in_every_epoch_and_for_any_leads():
         pair = torch.stack([now.prediction_BLNP[b, 2, taken].flatten(), now.target_BLNP[b, 2, taken].flatten()])
         r.append(torch.corrcoef(pair)[0, 1].item())
     assert metrics["r/III"] == pytest.approx(sum(r) / len(r), abs=1e-5)
+    # without noise, one masking for all records, by lead and place in time
+    del batch["noise_BD"]
+    table, more = model.validation(), model.validation()
+    table.update(batch)
+    for b in range(RECORDS):
+        more.update({name: values[b : b + 1] for name, values in batch.items()})
+    assert more.metrics() == pytest.approx(table.metrics(), rel=1e-4, abs=1e-6)
     some: Any = model_of(SMALL["st-mem"], ("II", "V1")).validation()
     assert torch.equal(some._score_LN[0], first._score_LN[1])
 
