@@ -29,8 +29,12 @@ td:not(.n) { min-width: 9em }
 td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 figure { margin: 1.5rem 0; break-inside: avoid }
 figure .wide svg { display: block }
-.chart { display: inline-block; max-width: 130mm; margin-right: 1rem; vertical-align: top }
+.chart { display: inline-block; max-width: min(130mm, 100%); padding-right: 1rem; box-sizing: border-box;
+         vertical-align: top }
 .chart img { max-width: 100%; height: auto }
+.chart .wide img { display: block; min-width: 26rem }
+.chart.large { max-width: min(200mm, 100%) }
+.chart.large .wide img { min-width: 44rem }
 .flags { display: inline; list-style: none; margin: 0; padding: 0 }
 .flags li { display: inline-block; border: 1px solid #888; border-radius: 3px; padding: 0 .4rem; margin: .15rem .1rem }
 @page { size: A4 landscape; margin: 12mm }
@@ -52,17 +56,21 @@ def page(title: str, parts: Sequence[str]) -> str:
     return head.replace("TITLE", escape(title)) + "\n".join(parts) + tail
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in HTML. The first column heads its row; a cell that begins with a digit is aligned to the right."""
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    """A table in HTML. The first column heads its row; with `numbers`, cells that begin with one are aligned right."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     body = ""
     for first, *others in rows:
-        cells = "".join(f"<td{' class=n' if cell[:1].isdigit() else ''}>{cell}</td>" for cell in others)
+        cells = "".join(f"<td{' class=n' if numbers and _is_number(cell) else ''}>{cell}</td>" for cell in others)
         body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{caption}"><table><caption>{caption}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or (cell[:1] in ("+", "-") and cell[1:2].isdigit())
 
 
 def share(count: int, of: int) -> str:
@@ -75,3 +83,10 @@ def chart(svg: str, words: str) -> str:
     source = base64.b64encode(svg.encode()).decode()
     image = f'<img alt="{escape(words)}" src="data:image/svg+xml;base64,{source}">'
     return f'<figure class="chart">{image}<figcaption>{escape(words)}</figcaption></figure>'
+
+
+def picture(png: bytes, words: str, *, large: bool = False) -> str:
+    """A PNG picture with `words` as its caption and its text alternative; on a phone it scrolls in its own box."""
+    image = f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    box = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(words)}">{image}</div>'
+    return f'<figure class="chart{" large" * large}">{box}<figcaption>{escape(words)}</figcaption></figure>'
