@@ -33,6 +33,8 @@ from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_CARD = "model_card"
+"""The name in `provenance` of a text in Markdown about the model."""
 EXAMPLE_TOLERANCE = 1e-4
 """Another processor or number of threads changes a score by 1e-6; other preprocessing or arithmetic by more."""
 

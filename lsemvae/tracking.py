@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
 BUNDLE_FOLDER = "bundle"
 
+_DESCRIPTION = 5000  # characters that MLflow's database holds of a version's description
 _METRICS_A_CALL = 1000  # MLflow accepts no more in one request
 _OUTBOX = 100_000  # metrics that wait at most
 _PAUSE_S = 10.0  # before the next attempt after a failure
@@ -165,13 +166,20 @@ class Run:
         with _explained("storing the bundle"):
             self._client.log_artifacts(self.run_id, str(folder), BUNDLE_FOLDER)
 
-    def register(self, name: str, tags: Mapping[str, str], alias: str | None = CANDIDATE) -> int:
-        """Register the run's bundle as a new version of the model `name`, with `alias` -> the version's number."""
+    def register(
+        self, name: str, tags: Mapping[str, str], alias: str | None = CANDIDATE, description: str | None = None
+    ) -> int:
+        """Register the run's bundle as a new version of the model `name`, with `alias` -> the version's number.
+
+        `description` is Markdown, such as the model card; of a longer one MLflow gets the first 5,000 characters.
+        """
         with _explained(f"registering {name}"):
             if not self._client.search_registered_models(filter_string=f"name='{name}'"):
                 self._client.create_registered_model(name)
             source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{BUNDLE_FOLDER}"
-            version = self._client.create_model_version(name, source, run_id=self.run_id, tags=dict(tags))
+            version = self._client.create_model_version(
+                name, source, run_id=self.run_id, tags=dict(tags), description=_fitting(description)
+            )
             if alias:
                 self._client.set_registered_model_alias(name, alias, version.version)
         return int(version.version)
@@ -214,6 +222,14 @@ def system_metrics(run_id: str) -> Iterator[None]:
         yield
     finally:
         monitor.finish()
+
+
+def _fitting(description: str | None) -> str | None:
+    """The description, cut after a line where it is too long for MLflow's database."""
+    if description is None or len(description) <= _DESCRIPTION:
+        return description
+    note = "\n\n… The rest is in `config.json` of the bundle: `provenance.model_card`.\n"
+    return description[: _DESCRIPTION - len(note)].rpartition("\n")[0] + note
 
 
 def _create_experiment(client: "MlflowClient", name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from lsemvae.bundle import MODEL_CARD
 from lsemvae.tracking import shown
 from serve.openapi import PROBLEMS, TOKEN_IN_OPENAPI
 from serve.registry import Served
@@ -61,13 +62,16 @@ def _described(served: Mapping[str, Served]) -> list[ModelOut]:
 
 def _card(served: Served) -> ModelCard:
     bundle = served.scorer.bundle
+    provenance = dict(bundle.provenance)
+    card = provenance.pop(MODEL_CARD, None)
     return ModelCard(
         **served.described.model_dump(),
         min_leads=min_leads(bundle),
         architecture=bundle.architecture,
         preprocess=asdict(bundle.preprocess),
         calibration=asdict(bundle.calibration) if bundle.calibration else None,
-        provenance=_finite(bundle.provenance),
+        provenance=_finite(provenance),
+        card=card if isinstance(card, str) else None,
         intended_use=INTENDED_USE,
         limits=LIMITS,
     )

@@ -74,6 +74,9 @@ class ModelCard(ModelOut):
         description="From score to probability; null where the model is not calibrated."
     )
     provenance: dict[str, Any] = Field(description="Training data with its digest, encoder, settings, results.")
+    card: str | None = Field(
+        description="The model's own card, in Markdown: cohort, results by subgroup, limits; null where it has none."
+    )
     intended_use: str
     limits: list[str]
 

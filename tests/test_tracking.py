@@ -5,8 +5,10 @@ from pathlib import Path
 
 import boto3
 import pytest
+from mlflow import MlflowClient
 from support import bundles
 
+from lsemvae.tracking import Run
 from serve.app import Config, make_service
 from serve.cohorts import handed_on
 
@@ -30,6 +32,23 @@ def test_a_replica_with_a_fetched_encoder_leaves_nothing_in_the_temporary_folder
     service = make_service(config)
     assert service.reconstructor is not None and not service.reconstructor_problem
     assert list(temporary.iterdir()) == []
+
+
+def test_a_version_has_its_description_and_a_long_one_is_cut_after_a_line(mlflow_server: str, tmp_path: Path):
+    bundles.save(tmp_path / "bundle")
+    run = Run.start("describe", "described", {})
+    run.bundle(tmp_path / "bundle")
+    long = "\n".join(f"- line {number} of the card: ä" for number in range(400))
+    texts = {"none": None, "short": "# Card\n\n| a | b |\n", "long": long}
+    found = {}
+    for name, text in texts.items():
+        version = run.register("described", {}, alias=None, description=text)
+        found[name] = MlflowClient(mlflow_server).get_model_version("described", str(version)).description
+    run.end()
+    assert not found["none"] and found["short"] == texts["short"]
+    assert 4900 < len(found["long"]) <= 5000  # what MLflow's column holds
+    *lines, last = found["long"].strip().splitlines()
+    assert "provenance.model_card" in last and long.startswith("\n".join(lines).strip() + "\n")
 
 
 def test_a_cohort_job_is_given_no_password_of_mlflow(monkeypatch: pytest.MonkeyPatch):

@@ -87,11 +87,29 @@ async function describeService() {
     at("served").textContent = named.length
       ? `This service holds: ${named.join(", ")}.`
       : "This service holds no model yet.";
+    showCards(models);
     return null;
   } catch (error) {
     at("served").textContent = error.message;
+    at("cards").replaceChildren();
     return error;
   }
+}
+
+/** The cards of the models that have one, folded. A card is text: nothing in it is read as HTML. */
+function showCards(models) {
+  const open = new Set([...at("cards").querySelectorAll("details[open] summary")].map((summary) => summary.textContent));
+  at("cards").replaceChildren(
+    ...models
+      .filter((model) => model.card)
+      .map((model) => {
+        const title = `Model card of ${modelName(model)}`;
+        const folded = make("details", make("summary", title));
+        folded.append(make("pre", model.card, "card"));
+        folded.open = open.has(title);
+        return folded;
+      }),
+  );
 }
 
 async function sendExample() {

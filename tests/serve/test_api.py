@@ -28,6 +28,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from support.bundles import records
+from support.bundles import save as save_classifier
 from support.serving import DERIVABLE, TOKEN, as_json, ask, npy, only, score, score_files, score_npy
 from support.session import ROOT
 
@@ -685,6 +686,19 @@ def test_model_cards(api, models: Path):
     assert card["provenance"] == {"data": "made up"}
     assert card["preprocess"]["rate_hz"] == 500
     assert "not a medical device" in card["intended_use"].lower() and card["limits"]
+    assert card["card"] is None
+
+
+def test_a_bundle_s_own_card_is_given_as_it_is_and_once(tmp_path: Path):
+    text = "# Model card: ph\n\n| women | 0.8 |\n<script>alert(1)</script> ä\n"
+    save_classifier(tmp_path / "with-card", model_card=text)
+    save_classifier(tmp_path / "wrong-card", model_card=["no text"])
+    registry = Registry([str(tmp_path / "with-card"), str(tmp_path / "wrong-card")], tmp_path / "kept", 0)
+    answer = ask(make_api(Service(registry, Metrics())), "GET", "/v1/models", token=None)
+    cards = {card["name"]: card for card in answer.json()}
+    assert cards["with-card"]["card"] == text and cards["with-card"]["provenance"] == {"data": "made up"}
+    assert cards["wrong-card"]["card"] is None
+    assert registry.served["with-card"].scorer.bundle.provenance["model_card"] == text  # the bundle stays as it is
 
 
 def test_a_service_without_models_lives_but_is_not_ready(tmp_path: Path, record: Record):

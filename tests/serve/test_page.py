@@ -283,6 +283,31 @@ def test_a_simulated_recording_is_drawn_to_scale_with_its_score(browser: Browser
     assert larger == pytest.approx([2 * width, 2 * height], rel=1e-3)
 
 
+def test_a_model_s_card_is_shown_as_text(browser: Browser, url: str, tmp_path: Path):
+    card = "# Model card: ph\n\n- women: 0.81\n<img src=x onerror=\"document.title='owned'\">\n"
+    small_bundles.save(tmp_path / "ph-6L", model_card=card)
+    small_bundles.save(tmp_path / "no-card", leads=LEADS)
+    assert browser.run("document.querySelectorAll('#cards details').length") == 0  # of models without a card
+    registry = Registry([str(tmp_path / "ph-6L"), str(tmp_path / "no-card")], tmp_path / "kept", poll_s=0)
+    with answering(Service(registry, Metrics())) as other:
+        enter(browser, other)
+        assert browser.run("[...document.querySelectorAll('#cards summary')].map(e => e.textContent)") == [
+            "Model card of ph-6L"
+        ]
+        assert browser.text("#cards pre") == ""  # folded
+        browser.run("document.querySelector('#cards summary').click()")
+        assert browser.text("#cards pre").strip() == card.strip()
+        assert browser.run("document.querySelectorAll('#cards img').length") == 0
+        browser.size(390)
+        assert browser.run("document.documentElement.scrollWidth") <= 390
+        browser.run("document.getElementById('example').click()")
+        assert finished(browser) == "1 scored, 0 refused."
+        assert browser.run("document.querySelector('#cards details').open")  # it stays open
+        assert browser.run("document.title").startswith("Score an ECG")
+    enter(browser, url)
+    browser.requested[:] = [address for address in browser.requested if not address.startswith(other)]
+
+
 def test_six_leads_from_two_are_marked_as_derived(browser: Browser, tmp_path: Path, signal_mv_LT: np.ndarray):
     gap_mv_LT = signal_mv_LT[:2].copy()
     gap_mv_LT[1, 700:760] = np.nan

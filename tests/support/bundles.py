@@ -34,8 +34,12 @@ def records(count: int, seed: int = 0) -> list[Record]:
     return [Record.from_leads(dict(zip(LEADS, s, strict=True)), 500, record_id=f"r{b}") for b, s in enumerate(signals)]
 
 
-def save(folder: Path, config: object = CONFIGS[1], leads: tuple[str, ...] = LIMB_LEADS) -> Bundle:
+def save(
+    folder: Path, config: object = CONFIGS[1], leads: tuple[str, ...] = LIMB_LEADS, **provenance: object
+) -> Bundle:
     torch.manual_seed(1)
     model = build(config, leads)
     rest = {"task": "ph", "threshold": 0.5, "calibration": CALIBRATION} if isinstance(config, ClassifierConfig) else {}
-    return bundles.save(Bundle.of(model, PreprocessConfig(), provenance={"data": "made up"}, **rest), model, folder)
+    return bundles.save(
+        Bundle.of(model, PreprocessConfig(), provenance={"data": "made up"} | provenance, **rest), model, folder
+    )
