@@ -70,7 +70,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *,
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or (cell[:1] in ("+", "-") and cell[1:2].isdigit())
+    return cell == "–" or cell.removeprefix("&lt; ").lstrip("+-")[:1].isdigit()
 
 
 def share(count: int, of: int) -> str:
