@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.echo_files import measurements_csv, rows, write_echonext
 from support.session import ROOT, workflow
 
 from lsemvae.data.ingest import divide_reads, make_plan
 from lsemvae.data.shards import ShardedDataset, unpack
 from lsemvae.formats import read
+from lsemvae.formats.echonext import NOMINAL_MV
 
 pytestmark = pytest.mark.ray
 
@@ -234,6 +236,9 @@ def test_a_plan_has_every_recording_once_and_no_subject_in_two_splits(seed, reco
         (["--source", "{cohort}", "--val-share", "1"], "val_share=1"),
         (["--source", "{cohort}", "--max-unreadable", "5"], "max_unreadable=5"),
         (["--source", "{twice}"], "1 recordings have the id of another"),
+        (["--source", "{cohort}", "--cohort", "ludb"], "lacks a table of the cohort ludb"),
+        (["--source", "{cohort}", "--echo-days", "30"], "--echo-days and --echo-columns are for mimic-iv-echo only"),
+        (["--source", "{cohort}", "--echo-columns", "speed=v"], "--echo-columns is speed=v: give pairs such as"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(ray_cluster, cohort, tmp_path, arguments, says):
@@ -276,6 +281,37 @@ def test_from_s3_and_to_s3(ray_cluster, s3: str, cohort: Path):
     assert "3 recordings" in workflow("ingest", *anonymous).stdout
     absent = workflow("ingest", "--source", "s3://nobody/x", "--output", "s3://ecg/y", check=False)
     assert absent.returncode == 2 and len(absent.stderr.strip().splitlines()) == 1, absent.stderr
+
+
+def test_echonext_from_its_large_files(ray_cluster, tmp_path: Path):
+    measured = {0: {"pasp_value": 50, "pasp_gte_45_flag": 1}, 1: {"pasp_value": 30}}
+    arrays = write_echonext(tmp_path / "in", rows(measured=measured))
+    done = workflow("ingest", "--source", tmp_path / "in", "--output", tmp_path / "out", "--shard-records", 5)
+    assert "echonext: 12 recordings of 6 subjects" in done.stdout and "left out" not in done.stdout
+    assert "label pasp_ge_45: 1 at 0, 1 at 1, 0 at other values, 10 absent" in done.stdout
+    assert "no_millivolts 12" in done.stdout
+    assert "12 recordings are no millivolts" in (tmp_path / "out" / "report.html").read_text()
+    stored = {row["path"]: row for row in all_rows(tmp_path / "out")}
+    for split, values in arrays.items():
+        for number, value in enumerate(values):
+            signal_mv_LT = unpack(stored[f"EchoNext_{split}_waveforms.npy#{number}"]).signal_mv_LT
+            np.testing.assert_allclose(signal_mv_LT, value[0].T * NOMINAL_MV, atol=np.abs(value).max() / 2**15)
+
+
+def test_mimic_iv_echo_with_names_of_its_own(ray_cluster, cohort: Path, tmp_path: Path):
+    source = tmp_path / "in"
+    shutil.copytree(cohort, source)
+    ecgs = pd.read_csv(cohort / "record_list.csv", dtype=str).drop_duplicates("subject_id").head(3)
+    days = pd.to_timedelta([10, -10, 40], unit="D")
+    times = (pd.to_datetime(ecgs["ecg_time"]) + days).astype(str)
+    studies = zip(ecgs["subject_id"], times, ("3.4", "2.0", "4.0"), strict=True)
+    measured = [(subject, time, "TR Vmax", value, "m/s") for subject, time, value in studies]
+    (source / "structured_measurement.csv").write_text(measurements_csv(measured).replace("result", "finding"))
+    options = ("--echo-days", 30, "--echo-columns", "value=finding", "tr_velocity=TR Vmax")
+    done = workflow("ingest", "--source", source, "--output", tmp_path / "out", *options)
+    assert "mimic-iv-echo: " in done.stdout
+    found = {row["record_id"]: row["label.tr_velocity_ge_3_2"] for row in all_rows(tmp_path / "out")}
+    assert [found[study] for study in ecgs["study_id"]] == [1, 0, None]
 
 
 @pytest.mark.shared_data
