@@ -79,8 +79,15 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "lsemvae-no-alignment": {"gamma": 0.0},
     "lsemvae-product": {"fusion": "product"},
     "lsemvae-mixture": {"fusion": "mixture"},
+    "lsemvae-released": {
+        "decoder": "paper",
+        "fusion": "released",
+        "objective": "released",
+        "reconstruction_weight": 1e-3,
+        "gamma": 0.1,
+    },
 }
-"""Settings of LS-EMVAE without one of its parts."""
+"""LS-EMVAE without one of its parts, and with the fusion, decoder and objective of the authors' released code."""
 
 
 def _compared() -> dict[str, PretrainRecipe]:

@@ -17,19 +17,32 @@ import tyro
 from command import run_recipe_command, start_ray
 
 from lsemvae import __version__
-from lsemvae.bundle import Bundle, load, save
+from lsemvae.bundle import Bundle
 from lsemvae.config import FinetuneRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation.embedding import embed, untrained
-from lsemvae.evaluation.protocol import Result, Trials, outer_folds, refit, run_protocol, untrained_names
+from lsemvae.evaluation.cells import Trials
+from lsemvae.evaluation.compare import compare
+from lsemvae.evaluation.embedding import embed, load_encoder, untrained
+from lsemvae.evaluation.lead_set import read_people
+from lsemvae.evaluation.protocol import (
+    Result,
+    material_of,
+    outer_folds,
+    refit,
+    rows_of,
+    run_protocol,
+    untrained_names,
+)
+from lsemvae.evaluation.release import Trained, assembled, release
 from lsemvae.fields import as_json
 from lsemvae.leads import lead_set_name, parse_leads
-from lsemvae.models import Features, Pretrains
+from lsemvae.models import Features
 from lsemvae.models.classifier import Classifier
 from lsemvae.recipes import FINETUNE
+from lsemvae.reports.model_card import model_card
 from lsemvae.storage import Storage
-from lsemvae.tracking import CANDIDATE, Run, fetch
+from lsemvae.tracking import CANDIDATE, Run
 from lsemvae.training.finetune import new_head
 from lsemvae.training.grid import digest
 
@@ -56,6 +69,8 @@ class Args:
     default the output folder."""
     max_concurrent: int = 2
     """Trainings at a time, one CPU each."""
+    data_licence: str = "not stated"
+    """The licence of the data, for the model card."""
     gpus: float = 0
     """GPUs for each training and for embedding, such as 0.5 for two trainings on one; 0 uses CPUs."""
 
@@ -66,7 +81,8 @@ def main(args: Args) -> None:
     column = data.require_label(args.task)
     labelled = data.read(["subject_id", column]).drop_null().to_pandas()
     outer_folds(labelled[column].to_numpy(), labelled["subject_id"].to_numpy(), recipe)  # before anything starts
-    bundle, encoder = load_encoder(args.encoder, leads)
+    pretrained = load_encoder(args.encoder, leads)
+    encoder = pretrained.model
     title = encoder.config.title
     start, frozen = None, recipe.features
     if recipe.trains == "all":
@@ -80,7 +96,7 @@ def main(args: Args) -> None:
     }
     start_ray()
     embedded = embed(
-        data, args.task, leads, bundle.preprocess, encoders, recipe.embed_batch_size, keep_input=start is not None,
+        data, args.task, leads, pretrained.preprocess, encoders, recipe.embed_batch_size, keep_input=start is not None,
         gpus=args.gpus,
     )  # fmt: skip
 
@@ -92,43 +108,29 @@ def main(args: Args) -> None:
         "encoder": args.encoder,
     }
     run = Run.start("finetune", model_name, params)
-    run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": bundle.digest})
+    run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": pretrained.digest})
     kept_in = args.storage or (str(args.output) if args.output else None)
     # Equal for equal data, encoder, recipe and release: the same command goes on.
     made_of = digest(
-        data.manifest.digest, data.since_ingest, args.task, leads, bundle.digest, as_json(recipe), __version__
+        data.manifest.digest, data.since_ingest, args.task, leads, pretrained.digest, as_json(recipe), __version__
     )
     keep = Storage.open(kept_in) / f"folds-{made_of}" if kept_in else None
     trials = Trials(keep, args.max_concurrent, args.gpus)
     try:
-        result = run_protocol(embedded, recipe, title, start, trials)
-        trained = refit(embedded, recipe, title, start, trials)
+        material, rows = material_of(embedded, recipe, title, start), rows_of(recipe, title)
+        result = run_protocol(material, rows, trials)
+        trained = refit(rows[0], material, trials)
     except BaseException:
         run.end("FAILED")
         raise
-    if isinstance(trained, Classifier):
-        classifier = trained
-    else:
-        classifier = Classifier.from_encoder(encoder, leads, trained, recipe.features)
-    described = Bundle.of(
-        classifier,
-        bundle.preprocess,
-        task=args.task,
-        threshold=result.threshold,
-        calibration=result.calibration,
-        provenance={
-            "recipe": as_json(recipe),
-            "data": {
-                "uri": data.storage.uri,
-                "digest": data.manifest.digest,
-                "recordings": len(embedded.y_B),
-                **({"since_ingest": data.since_ingest} if data.since_ingest else {}),
-            },
-            "encoder": {"uri": args.encoder, "digest": bundle.digest},
-            "out_of_fold": {name: asdict(value) for name, value in result.metrics[title].items()},
-            "mlflow_run": run.run_id,
-            "lsemvae": __version__,
-        },
+    released = Trained(
+        assembled(trained, encoder, leads, recipe),
+        pretrained.preprocess,
+        recipe,
+        result.threshold,
+        result.calibration,
+        {name: asdict(value) for name, value in result.metrics[title].items()},
+        {"uri": args.encoder, "digest": pretrained.digest},
     )
     positive = int(embedded.y_B.sum())
     caption = f"{args.task}, {lead_set_name(leads)}: {len(embedded.y_B)} recordings, {positive} positive"
@@ -136,9 +138,16 @@ def main(args: Args) -> None:
         folder = args.output or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         result.log(run, result.write(folder, caption))
-        saved = save(described, classifier, folder / "bundle")
-        run.bundle(folder / "bundle")
-    version = run.register(model_name, {"digest": saved.digest, "task": args.task, "leads": ",".join(leads)}, CANDIDATE)
+        scores = result.as_scores(
+            facts(args, data, recipe, released), read_people(data, args.task), lead_set_name(leads)
+        )
+        comparison = compare(scores, draws=recipe.bootstrap_draws, seed=recipe.optim.seed, reference=title)
+        saved, version = release(
+            released, data, len(embedded.y_B), args.task, model_name, run, folder / "bundle",
+            lambda described: model_card(
+                scores, comparison, described, leads=lead_set_name(leads), data_licence=args.data_licence
+            ),
+        )  # fmt: skip
     run.end()
 
     print(f"\n{caption}, {embedded.refused} refused; {recipe.folds} folds by subject, 95 % bootstrap intervals\n")
@@ -149,16 +158,19 @@ def main(args: Args) -> None:
     print(f"promote: python workflows/promote.py --name {model_name}")
 
 
-def load_encoder(uri: str, leads: tuple[str, ...]) -> tuple[Bundle, Any]:
-    """A pre-trained bundle and its model; raises LsemvaeError where it is none, or lacks a lead."""
-    with tempfile.TemporaryDirectory() as temporary:
-        bundle, encoder = load(fetch(uri, Path(temporary)).folder)
-    if not isinstance(encoder, Pretrains):
-        raise LsemvaeError(f"{uri} is a {bundle.architecture}: --encoder takes a pre-trained encoder")
-    absent = [lead for lead in leads if lead not in bundle.leads]
-    if absent:
-        raise LsemvaeError(f"the encoder has no lead {', '.join(absent)}: it has {', '.join(bundle.leads)}")
-    return bundle, encoder
+def facts(args: Args, data: ShardedDataset, recipe: FinetuneRecipe, trained: Trained) -> dict[str, Any]:
+    """What the model card says beside figures."""
+    return {
+        "task": args.task,
+        "cohort": data.manifest.cohort,
+        "data": {"uri": data.storage.uri, "digest": data.manifest.digest},
+        "folds": f"{recipe.folds} folds, stratified by label, each subject in one of them",
+        "seeds": recipe.seeds,
+        "recipe": as_json(recipe, every_tag=True),
+        "encoder": dict(trained.encoder or {}),
+        "preprocess": trained.preprocess.digest,
+        "release": __version__,
+    }
 
 
 def pooled_where_it_can(encoder: Any, leads: tuple[str, ...]) -> Features:

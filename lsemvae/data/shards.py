@@ -400,15 +400,20 @@ class ShardedDataset:
 
     def require_label(self, name: str) -> str:
         """The column of a binary label; raises LsemvaeError when it is absent, or is not 0 and 1."""
-        counts = self.manifest.labels.get(name)
-        if counts is None:
-            known = ", ".join(sorted(self.manifest.labels)) or "none"
-            raise LsemvaeError(f"{self.storage.uri} has no label {name!r}: it has {known}")
+        column = self.require_column(name)
+        counts = self.manifest.labels[name]
         if not counts["0"] or not counts["1"] or counts["other"]:
             raise LsemvaeError(
                 f"label {name!r} has {counts['0']} recordings at 0, {counts['1']} at 1 and {counts['other']} at "
                 "other values: a task needs both 0 and 1, and nothing else"
             )
+        return column
+
+    def require_column(self, name: str) -> str:
+        """The column of a label or measurement with any values; raises LsemvaeError when it is absent."""
+        if name not in self.manifest.labels:
+            known = ", ".join(sorted(self.manifest.labels)) or "none"
+            raise LsemvaeError(f"{self.storage.uri} has no label {name!r}: it has {known}")
         return LABEL_PREFIX + name
 
     def dataset(self, split: str = "all") -> "ray.data.Dataset":

@@ -1,19 +1,25 @@
 """What the protocol needs of each labelled recording, computed once on Ray Data: features, model input, labels."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from lsemvae.bundle import load
 from lsemvae.data.shards import LABEL_PREFIX, ShardedDataset
+from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import classical
-from lsemvae.models import Encoder, build
+from lsemvae.evaluation.noise import AddNoise, Noise
+from lsemvae.models import Encoder, Pretrains, build
 from lsemvae.models.parts.shifts import recorded_samples
 from lsemvae.preprocess import FIXED_MV, PreprocessConfig
+from lsemvae.tracking import fetch
 
 CLASSICAL, QUANTILES = "classical features", "amplitude quantiles"
 
@@ -23,7 +29,7 @@ class Embedded:
     """Labelled recordings, sorted by record id: features by name, labels, records and subjects. B recordings.
 
     observed_BF   by name, which features hold something of the recording; see `lsemvae.models.Encoder.observed`
-    x_BLT, lead_mask_BL   model input, where it was asked for
+    inputs        model input x_BLT and lead_mask_BL, where it was asked for, by a name for its preprocessing
     refused       labelled recordings that preprocessing refused; they are not among the B
     """
 
@@ -33,8 +39,30 @@ class Embedded:
     record_B: np.ndarray
     subject_B: np.ndarray
     refused: int
-    x_BLT: np.ndarray | None = None
-    lead_mask_BL: np.ndarray | None = None
+    inputs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
+class Pretrained(NamedTuple):
+    """A pre-trained model, the digest of its bundle, its preprocessing, and where it comes from."""
+
+    model: Any
+    digest: str
+    preprocess: PreprocessConfig
+    uri: str
+
+
+def load_encoder(uri: str, leads: Sequence[str] = ()) -> Pretrained:
+    """The pre-trained bundle at a folder, s3:// or models:/ URI.
+
+    Raises LsemvaeError where it is no pre-trained encoder, or lacks one of the leads.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle, model = load(fetch(uri, Path(temporary)).folder)
+    if not isinstance(model, Pretrains):
+        raise LsemvaeError(f"{uri} is a {bundle.architecture}: this command takes a pre-trained encoder")
+    if absent := [lead for lead in leads if lead not in bundle.leads]:
+        raise LsemvaeError(f"the encoder has no lead {', '.join(absent)}: it has {', '.join(bundle.leads)}")
+    return Pretrained(model, bundle.digest, bundle.preprocess, uri)
 
 
 class Embedder:
@@ -69,11 +97,16 @@ def embed(
     batch_size: int = 64,
     *,
     keep_input: bool = False,
+    name: str = "",
     gpus: float = 0,
+    noise: Noise | None = None,
+    title: str = "embed",
 ) -> Embedded:
     """Every recording that has the label `task` once through every encoder and through `lsemvae.evaluation.classical`.
 
-    With `gpus`, the encoders run on that share of a GPU. Raises LsemvaeError where the data set has no such label.
+    With `gpus`, the encoders run on that share of a GPU. `noise` is added to the model input. `name` is the
+    input's in `Embedded.inputs`, `title` that of the progress bar. Raises LsemvaeError where the data set has no such
+    label.
     """
     import ray.data
 
@@ -90,21 +123,27 @@ def embed(
     }
     unit_mv = {"fixed": FIXED_MV, "none": 1.0}.get(preprocess.scale)
     measure = Classical(tuple(leads), preprocess.rate_hz, unit_mv or 1.0)
-    rows = data.model_input(leads, preprocess, **place)
+    add_noise = AddNoise(noise, preprocess.rate_hz) if noise else None
+
+    def model_input(config: PreprocessConfig) -> Any:
+        rows = data.model_input(leads, config, **place)
+        return rows.map_batches(add_noise, batch_size=batch_size) if add_noise else rows
+
+    rows = model_input(preprocess)
     if unit_mv:
         rows = rows.map_batches(measure, batch_size=batch_size)
-    whole = _gathered(rows.map_batches(Embedder, **embedder), total, "embed")
+    whole = _gathered(rows.map_batches(Embedder, **embedder), total, title)
     if not unit_mv:  # the model's input has lost its voltages
-        in_mv = data.model_input(leads, replace(preprocess, scale="none"), **place)
+        in_mv = model_input(replace(preprocess, scale="none"))
         measured = _gathered(in_mv.map_batches(measure, batch_size=batch_size), total, "measure")
         assert (whole["record_id"] == measured["record_id"]).all()
-        whole |= {name: measured[name] for name in (CLASSICAL, QUANTILES)}
+        whole |= {features: measured[features] for features in (CLASSICAL, QUANTILES)}
     accepted = pd.isna(whole["refused"])
-    h_BF = {name: whole[f"h.{name}"][accepted] for name in encoders}
-    observed_BF = {name: whole[f"observed.{name}"][accepted].astype(bool) for name in encoders}
-    for name in (CLASSICAL, QUANTILES):
-        values_BF = whole[name][accepted]
-        h_BF[name], observed_BF[name] = np.nan_to_num(values_BF), np.isfinite(values_BF)
+    h_BF = {encoder: whole[f"h.{encoder}"][accepted] for encoder in encoders}
+    observed_BF = {encoder: whole[f"observed.{encoder}"][accepted].astype(bool) for encoder in encoders}
+    for measured_by in (CLASSICAL, QUANTILES):
+        values_BF = whole[measured_by][accepted]
+        h_BF[measured_by], observed_BF[measured_by] = np.nan_to_num(values_BF), np.isfinite(values_BF)
     return Embedded(
         h_BF=h_BF,
         observed_BF=observed_BF,
@@ -112,8 +151,30 @@ def embed(
         record_B=whole["record_id"][accepted].astype(str),
         subject_B=whole["subject_id"][accepted].astype(str),
         refused=int((~accepted).sum()),
-        x_BLT=whole["x"][accepted] if keep_input else None,
-        lead_mask_BL=whole["mask"][accepted].astype(bool) if keep_input else None,
+        inputs={name: (whole["x"][accepted], whole["mask"][accepted].astype(bool))} if keep_input else {},
+    )
+
+
+def merged(parts: Sequence[Embedded]) -> Embedded:
+    """The recordings that all of them have, with the features and inputs of all; the first's where a name is twice."""
+    common = sorted(set.intersection(*(set(part.record_B.tolist()) for part in parts)))
+    rows = [np.searchsorted(part.record_B, common) for part in parts]  # sorted by record id
+    first = parts[0]
+    h_BF: dict[str, np.ndarray] = {}
+    observed_BF: dict[str, np.ndarray] = {}
+    inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for part, kept in zip(parts, rows, strict=True):
+        h_BF = {name: values[kept] for name, values in part.h_BF.items()} | h_BF
+        observed_BF = {name: values[kept] for name, values in part.observed_BF.items()} | observed_BF
+        inputs = {name: (x[kept], mask[kept]) for name, (x, mask) in part.inputs.items()} | inputs
+    return Embedded(
+        h_BF=h_BF,
+        observed_BF=observed_BF,
+        y_B=first.y_B[rows[0]],
+        record_B=first.record_B[rows[0]],
+        subject_B=first.subject_B[rows[0]],
+        refused=len(first.y_B) + first.refused - len(common),
+        inputs=inputs,
     )
 
 

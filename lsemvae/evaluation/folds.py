@@ -29,3 +29,36 @@ def make_folds(y_B: np.ndarray, subject_B: np.ndarray, folds: int, seed: int) ->
         if len(np.unique(y_B[test])) < 2:
             raise LsemvaeError(f"fold {number} has one class only: lower --folds (now {folds})")
     return found
+
+
+def given_folds(fold_B: np.ndarray, y_B: np.ndarray, subject_B: np.ndarray, column: str) -> list[Fold]:
+    """The folds that a column gives, in the order of its values: each is the test fold once.
+
+    Raises LsemvaeError when a recording has none, a subject is in two, there is one fold only, or one lacks a class.
+    """
+    if np.isnan(fold_B).any():
+        missing = int(np.isnan(fold_B).sum())
+        raise LsemvaeError(
+            f"--folds {column}: {missing} of {len(fold_B)} labelled recordings have no fold: fill them in"
+        )
+    values = np.unique(fold_B)
+    if len(values) < 2:
+        raise LsemvaeError(f"--folds {column}: every recording is in fold {values[0]:g}: cross-validation needs two")
+    _, subject_of_B = np.unique(subject_B, return_inverse=True)
+    lowest, highest = np.full(subject_of_B.max() + 1, np.inf), np.full(subject_of_B.max() + 1, -np.inf)
+    np.minimum.at(lowest, subject_of_B, fold_B)
+    np.maximum.at(highest, subject_of_B, fold_B)
+    if torn := int((lowest != highest).sum()):
+        raise LsemvaeError(
+            f"--folds {column}: {torn} subjects are in two folds: give all recordings of a subject one fold"
+        )
+    found = []
+    for value in values:
+        test = np.flatnonzero(fold_B == value)
+        if len(np.unique(y_B[test])) < 2:
+            raise LsemvaeError(
+                f"--folds {column}: all {len(test)} recordings of fold {value:g} have label {y_B[test][0]:g}: "
+                "give folds with both classes"
+            )
+        found.append((np.flatnonzero(fold_B != value), test))
+    return found

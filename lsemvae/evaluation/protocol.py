@@ -6,17 +6,14 @@ test fold: strengths and epochs are chosen on inner folds, and each fold is deci
 other folds' scores.
 """
 
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -24,16 +21,15 @@ from lsemvae.bundle import Calibration
 from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import calibration
+from lsemvae.evaluation.cells import ALL, MAIN, Cell, Material, Row, Trials, cells_of, run_cells, train_row
+from lsemvae.evaluation.compare import Scores
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Embedded
 from lsemvae.evaluation.folds import Fold, make_folds, require_subjects
-from lsemvae.evaluation.linear import train_linear
 from lsemvae.evaluation.metrics import METRICS, Estimate, auroc_difference, best_threshold, with_intervals
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.head import Head
 from lsemvae.plots import curves
-from lsemvae.storage import Storage
 from lsemvae.tracking import Run
-from lsemvae.training.finetune import Inputs, from_scratch, logits, train_all, train_head
 
 UNTRAINED, SCRATCH, NAIVE = "untrained encoder", "from scratch", "naive"
 FROZEN = "frozen"
@@ -41,33 +37,24 @@ RESULTS, DIFFERENCES, SCORES = "results.csv", "differences.csv", "scores.csv"
 CURVES, RELIABILITY = "curves.png", "reliability.png"
 
 
-class Row(NamedTuple):
-    """A line of the table: what is trained, and on which features, one name for each seed."""
-
-    name: str
-    trains: Literal["head", "linear", "all"]
-    features: tuple[str, ...]
-
-
 def rows_of(recipe: FinetuneRecipe, title: str) -> list[Row]:
     """The lines of a recipe's table; the first is the pre-trained encoder, whose architecture has this title.
 
-    `features` are names in `Embedded`: the title, `untrained_names`, CLASSICAL and QUANTILES. For `all` they only count
-    the seeds.
+    Frozen features are named in `Embedded`: the title, `untrained_names`, CLASSICAL and QUANTILES.
     """
     seeds, untrained = (title,) * recipe.seeds, tuple(untrained_names(recipe))
-    others = [Row(CLASSICAL, "linear", (CLASSICAL,)), Row(QUANTILES, "linear", (QUANTILES,))]
+    others = [Row(name, "linear", (name,), recipe) for name in (CLASSICAL, QUANTILES)]
     match recipe.trains:
         case "head":
-            return [Row(title, "head", seeds), Row(UNTRAINED, "head", untrained), *others]
+            return [Row(title, "head", seeds, recipe), Row(UNTRAINED, "head", untrained, recipe), *others]
         case "linear":
-            return [Row(title, "linear", (title,)), Row(UNTRAINED, "linear", untrained), *others]
+            return [Row(title, "linear", (title,), recipe), Row(UNTRAINED, "linear", untrained, recipe), *others]
         case "all":
             return [
-                Row(title, "all", seeds),
-                Row(f"{title}, {FROZEN}", "linear", (title,)),
-                Row(SCRATCH, "all", seeds),
-                Row(f"{UNTRAINED}, {FROZEN}", "linear", untrained),
+                Row(title, "all", seeds, recipe),
+                Row(f"{title}, {FROZEN}", "linear", (title,), recipe),
+                Row(SCRATCH, "all", seeds, recipe, scratch=True),
+                Row(f"{UNTRAINED}, {FROZEN}", "linear", untrained, recipe),
                 *others,
             ]
 
@@ -163,6 +150,35 @@ class Result:
             }
         )
 
+    def as_scores(self, facts: Mapping[str, Any], people: pd.DataFrame, leads: str) -> Scores:
+        """The same scores as `lsemvae.evaluation.compare` takes them, with each fold's decisions.
+
+        `people` is what `lsemvae.evaluation.lead_set.read_people` gives.
+        """
+        fold_B = np.zeros(len(self.embedded.y_B), dtype=int)
+        for number, (_, test) in enumerate(self.folds):
+            fold_B[test] = number
+        parts = [
+            pd.DataFrame(
+                {
+                    "analysis": MAIN,
+                    "setting": "",
+                    "leads": leads,
+                    "method": name,
+                    "seed": seed,
+                    "record_id": self.embedded.record_B,
+                    "fold": fold_B,
+                    "score": score_B,
+                    "decision": decisions(self.embedded.y_B, score_B, self.folds),
+                }
+            )
+            for name, score_NB in self.scores.items()
+            for seed, score_B in enumerate(score_NB)
+        ]
+        kept = people.set_index("record_id").loc[self.embedded.record_B].reset_index().assign(fold=fold_B)
+        failed = pd.DataFrame(columns=["analysis", "setting", "leads", "method", "seed", "fold", "reason"])
+        return Scores(facts, kept.astype({"label": int}), pd.concat(parts, ignore_index=True), failed)
+
     def write(self, folder: Path, title: str) -> list[Path]:
         """Write tables and pictures into the folder -> their paths."""
         self.table().to_csv(folder / RESULTS, index=False)
@@ -206,42 +222,23 @@ class Result:
         return float(np.std([roc_auc_score(self.embedded.y_B, score_B) for score_B in self.scores[row]], ddof=1))
 
 
-@dataclass(frozen=True)
-class Trials:
-    """How the trainings of the protocol run on Ray.
-
-    keep      where finished trainings are kept, so that the same run continues; None keeps nothing
-    at_once   trainings at a time, one CPU each
-    gpus      share of a GPU for each training; 0 trains on the CPU
-    """
-
-    keep: Storage | None = None
-    at_once: int = 2
-    gpus: float = 0
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.gpus else "cpu"
-
-
-def run_protocol(
-    embedded: Embedded,
-    recipe: FinetuneRecipe,
-    title: str,
-    start: Classifier | None = None,
-    trials: Trials | None = None,
-) -> Result:
-    """Cross-validate every row of the table.
-
-    `title` is the pre-trained encoder's row. `start` is the classifier on it, with any head, which `all` trains; then
-    `embedded` has its model input. Raises LsemvaeError when a class has too few subjects for the folds or the inner
-    folds, or a training fails.
-    """
+def material_of(embedded: Embedded, recipe: FinetuneRecipe, title: str, start: Classifier | None = None) -> Material:
+    """The recipe's folds of these recordings. `start` is the classifier that `all` trains, with any head; then
+    `embedded` has its model input. Raises LsemvaeError when a class has too few subjects."""
     folds = outer_folds(embedded.y_B, embedded.subject_B, recipe)
-    rows = rows_of(recipe, title)
-    scores = cross_validate(embedded, folds, rows, recipe, start, trials or Trials())
+    return Material(embedded, folds, {title: start, SCRATCH: start} if start else {})
+
+
+def run_protocol(material: Material, rows: Sequence[Row], trials: Trials | None = None) -> Result:
+    """Cross-validate every row of the table; the first is the one that the others are compared with.
+
+    Raises LsemvaeError when a training fails.
+    """
+    embedded, folds, recipe = material.embedded, material.folds, rows[0].recipe
+    scores = cross_validate(material, rows, trials or Trials())
     errors, diagrams = _calibration_errors(embedded, scores, folds)
     settings: dict[str, Any] = {"draws": recipe.bootstrap_draws, "seed": recipe.optim.seed}
+    title = rows[0].name
     differences = {
         name: auroc_difference(embedded.y_B, scores[title], scores[name], embedded.subject_B, **settings)
         for name in tqdm([row.name for row in rows[1:]], desc="paired differences", unit="row")
@@ -260,155 +257,38 @@ def outer_folds(y_B: np.ndarray, subject_B: np.ndarray, recipe: FinetuneRecipe) 
     return folds
 
 
-class Job(NamedTuple):
-    """One training: a row with one seed, on the training recordings of a fold."""
-
-    row: Row
-    seed: int
-    fold: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.row.name} {self.seed} {self.fold}".replace(", ", "-").replace(" ", "-")
-
-
-def train_row(
-    job: Job, rows: np.ndarray, embedded: Embedded, recipe: FinetuneRecipe, start: Classifier | None, device: str
-) -> Head | Classifier:
-    """Train what the job says on these recordings: a head for frozen features, or a whole classifier."""
-    recipe = replace(recipe, optim=replace(recipe.optim, seed=recipe.optim.seed + job.seed))
-    y_B, subject_B = embedded.y_B[rows], embedded.subject_B[rows]
-    if job.row.trains == "all":
-        assert start is not None and embedded.x_BLT is not None and embedded.lead_mask_BL is not None
-        if job.row.name == SCRATCH:
-            recipe = from_scratch(recipe)
-            torch.manual_seed(recipe.optim.seed)
-            start = Classifier(start.config, start.leads)
-        inputs = Inputs(embedded.x_BLT[rows], embedded.lead_mask_BL[rows], y_B)
-        held_out = make_folds(y_B, subject_B, recipe.inner_folds, recipe.optim.seed)[0] if recipe.early_stop else None
-        return train_all(start, inputs, recipe, held_out, device)
-    name = job.row.features[job.seed]
-    h_BF, observed_BF = embedded.h_BF[name][rows], embedded.observed_BF[name][rows]
-    if job.row.trains == "linear":
-        return train_linear(h_BF, observed_BF, y_B, subject_B, recipe)
-    return train_head(h_BF, observed_BF, y_B, recipe, device)
-
-
-def fold_trial(
-    config: dict[str, Any],
-    jobs: Sequence[Job],
-    embedded: Embedded,
-    folds: list[Fold],
-    recipe: FinetuneRecipe,
-    start: Classifier | None,
-    device: str,
-) -> None:
-    """What Tune runs: one training. Reports the scores of the fold's test recordings."""
-    from ray import tune
-
-    torch.set_num_threads(1)
-    job = jobs[config["job"]]
-    train, test = folds[job.fold]
-    trained = train_row(job, train, embedded, recipe, start, device)
-    if isinstance(trained, Classifier):
-        assert embedded.x_BLT is not None and embedded.lead_mask_BL is not None
-        inputs = Inputs(embedded.x_BLT[test], embedded.lead_mask_BL[test], embedded.y_B[test])
-        logit_B = logits(trained.to(device), inputs, device)
-    else:
-        name = job.row.features[job.seed]
-        with torch.inference_mode():
-            h_BF, observed_BF = (torch.from_numpy(v[name][test]) for v in (embedded.h_BF, embedded.observed_BF))
-            logit_B = trained.logit(h_BF, observed_BF)
-    tune.report({"scores": torch.sigmoid(logit_B).tolist()})
-
-
-def cross_validate(
-    embedded: Embedded,
-    folds: list[Fold],
-    rows: Sequence[Row],
-    recipe: FinetuneRecipe,
-    start: Classifier | None,
-    trials: Trials,
-) -> dict[str, np.ndarray]:
-    """Out-of-fold scores by row, [N, B]. Trainings that `trials.keep` has are not run again.
-
-    Raises LsemvaeError when a training fails.
-    """
-    from ray import tune
-
-    jobs = [Job(row, s, f) for row in rows for s in range(len(row.features)) for f in range(len(folds))]
-    kept = _Kept(trials.keep)
-    found = {number: done for number, job in enumerate(jobs) if (done := kept.read(job)) is not None}
-    missing = [number for number in range(len(jobs)) if number not in found]
-
-    class Progress(tune.Callback):
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            kept.write(jobs[trial.config["job"]], trial.last_result["scores"])
-            bar.update(1)
-
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        tqdm(total=len(jobs), initial=len(found), desc="folds", unit="trial") as bar,
-    ):
-        if missing:
-            trainable = tune.with_parameters(
-                fold_trial, jobs=jobs, embedded=embedded, folds=folds, recipe=recipe, start=start, device=trials.device
-            )
-            fitted = tune.Tuner(
-                tune.with_resources(trainable, {"cpu": 1, "gpu": trials.gpus}),
-                param_space={"job": tune.grid_search(missing)},
-                tune_config=tune.TuneConfig(max_concurrent_trials=trials.at_once, reuse_actors=True),
-                run_config=tune.RunConfig(storage_path=temporary, name="folds", verbose=0, callbacks=[Progress()]),
-            ).fit()
-            if fitted.errors:
-                raise LsemvaeError(f"a fold failed: {str(fitted.errors[0]).strip().splitlines()[-1]}")
-            found |= {result.config["job"]: result.metrics["scores"] for result in fitted}
-    scores = {row.name: np.full((len(row.features), len(embedded.y_B)), np.nan) for row in rows}
-    for number, values in found.items():
-        job = jobs[number]
-        scores[job.row.name][job.seed, folds[job.fold][1]] = values
+def cross_validate(material: Material, rows: Sequence[Row], trials: Trials) -> dict[str, np.ndarray]:
+    """Out-of-fold scores by row, [N, B]. Raises LsemvaeError when a training fails."""
+    ran = run_cells(cells_of(rows, len(material.folds)), material, trials, "folds")
+    if ran.failed:
+        raise LsemvaeError(f"a fold failed: {next(iter(ran.failed.values()))}")
+    scores = {row.name: np.full((row.seeds, len(material.embedded.y_B)), np.nan) for row in rows}
+    for cell, found in ran.scores.items():
+        scores[cell.row.name][cell.seed, material.folds[cell.fold][1]] = found[""]
     assert all(np.isfinite(values).all() for values in scores.values())
     return scores
 
 
-def refit(
-    embedded: Embedded, recipe: FinetuneRecipe, title: str, start: Classifier | None, trials: Trials
-) -> Head | Classifier:
-    """The pre-trained encoder's row trained on all recordings with the first seed, in a Ray task."""
+def refit(row: Row, material: Material, trials: Trials) -> Head | Classifier:
+    """The row trained on all recordings with the first seed, in a Ray task."""
     import ray
 
-    job = Job(rows_of(recipe, title)[0], 0, -1)
-    train = ray.remote(num_cpus=1, num_gpus=trials.gpus)(_refitted)
-    return ray.get(train.remote(job, embedded, recipe, start, trials.device))
+    gpus = 0.0 if row.trains == "linear" else trials.gpus
+    train = ray.remote(num_cpus=1, num_gpus=gpus)(train_row)
+    return ray.get(train.remote(Cell(row, 0, ALL), material, "cuda" if gpus else "cpu"))
 
 
-def _refitted(
-    job: Job, embedded: Embedded, recipe: FinetuneRecipe, start: Classifier | None, device: str
-) -> Head | Classifier:
-    return train_row(job, np.arange(len(embedded.y_B)), embedded, recipe, start, device)
+def decisions(
+    y_B: np.ndarray, score_B: np.ndarray, folds: list[Fold], decided_B: np.ndarray | None = None
+) -> np.ndarray:
+    """Each fold's decisions at the threshold that is best on the other folds' scores, [B] bool.
 
-
-class _Kept:
-    """Scores of finished trainings, a file each."""
-
-    def __init__(self, place: Storage | None) -> None:
-        self._place = place
-
-    def read(self, job: Job) -> list[float] | None:
-        if self._place is None or not self._place.exists(f"{job.name}.json"):
-            return None
-        return json.loads(self._place.read_bytes(f"{job.name}.json"))
-
-    def write(self, job: Job, scores: list[float]) -> None:
-        if self._place is not None:
-            self._place.write_bytes(f"{job.name}.json", json.dumps(scores).encode())
-
-
-def decisions(y_B: np.ndarray, score_B: np.ndarray, folds: list[Fold]) -> np.ndarray:
-    """Each fold's decisions at the threshold that is best on the other folds' scores, [B] bool."""
+    With `decided_B`, these scores of the same recordings are decided at those thresholds.
+    """
+    decided_B = score_B if decided_B is None else decided_B
     decision_B = np.zeros(len(y_B), dtype=bool)
     for train, test in folds:
-        decision_B[test] = score_B[test] >= best_threshold(y_B[train], score_B[train])
+        decision_B[test] = decided_B[test] >= best_threshold(y_B[train], score_B[train])
     return decision_B
 
 
