@@ -33,10 +33,16 @@ def train_head(
     head.standardise_from(data["h_BF"], data["observed_BF"])
 
     def batches(epoch: int) -> Iterator[Batch]:
-        for rows in _shuffled(len(y_B), recipe, epoch):
+        for rows in shuffled(len(y_B), recipe, epoch):
             yield {name: values[rows] for name, values in data.items()}
 
-    fit(head, make_optimizer(head, recipe.optim), recipe.optim, batches, steps_per_epoch=_steps(len(y_B), recipe))
+    fit(
+        head,
+        make_optimizer(head, recipe.optim),
+        recipe.optim,
+        batches,
+        steps_per_epoch=steps_per_epoch(len(y_B), recipe),
+    )
     return head.cpu().eval()
 
 
@@ -118,7 +124,7 @@ def _train_all(
 
     def batches(epoch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(recipe.optim.seed * 100_003 + epoch)
-        for rows in _shuffled(len(y_B), recipe, epoch):
+        for rows in shuffled(len(y_B), recipe, epoch):
             shift_B = torch.rand(len(rows), generator=generator).to(device)
             shifted_BLT = shifts.each_shifted(x_BLT[rows], shift_B)
             yield _augmented(shifted_BLT, mask_BL[rows], recipe) | {"y_B": y_B[rows]}
@@ -132,7 +138,7 @@ def _train_all(
         recipe.optim,
         batches,
         _Until(epochs, watch),
-        steps_per_epoch=_steps(len(y_B), recipe),
+        steps_per_epoch=steps_per_epoch(len(y_B), recipe),
     )
     return model.cpu().eval()
 
@@ -158,12 +164,12 @@ def _augmented(x_BLT: Tensor, mask_BL: Tensor, recipe: FinetuneRecipe) -> dict[s
     return {"x_BLT": x_BLT, "lead_mask_BL": mask_BL}
 
 
-def _shuffled(records: int, recipe: FinetuneRecipe, epoch: int) -> tuple[Tensor, ...]:
+def shuffled(records: int, recipe: FinetuneRecipe, epoch: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(recipe.optim.seed * 100_003 + epoch)
     return torch.randperm(records, generator=generator).split(recipe.optim.batch_size)
 
 
-def _steps(records: int, recipe: FinetuneRecipe) -> int:
+def steps_per_epoch(records: int, recipe: FinetuneRecipe) -> int:
     return -(-records // recipe.optim.batch_size)
 
 

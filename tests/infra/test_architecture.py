@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "data/overlay.py": {"pandas"},
     "data/row_groups.py": {"pyarrow"},
     "models": {"torch"},
+    "training/batched_heads.py": {"torch"},
     "training/fit.py": {"torch"},
     "training/finetune.py": {"torch"},
     "training/validation.py": {"torch"},

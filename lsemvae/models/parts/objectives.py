@@ -74,7 +74,7 @@ def released_kl_and_alignment(mu_BLD: Tensor, logvar_BLD: Tensor, lead_mask_BL: 
     return kl_to_prior(mean_mu_BD, mean_logvar_BD).sum(dim=-1), spread_B
 
 
-def binary_focal(logit_B: Tensor, y_B: Tensor, gamma: float = 2.0, alpha: float | None = None) -> Tensor:
+def binary_focal(logit_B: Tensor, y_B: Tensor, gamma: float = 2.0, alpha: float | Tensor | None = None) -> Tensor:
     """-alpha_t (1 - p_t)^gamma log p_t, [B] (Lin et al. 2017, eq. 5); p_t is the probability of the truth.
 
     `y_B` is 0 or 1. `alpha` weighs positives and 1 - alpha negatives; None weighs neither. gamma = 0 and
