@@ -33,6 +33,11 @@ CASES = {
         "bench_features",
         "features and scores over time shifts, against explicit shifts",
     ),
+    "finetune": (
+        "benchmarks.finetune",
+        "bench_finetune",
+        "five folds on recordings embedded once, against the encoder in every epoch",
+    ),
     "infer": ("benchmarks.infer", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
     "train": ("benchmarks.train", "bench_train", "training from shards against the bare step on a batch in memory"),
     "score": ("benchmarks.score", "bench_score", "a whole cohort against the bare model in a loop in one process"),

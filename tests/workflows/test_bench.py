@@ -16,6 +16,20 @@ def test_shifts_are_measured_against_explicit_ones(tmp_path):
     assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 and row["case"] in done.stdout for row in rows)
 
 
+def test_finetune_is_measured_against_the_encoder_in_every_epoch(tmp_path):
+    """It checks that both ways give the same scores."""
+    path = tmp_path / "rows.json"
+    done = workflow(
+        "bench", "finetune", "--size", "smoke", "--records", 40, "--epochs", 2, "--measured", 1, "--rounds", 1,
+        "--threads", 1, "--json", path, alone=True,
+    )  # fmt: skip
+    rows = json.loads(path.read_text())["rows"]
+    case, how = "five folds x 2 epochs, 40 recordings", " (measured 1 of 2 epochs, x 2/1)"
+    assert [row["case"] for row in rows] == [f"{case}, {way}{how}" for way in ("the paper's modules", "our encoder")]
+    assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 and row["case"] in done.stdout for row in rows)
+    assert done.stdout.count("the scores differ by") == 2
+
+
 @pytest.mark.ray
 def test_serve_is_measured_against_each_baseline(tmp_path):
     path = tmp_path / "rows.json"

@@ -16,6 +16,8 @@ from benchmarks.model import SIZES, PaperEncoder
 from lsemvae.bundle import CHUNK, Bundle, Scorer, save
 from lsemvae.leads import LIMB_LEADS
 from lsemvae.models.classifier import Classifier, ClassifierConfig
+from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.models.parts.blocks import LeadEncoders
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 
 
@@ -31,14 +33,7 @@ def bench_infer(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     model = Classifier(config, LIMB_LEADS).eval()
     preprocessing = PreprocessConfig(samples=config.encoder.samples, min_seconds=1)
-    encoders = [PaperEncoder(config.encoder) for _ in LIMB_LEADS]
-    for row, encoder in enumerate(encoders):
-        for part in ("conv1", "conv2", "conv3"):
-            getattr(encoder, part).weight.data = getattr(model.encoders, part).weight.data[row]
-            getattr(encoder, part).bias.data = getattr(model.encoders, part).bias.data[row]
-        encoder.fc_mu.weight.data = model.encoders.fc_mu.weight.data[row].T
-        encoder.fc_mu.bias.data = model.encoders.fc_mu.bias.data[row]
-        encoder.to(args.device)
+    encoders = [module.to(args.device) for module in encoder_modules(model.encoders, config.encoder)]
     head = copy.deepcopy(model.head).to(args.device)
     rng = np.random.default_rng(0)
 
@@ -76,6 +71,18 @@ def bench_infer(args: argparse.Namespace) -> list[Row]:
             seconds = alternate(partial(our_scores, raw_BLT), partial(bare_scores, raw_BLT), rounds, args.device)
             rows.append(more_is_better(f"infer 6L b{batch}", *(batch / s for s in seconds), "records/s"))
     return rows
+
+
+def encoder_modules(encoders: LeadEncoders, config: LSEMVAEConfig) -> list[PaperEncoder]:
+    """A module for each lead with the weights of these encoders; the log-variances have random weights."""
+    modules = [PaperEncoder(config) for _ in encoders.leads]
+    for row, module in enumerate(modules):
+        for part in ("conv1", "conv2", "conv3"):
+            getattr(module, part).weight.data = getattr(encoders, part).weight.data[row]
+            getattr(module, part).bias.data = getattr(encoders, part).bias.data[row]
+        module.fc_mu.weight.data = encoders.fc_mu.weight.data[row].T
+        module.fc_mu.bias.data = encoders.fc_mu.bias.data[row]
+    return modules
 
 
 def mean_of(encoder: PaperEncoder, x_B1T: Tensor) -> Tensor:
