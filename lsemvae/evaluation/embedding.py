@@ -16,7 +16,7 @@ from lsemvae.data.shards import LABEL_PREFIX, ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import classical
 from lsemvae.evaluation.noise import AddNoise, Noise
-from lsemvae.models import Encoder, Pretrains, build
+from lsemvae.models import Embeds, Encoder, build
 from lsemvae.models.parts.shifts import recorded_samples
 from lsemvae.preprocess import FIXED_MV, PreprocessConfig
 from lsemvae.tracking import fetch
@@ -58,7 +58,7 @@ def load_encoder(uri: str, leads: Sequence[str] = ()) -> Pretrained:
     """
     with tempfile.TemporaryDirectory() as temporary:
         bundle, model = load(fetch(uri, Path(temporary)).folder)
-    if not isinstance(model, Pretrains):
+    if not isinstance(model, Embeds):
         raise LsemvaeError(f"{uri} is a {bundle.architecture}: this command takes a pre-trained encoder")
     if absent := [lead for lead in leads if lead not in bundle.leads]:
         raise LsemvaeError(f"the encoder has no lead {', '.join(absent)}: it has {', '.join(bundle.leads)}")

@@ -15,6 +15,7 @@ from lsemvae.models import beta_vae, lsemvae, mmvae_plus, mopoe, mvae, resnet1d,
 from lsemvae.models.beta_vae import BetaVAE, BetaVAEConfig
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.models.contract import (
+    Embeds,
     Encoder,
     EncoderConfig,
     Features,
@@ -24,18 +25,21 @@ from lsemvae.models.contract import (
     Trains,
     Validation,
 )
+from lsemvae.models.ecg_fm import ECGFM, ECGFMConfig
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
 from lsemvae.models.mmvae_plus import MMVAEPlus, MMVAEPlusConfig
 from lsemvae.models.mopoe import MoPoEConfig, MoPoEVAE
 from lsemvae.models.mvae import MVAE, MVAEConfig
 from lsemvae.models.resnet1d import ResNet1d, ResNet1dConfig
 from lsemvae.models.st_mem import STMEM, STMEMConfig
+from lsemvae.models.timesfm import TimesFM, TimesFMConfig
 from lsemvae.models.transformer import Transformer, TransformerConfig
 from lsemvae.models.xresnet1d import XResNet1d, XResNet1dConfig
 
 __all__ = [
     "ARCHITECTURES",
     "PRESETS",
+    "Embeds",
     "Encoder",
     "EncoderConfig",
     "Features",
@@ -60,8 +64,11 @@ ARCHITECTURES: dict[type[Any], type[nn.Module]] = {
     MVAEConfig: MVAE,
     MoPoEConfig: MoPoEVAE,
     MMVAEPlusConfig: MMVAEPlus,
+    ECGFMConfig: ECGFM,
+    TimesFMConfig: TimesFM,
 }
-"""The module of each configuration. One without `validation` learns from labels alone: it is an encoder, no more."""
+"""The module of each configuration. One that has no `embedder` learns from labels alone: it is an encoder, no more. One
+that has it and no `validation` has learned elsewhere, see `lsemvae.external`."""
 
 PRESETS: Mapping[str, Mapping[str, EncoderConfig]] = {
     "lsemvae": lsemvae.PRESETS,
@@ -74,7 +81,7 @@ PRESETS: Mapping[str, Mapping[str, EncoderConfig]] = {
     "mopoe-vae": mopoe.PRESETS,
     "mmvae-plus": mmvae_plus.PRESETS,
 }
-"""Configurations that recipes name, by architecture."""
+"""Configurations that recipes name, by architecture. What has learned elsewhere has none: its weights decide."""
 
 
 def build(config: Any, leads: Sequence[str]) -> nn.Module:

@@ -73,7 +73,7 @@ class Classifier(nn.Module):
     ) -> Self:
         """What embeds the named leads in a pre-trained model, under a head for its embeddings.
 
-        `model` is a `lsemvae.models.contract.Pretrains`. Memory is shared with it where its `embedder` can, and with
+        `model` is a `lsemvae.models.contract.Embeds`. Memory is shared with it where its `embedder` can, and with
         `head`. Raises LsemvaeError where the head reads another number of features.
         """
         config = ClassifierConfig(

@@ -1,8 +1,9 @@
 """What every architecture offers, as protocols; nothing outside `lsemvae.models` knows one by name.
 
 - An `Encoder` turns a recording into features: `embed(x_BLT, lead_mask_BL) -> h_BF`.
-- A model that `Pretrains` computes a loss on unlabelled recordings, validates itself, and gives away its embedding
-  part. One that also `Reconstructs` outputs leads.
+- A model that `Embeds` has learned without labels and gives away its embedding part, which a head is put on.
+- One that also `Pretrains` computes a loss on unlabelled recordings and validates itself: it learns here. One that
+  also `Reconstructs` outputs leads.
 - A model that `Predicts` gives the probability of a class.
 
 Inputs: `x_BLT` holds the model's leads in the order of `.leads`, preprocessed; `lead_mask_BL` is True where a lead was
@@ -90,26 +91,32 @@ class Validation(Protocol):
 
 
 @runtime_checkable
-class Pretrains(Trains, Protocol):
-    """A model that learns from recordings without labels."""
+class Embeds(Protocol):
+    """A model that has learned without labels, here or elsewhere: what the commands take as `--encoder`."""
 
     config: Any
     leads: tuple[str, ...]
-    noise_size: int
-    """Standard normal numbers that a record needs in a step, given as `batch["noise_BD"]`; 0 for none. The caller
-    draws them, so that they do not depend on the number of workers. Without them the model draws its own."""
 
     def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """As `Encoder.embed`."""
-
-    def validation(self) -> Validation:
-        """An empty pass of this model on its device."""
 
     def embedder(self, leads: Sequence[str], features: Features = "means") -> Encoder:
         """The trained part that embeds these leads. Shares memory with the model where it can.
 
         Raises LsemvaeError on a lead that the model does not read, and on features that it does not give.
         """
+
+
+@runtime_checkable
+class Pretrains(Trains, Embeds, Protocol):
+    """A model that learns here from recordings without labels."""
+
+    noise_size: int
+    """Standard normal numbers that a record needs in a step, given as `batch["noise_BD"]`; 0 for none. The caller
+    draws them, so that they do not depend on the number of workers. Without them the model draws its own."""
+
+    def validation(self) -> Validation:
+        """An empty pass of this model on its device."""
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from lsemvae.data.feed import Feed, require_different
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
-from lsemvae.models import Pretrains, architecture_name, build
+from lsemvae.models import Embeds, Pretrains, architecture_name, build
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run, fetch
 from lsemvae.training.checkpoints import BUNDLE
@@ -162,7 +162,8 @@ def make_job(sources: Sequence[Source], recipe: PretrainRecipe, feeds: Feeds, ru
     with torch.device("meta"):
         model = build(recipe.model, recipe.leads)
     if not isinstance(model, Pretrains):
-        raise LsemvaeError(f"{architecture_name(recipe.model)} learns from labels alone: it cannot be pre-trained")
+        why = "has learned elsewhere" if isinstance(model, Embeds) else "learns from labels alone"
+        raise LsemvaeError(f"{architecture_name(recipe.model)} {why}: it cannot be pre-trained")
     changed = {source.data.storage.uri: found for source in sources if (found := source.data.since_ingest)}
     provenance = {
         "recipe": as_json(recipe),

@@ -15,9 +15,10 @@ from lsemvae.bundle import Bundle, load, save
 from lsemvae.config import OptimConfig, PretrainRecipe, recipe_from
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.models import ARCHITECTURES, EncoderConfig, Predicts, Pretrains, Reconstructs, Trains, build
+from lsemvae.models import ARCHITECTURES, Embeds, EncoderConfig, Predicts, Pretrains, Reconstructs, Trains, build
 from lsemvae.models.beta_vae import BetaVAEConfig
 from lsemvae.models.classifier import Classifier, ClassifierConfig
+from lsemvae.models.ecg_fm import ECGFMConfig
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.models.mmvae_plus import MMVAEPlusConfig
 from lsemvae.models.mopoe import MoPoEConfig
@@ -25,6 +26,7 @@ from lsemvae.models.mvae import MVAEConfig
 from lsemvae.models.parts.head import Head
 from lsemvae.models.resnet1d import ResNet1dConfig
 from lsemvae.models.st_mem import STMEMConfig
+from lsemvae.models.timesfm import TimesFMConfig
 from lsemvae.models.transformer import TransformerConfig
 from lsemvae.models.xresnet1d import XResNet1dConfig
 from lsemvae.preprocess import PreprocessConfig
@@ -50,14 +52,24 @@ SUPERVISED = [
     TransformerConfig(samples=SAMPLES, patch=8, width=8, depth=1, heads=2, dropout=0.0),
 ]
 """Encoders that learn from labels alone: they stand under a head, and have no loss of their own."""
+EXTERNAL = [
+    ECGFMConfig(
+        samples=SAMPLES, segment=40, convolutions=2, channels=4, width=8, depth=1, heads=2, hidden=8,
+        position_kernel=4, position_groups=2,
+    ),
+    TimesFMConfig(samples=SAMPLES, patch=8, width=4, depth=1, heads=2, hidden=8, hidden_embedding=8),
+]  # fmt: skip
+"""Encoders that have learned elsewhere: they have no loss either, and `embedder` gives what is under a head."""
 CONFIGS = [
     *ENCODERS,
-    *(ClassifierConfig(encoder=config, hidden=4, dropout=0.0) for config in (*ENCODERS, *SUPERVISED)),
+    *(ClassifierConfig(encoder=config, hidden=4, dropout=0.0) for config in (*ENCODERS, *SUPERVISED, *EXTERNAL)),
     ClassifierConfig(encoder=ENCODERS[0], hidden=0, features="pooled"),
     ClassifierConfig(encoder=ENCODERS[0], hidden=4, dropout=0.0, features="fused", shifts=3),
     ClassifierConfig(encoder=ENCODERS[2], hidden=4, dropout=0.0, shifts=3),
     ClassifierConfig(encoder=ENCODERS[3], hidden=0, dropout=0.0, features="pooled"),
     ClassifierConfig(encoder=SUPERVISED[0], hidden=0, dropout=0.0, features="pooled"),
+    ClassifierConfig(encoder=EXTERNAL[0], hidden=0, dropout=0.0, features="pooled"),
+    ClassifierConfig(encoder=EXTERNAL[1], hidden=0, dropout=0.0, features="pooled"),
 ]
 OPTIM = OptimConfig(epochs=1, batch_size=6, learning_rate=1e-2)
 
@@ -89,14 +101,15 @@ def batch_of(model: Any, records: int = 6) -> dict[str, Tensor]:
 
 
 def test_every_architecture_is_among_the_cases():
-    assert {type(config) for config in (*CONFIGS, *SUPERVISED)} == set(ARCHITECTURES)
+    assert {type(config) for config in (*CONFIGS, *SUPERVISED, *EXTERNAL)} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("config", SUPERVISED, ids=lambda config: config.architecture)
-def test_an_encoder_that_learns_from_labels_alone_says_so(config: EncoderConfig):
-    """The commands ask `Pretrains`. The module embeds as the classifier's encoder does."""
+@pytest.mark.parametrize("config", [*SUPERVISED, *EXTERNAL], ids=lambda config: config.architecture)
+def test_an_encoder_without_a_loss_says_so(config: EncoderConfig):
+    """The commands ask `Pretrains` and `Embeds`. The module embeds as the classifier's encoder does."""
     model = model_of(config).eval()
     assert not isinstance(model, Pretrains)
+    assert isinstance(model, Embeds) == (config in EXTERNAL)
     batch = batch_of(model)
     h_BF = model.embed(batch["x_BLT"], batch["lead_mask_BL"])
     encoder: Any = config.embedder(LIMB_LEADS)
@@ -204,6 +217,23 @@ def test_a_record_is_embedded_alike_in_any_batch(config: Any):
     whole = model.embed(batch["x_BLT"], batch["lead_mask_BL"])
     alone = torch.cat([model.embed(batch["x_BLT"][b : b + 1], batch["lead_mask_BL"][b : b + 1]) for b in range(6)])
     torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", EXTERNAL, ids=lambda config: config.architecture)
+def test_what_has_learned_elsewhere_hands_on_fewer_leads(config: EncoderConfig):
+    """The encoder of six leads gives what that of twelve gives for these leads."""
+    model = model_of(config, LEADS).eval()
+    batch = batch_of(model)
+    batch["lead_mask_BL"][:, 6:] = False
+    h_BF = model.embed(batch["x_BLT"], batch["lead_mask_BL"])
+    encoder: Any = model.embedder(LIMB_LEADS)
+    given = encoder.embed(batch["x_BLT"][:, :6], batch["lead_mask_BL"][:, :6])
+    torch.testing.assert_close(given, h_BF[:, : encoder.embedding_size])
+    assert not h_BF[:, encoder.embedding_size :].any()
+    pooled: Any = model.embedder(LIMB_LEADS, "pooled")
+    assert pooled.embed(batch["x_BLT"][:, :6], batch["lead_mask_BL"][:, :6]).shape == (6, 2 * encoder.embedding_size)
+    with pytest.raises(LsemvaeError, match="no encoder for lead V1: this model reads I, II"):
+        encoder.select(("I", "V1"))
 
 
 @every_encoder

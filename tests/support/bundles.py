@@ -10,7 +10,9 @@ from lsemvae.bundle import Bundle, Calibration
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import PRESETS, build
 from lsemvae.models.classifier import ClassifierConfig
+from lsemvae.models.ecg_fm import ECGFMConfig
 from lsemvae.models.lsemvae import LSEMVAEConfig
+from lsemvae.models.timesfm import TimesFMConfig
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.record import Record
 from lsemvae.simulate import EcgParameters, simulate_ecg
@@ -22,6 +24,8 @@ CONFIGS = [
     SMALL,
     ClassifierConfig(encoder=SMALL, hidden=8),
     *(presets["smoke"] for name, presets in PRESETS.items() if name != "lsemvae"),
+    ECGFMConfig(channels=4, width=8, depth=1, heads=2, hidden=8, position_kernel=4, position_groups=2),
+    TimesFMConfig(samples=5000, patch=50, width=8, depth=1, heads=2, hidden=8, hidden_embedding=8),
 ]
 
 

@@ -134,11 +134,11 @@ class ShiftPooled(nn.Module):
         return 2 * self.inner.embedding_size
 
     def embed(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
-        """h_BF: first all means, then all deviations; zeros for a recording without any lead."""
+        """h_BF: first all means, then all deviations; zeros where nothing was observed."""
         h_SBF = self.inner.embed_shifted(x_BLT, lead_mask_BL, shifts.evenly(POOLED_SHIFTS))
         deviation_BF = (h_SBF.var(dim=0, correction=0) + shifts.LEAST_VARIANCE).sqrt()
         h_BF = torch.cat([h_SBF.mean(dim=0), deviation_BF], dim=1)
-        return torch.where(lead_mask_BL.any(dim=1, keepdim=True), h_BF, torch.zeros_like(h_BF))
+        return torch.where(self.observed(lead_mask_BL), h_BF, torch.zeros_like(h_BF))
 
     def observed(self, lead_mask_BL: Tensor) -> Tensor:
         """Which features hold something of the recording, [B, F] bool."""
