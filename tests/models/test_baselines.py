@@ -323,7 +323,7 @@ def test_a_method_that_learns_from_labels_alone_cannot_be_pretrained(name: str, 
     config = SMALL[name]
     model = model_of(config)
     save(Bundle.of(model, PreprocessConfig()), model, tmp_path / "bundle")
-    with pytest.raises(LsemvaeError, match=f"bundle is a {name}: --encoder takes a pre-trained encoder"):
+    with pytest.raises(LsemvaeError, match=f"bundle is a {name}: this command takes a pre-trained encoder"):
         load_encoder(str(tmp_path / "bundle"), LIMB_LEADS)
     nothing: Any = None
     with pytest.raises(LsemvaeError, match=f"{name} learns from labels alone: it cannot be pre-trained"):
