@@ -26,9 +26,10 @@ ANALYSES = (LEAD_SETS, ABLATIONS, FEWER, BALANCE, NOISE, EXTERNAL)
 SMALL_SETS = ("I", "II", "III", "aVR", "aVL", "aVF", "I,II,III", "aVR,aVL,aVF")
 """Lead sets that the authors compare beside 6L and 12L."""
 VARIANTS = {
-    FEWER: [Variant("fewer labels", f"{share:.0%}", share=share) for share in (0.5, 0.25, 0.1)],
+    FEWER: [Variant("fewer labels", f"{100 * share:.0f} %", share=share) for share in (0.5, 0.25, 0.1)],
     BALANCE: [
-        Variant("class balance", f"{positives:.0%} positive", positives=positives) for positives in (0.25, 0.5, 0.75)
+        Variant("class balance", f"{100 * positives:.0f} % positive", positives=positives)
+        for positives in (0.25, 0.5, 0.75)
     ],
 }
 COLUMNS = ("analysis", "setting", "leads", "method", "seed", "record_id", "fold", "score", "decision")
