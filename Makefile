@@ -9,6 +9,7 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
 DEMO ?= demo
+PARALLEL ?= -n 2 --dist loadgroup
 export PATH := $(RUN):$(PATH)
 
 .PHONY: demo test check lint format ui clean
@@ -24,10 +25,10 @@ demo: $(VENV)/.installed
 	$(RUN)/python workflows/demo.py --folder $(DEMO) $(if $(DATA),--data $(DATA)) $(if $(LABELS),--labels $(LABELS)) $(if $(TASK),--task $(TASK))
 
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: lint
-	$(RUN)/python -m pytest -m "not ray and not server" $(ARGS)
+	$(RUN)/python -m pytest $(PARALLEL) -m "not ray and not server" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
