@@ -6,14 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from lsemvae.evaluation.tables import (
-    all_as_markdown,
-    analysis_table,
-    differences_table,
-    escaped,
-    main_table,
-    subgroups_table,
-)
 from sklearn.metrics import roc_auc_score
 from support import scored
 
@@ -22,6 +14,14 @@ from lsemvae.evaluation.compare import Comparison, Scores, compare
 from lsemvae.evaluation.metrics import ALL_METRICS
 from lsemvae.evaluation.published import published
 from lsemvae.evaluation.significance import holm
+from lsemvae.evaluation.tables import (
+    all_as_markdown,
+    analysis_table,
+    differences_table,
+    escaped,
+    main_table,
+    subgroups_table,
+)
 from lsemvae.storage import Storage
 
 METHODS = {name: scored.METHODS[name] for name in ("LS-EMVAE", "ST-MEM", "naive")}

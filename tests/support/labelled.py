@@ -23,10 +23,13 @@ def write_labelled(folder: Path, subjects: int) -> Path:
         row = pack(Record.from_leads(leads, 100, record_id=f"r{number:03d}", subject_id=f"s{subject:03d}"))
         labels = {"ph": subject % 2, "female": subject % 3 == 0, "age_years": 40 + subject, "torn": number % 3}
         rows.append(row | {f"label.{name}": float(value) for name, value in labels.items()})
-    content = shard_bytes(rows, list(labels), {"plan": "p", "rows": len(rows), "unreadable": [], "flags": {}})
-    place.write_bytes("train.parquet", content)
+    shards = []
+    for split, of_split in (("train", rows[:-8]), ("val", rows[-8:])):  # the last four subjects
+        metadata = {"plan": "p", "rows": len(of_split), "unreadable": [], "flags": {}}
+        content = shard_bytes(of_split, list(labels), metadata)
+        place.write_bytes(f"{split}.parquet", content)
+        shards.append(Shard(f"{split}.parquet", split, len(of_split), len(content), f"labelled {split}"))
     counts = {name: label_counts(np.array([row[f"label.{name}"] for row in rows])) for name in labels}
-    shard = Shard("train.parquet", "train", len(rows), len(content), "labelled")
-    manifest = Manifest("made up", "folder", "p", len(rows), subjects, 0, counts, [shard])
+    manifest = Manifest("made up", "folder", "p", len(rows), subjects, 0, counts, shards)
     place.write_bytes("manifest.json", manifest.to_json().encode())
     return folder

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
+from support.labelled import write_labelled
+from support.local_training import pretrain_here
 from support.session import Trained, workflow
 
 from lsemvae import bundle as bundles
@@ -38,13 +40,15 @@ def test_a_comparison_its_report_its_failures_and_what_goes_on(
         "--encoders", f"lsemvae={pretrained.folder / 'bundle'}", "--leads", "6", "--folds", "3", "--scratch-epochs", 1,
         "--data-licence", "made for tests",
     ]  # fmt: skip
-    first = workflow(*command, "--methods", "multimodal-cnn", "--analyses", "noise", "fewer-labels", check=False)
+    given = ["--pretrain", shards, "--pretrain-epochs", 1, "--pretrain-workers", 1]
+    few = ["--methods", "multimodal-cnn", "mvae", *given]
+    first = workflow(*command, *few, "--analyses", "noise", "fewer-labels", check=False)
     assert first.returncode == 3, first.stderr  # a tenth of the labels is too few for the inner folds of a regression
     assert "trainings failed" in first.stderr
     place = Storage.open(out)
     scores, comparison = Scores.read(place), Comparison.read(place)
     assert set(scores.failed["setting"]) == {"10 %"} and scores.failed["reason"].str.contains("3 folds need 3").all()
-    rows = ["LS-EMVAE", "Multimodal-CNN", "untrained encoder", "classical features", "amplitude quantiles"]
+    rows = ["LS-EMVAE", "MVAE", "Multimodal-CNN", "untrained encoder", "classical features", "amplitude quantiles"]
     main = scores.scores[scores.scores["analysis"] == "main"]
     assert set(main["method"]) == {*rows, "naive"}
     stored = ShardedDataset.open(str(shards)).read(["record_id", "label.ph"]).to_pandas().set_index("record_id")
@@ -71,7 +75,8 @@ def test_a_comparison_its_report_its_failures_and_what_goes_on(
     # Another method adds its own trainings; those that had finished are not run again.
     (kept,) = out.glob("cells-*")
     before = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
-    second = workflow(*command, "--methods", "multimodal-cnn", "--analyses", "balance", "--register", "none")
+    second = workflow(*command, *few, "--analyses", "balance", "--register", "none")
+    assert "mvae" in second.stdout and "is finished: nothing to do" in second.stdout  # its pre-training
     after = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
     assert {path: after[path] for path in before} == before
     new = {path.name for path in after.keys() - before.keys()}
@@ -79,26 +84,35 @@ def test_a_comparison_its_report_its_failures_and_what_goes_on(
     assert len(Scores.read(place).failed) == 0 and "error" not in second.stderr.lower().split()
 
 
+@pytest.fixture(scope="module")
+def encoders(shards_here: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundle of every smoke recipe after one epoch, by the name of its method."""
+    found = {}
+    for name, method in methods("smoke").items():
+        if method.recipe:
+            recipe = replace(method.recipe, optim=replace(method.recipe.optim, epochs=1))
+            found[name] = pretrain_here(recipe, shards_here, tmp_path_factory.mktemp(name))
+            assert bundles.load(found[name])[1].config == method.config
+    return found
+
+
 @pytest.mark.ray
-def test_every_method_pretrains_and_is_compared(shards: Path, tmp_path: Path):
-    """One epoch and one worker each: it shows that the recipes run, not what they are worth."""
+def test_every_smoke_recipe_is_compared(shards_here: Path, ray_cluster, encoders: dict[str, Path], tmp_path: Path):
+    """It shows that the recipes run, not what they are worth."""
     out = tmp_path / "out"
     done = workflow(
-        "evaluate", "--cohort", shards, "--task", "ph", "--output", out, "--size", "smoke", "--training", "smoke",
-        "--pretrain", shards, "--pretrain-epochs", 1, "--pretrain-workers", 1, "--leads", "12", "--folds", 2,
+        "evaluate", "--cohort", shards_here, "--task", "ph", "--output", out, "--size", "smoke", "--training", "smoke",
+        "--encoders", *(f"{name}={folder}" for name, folder in encoders.items()), "--leads", "12", "--folds", 2,
         "--scratch-epochs", 1, "--analyses", "ablations", "--register", "st-mem",
     )  # fmt: skip
-    known = methods("smoke").values()
     scores = Scores.read(Storage.open(out))
     assert scores.failed.empty
-    assert {method.title for method in known} <= set(scores.scores["method"])
-    for method in known:
-        if method.recipe:
-            (place,) = (out / "encoders").glob(f"{method.name}-????????")
-            assert bundles.load(place / "bundle")[1].config == method.config
+    assert {method.title for method in methods("smoke").values()} <= set(scores.scores["method"])
     _, classifier = bundles.load(out / "bundle-12L")
     assert classifier.config.encoder.architecture == "st-mem"
     assert "ST-MEM" in done.stdout
+    women = Comparison.read(Storage.open(out)).subgroups
+    assert set(women["subgroup"]) >= {"women", "men", "under 50"}
 
 
 def test_the_plan_is_shown_without_running_it(shards_here: Path, tmp_path: Path):
@@ -116,8 +130,6 @@ def test_the_plan_is_shown_without_running_it(shards_here: Path, tmp_path: Path)
 @pytest.fixture(scope="module")
 def shards_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A labelled data set that was written without Ray."""
-    from support.labelled import write_labelled
-
     return write_labelled(tmp_path_factory.mktemp("labelled"), subjects=24)
 
 
