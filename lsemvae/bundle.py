@@ -1,8 +1,9 @@
 """A trained model is a directory, the bundle: `config.json` and `model.safetensors`. Nothing is pickled.
 
 Checkpoints, MLflow versions, batch scoring and Serve all use it. `config.json` holds the architecture, the
-preprocessing and its version, leads, task, threshold, calibration, the score of an example, provenance, and the SHA-256
-of the weights. Its own SHA-256 is the bundle's digest, so that one digest identifies everything that decides a score.
+preprocessing and its version, leads, task, threshold, calibration, a measure of doubt where one helps, the score of an
+example, provenance, and the SHA-256 of the weights. Its own SHA-256 is the bundle's digest, so that one digest
+identifies everything that decides a score.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from lsemvae.errors import BundleError, LsemvaeError, Refused
 from lsemvae.fields import as_json
 from lsemvae.leads import LEADS, in_order
 from lsemvae.models import architecture_name, build, config_from
+from lsemvae.models.parts.doubt import Kind
 from lsemvae.preprocess import READABLE, Prepared, PreprocessConfig, preprocess_signals, windows
 from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
 from lsemvae.record import Record
@@ -37,6 +39,10 @@ MODEL_CARD = "model_card"
 """The name in `provenance` of a text in Markdown about the model."""
 EXAMPLE_TOLERANCE = 1e-4
 """Another processor or number of threads changes a score by 1e-6; other preprocessing or arithmetic by more."""
+
+
+SET_ASIDE = 0.1
+"""Share of the training recordings that are more doubtful than a bundle's limit."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,40 @@ def logit(score: np.ndarray | float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """A measure of doubt that was shown to find recordings which the model scores badly.
+
+    kind      the measure, see `lsemvae.models.parts.doubt`
+    limit     a tenth of the training recordings is more doubtful, each judged by a model trained without its subject
+    measured  what setting these aside is worth, see `lsemvae.evaluation.abstention`
+    """
+
+    kind: Kind
+    limit: float
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise LsemvaeError(f"the measure of doubt is {self.kind!r}: this version knows {', '.join(get_args(Kind))}")
+        if not (isinstance(self.limit, int | float) and math.isfinite(self.limit) and self.limit >= 0):
+            raise LsemvaeError(f"the limit of the doubt is {self.limit!r}: give a finite number, 0 or more")
+
+    def reason(self, doubt: float) -> str | None:
+        """Why the score of a recording with this doubt is less reliable, as a sentence; None up to the limit."""
+        if doubt <= self.limit:
+            return None
+        share = f"{100 * SET_ASIDE:.0f} %"
+        if self.kind == "distance":
+            return f"Unlike the recordings that the model was trained on: of those, {share} were as unusual."
+        return f"The score depends on where in the recording the beats fall, as in {share} of the training recordings."
+
+
+@dataclass(frozen=True)
 class Bundle:
     """The content of `config.json`. `task` and `threshold` are None for a pre-trained encoder.
 
-    `calibration` is None without one. `example` is the score of `example_record` when the bundle was saved; None for
-    an encoder, and in bundles from before this field.
+    `calibration` is None without one, `doubt` where no measure of doubt is shown to help. `example` is the score of
+    `example_record` when the bundle was saved; None for an encoder, and in bundles from before this field.
     """
 
     architecture: str
@@ -82,6 +117,7 @@ class Bundle:
     task: str | None = None
     threshold: float | None = None
     calibration: Calibration | None = None
+    doubt: Doubt | None = None
     example: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
@@ -116,6 +152,8 @@ def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
             "task": bundle.task,
             "threshold": bundle.threshold,
             "calibration": asdict(bundle.calibration) if bundle.calibration else None,
+            # Left out where there is none, so that bundles keep the digests of releases without it.
+            **({"doubt": asdict(bundle.doubt)} if bundle.doubt else {}),
             "example": None,
             "provenance": bundle.provenance,
             "weights_sha256": _sha256(partial / WEIGHTS),
@@ -164,6 +202,7 @@ def describe(folder: Path) -> Bundle:
     try:
         leads, settings = in_order(content["leads"]), PreprocessConfig(**content["preprocess"])
         calibration = Calibration(**content["calibration"]) if content.get("calibration") else None
+        doubt = Doubt(**content["doubt"]) if content.get("doubt") else None
         config_from(content["architecture"], content["config"])
     except (LsemvaeError, TypeError) as error:
         raise BundleError(f"{path}: {error}") from None
@@ -178,6 +217,7 @@ def describe(folder: Path) -> Bundle:
         task=content.get("task"),
         threshold=content.get("threshold"),
         calibration=calibration,
+        doubt=doubt,
         example=example,
         provenance=content.get("provenance", {}),
         weights_sha256=content["weights_sha256"],
@@ -225,7 +265,8 @@ def _sha256(path: Path) -> str:
 class Score:
     """The answer for one recording: a score, or why it was refused.
 
-    `probability` is the calibrated score, None where the bundle has no calibration.
+    `probability` is the calibrated score, None where the bundle has no calibration. `doubt` is how doubtful the score
+    is by the bundle's measure, None where it has none.
     """
 
     score: float | None
@@ -233,6 +274,7 @@ class Score:
     leads_used: tuple[str, ...]
     refused: Refused | None = None
     probability: float | None = None
+    doubt: float | None = None
 
 
 def example_record() -> Record:
@@ -300,13 +342,20 @@ class Scorer:
         if len(of_windows) == 1 or not accepted:
             return of_windows[0]
         score = float(np.mean([answer.score for answer in accepted]))
+        doubts = [answer.doubt for answer in accepted if answer.doubt is not None]
         used = {lead for answer in accepted for lead in answer.leads_used}
-        return self._scored(score, tuple(lead for lead in self.bundle.leads if lead in used))
+        leads_used = tuple(lead for lead in self.bundle.leads if lead in used)
+        return self._scored(score, leads_used, float(np.mean(doubts)) if doubts else None)
 
-    def _scored(self, score: float, leads_used: tuple[str, ...]) -> Score:
+    def _scored(self, score: float, leads_used: tuple[str, ...], doubt: float | None) -> Score:
         calibration = self.bundle.calibration
         probability = float(calibration.probability(score)) if calibration else None
-        return Score(score, score >= self.threshold, leads_used, probability=probability)
+        return Score(score, score >= self.threshold, leads_used, probability=probability, doubt=doubt)
+
+    def why_doubtful(self, answer: Score) -> str | None:
+        """Why this answer is more doubtful than the bundle's limit, as a sentence; None where it is not."""
+        doubt = self.bundle.doubt
+        return None if doubt is None or answer.doubt is None else doubt.reason(answer.doubt)
 
     @property
     def threshold(self) -> float:
@@ -315,18 +364,26 @@ class Scorer:
     def _answers(self, prepared: Prepared) -> list[Score]:
         accepted_B = prepared.accepted_B
         score_B = np.full(len(accepted_B), np.nan)
+        doubt_B: list[float | None] = [None] * len(accepted_B)
         if accepted_B.any():
+            x_BLT, mask_BL = (
+                torch.from_numpy(values[accepted_B]).to(self._device)
+                for values in (prepared.x_BLT, prepared.lead_mask_BL)
+            )
             with torch.inference_mode():
-                probability_B = self._model.predict(
-                    torch.from_numpy(prepared.x_BLT[accepted_B]).to(self._device),
-                    torch.from_numpy(prepared.lead_mask_BL[accepted_B]).to(self._device),
-                )
+                if self.bundle.doubt is None:
+                    probability_B = self._model.predict(x_BLT, mask_BL)
+                else:
+                    probability_B, found_B = self._model.predict_with_doubt(x_BLT, mask_BL, self.bundle.doubt.kind)
+                    for row, found in zip(np.flatnonzero(accepted_B), found_B.tolist(), strict=True):
+                        doubt_B[row] = found
             score_B[accepted_B] = probability_B.float().cpu().numpy()
         answers = []
-        for score, mask_L, reason in zip(score_B, prepared.lead_mask_BL, prepared.refused_B, strict=True):
+        rows = zip(score_B, doubt_B, prepared.lead_mask_BL, prepared.refused_B, strict=True)
+        for score, doubt, mask_L, reason in rows:
             if reason is not None:
                 answers.append(Score(None, None, (), reason))
                 continue
             used = tuple(lead for lead, usable in zip(self.bundle.leads, mask_L, strict=True) if usable)
-            answers.append(self._scored(float(score), used))
+            answers.append(self._scored(float(score), used, doubt))
         return answers

@@ -25,7 +25,8 @@ LIMITS = [
     "threshold may mean something else: validate there first.",
     "A probability holds where the disease is as frequent as in the training cohort. Without calibration there is "
     "none, and a score of 0.7 is not a risk of 70 %.",
-    "Reliability describes the recording. None of these numbers measures the model's uncertainty.",
+    "Reliability describes the recording, and says so where it is unlike most training recordings, if the model has a "
+    "measure of doubt that is shown to help. None of these numbers measures the model's uncertainty.",
     "With missing or derived leads the scores have another distribution, so that the threshold finds another share of "
     "positives. Reliability names these leads; `min_leads` is the least that this model accepts.",
 ]
@@ -70,6 +71,7 @@ def _card(served: Served) -> ModelCard:
         architecture=bundle.architecture,
         preprocess=asdict(bundle.preprocess),
         calibration=asdict(bundle.calibration) if bundle.calibration else None,
+        doubt=_finite(asdict(bundle.doubt)) if bundle.doubt else None,
         provenance=_finite(provenance),
         card=card if isinstance(card, str) else None,
         intended_use=INTENDED_USE,

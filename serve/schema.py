@@ -73,6 +73,10 @@ class ModelCard(ModelOut):
     calibration: dict[str, Any] | None = Field(
         description="From score to probability; null where the model is not calibrated."
     )
+    doubt: dict[str, Any] | None = Field(
+        description="The measure of doubt that `reliability` uses, its limit, and the AUROC with and without the more "
+        "doubtful tenth of the training recordings; null where no measure is shown to help, or none was tried."
+    )
     provenance: dict[str, Any] = Field(description="Training data with its digest, encoder, settings, results.")
     card: str | None = Field(
         description="The model's own card, in Markdown: cohort, results by subgroup, limits; null where it has none."
@@ -92,8 +96,9 @@ class Reliability(BaseModel):
     """What is wrong with the recording, for this model.
 
     `limited` when a lead of the model is missing, derived or not usable, when a quality flag concerns the recording or
-    one of the model's leads, or when the recording is not 10 s at 500 Hz. Each is a sentence in `reasons`. `good` means
-    that none of these was found. Neither measures the model's uncertainty.
+    one of the model's leads, when the recording is not 10 s at 500 Hz, or when the model has a measure of `doubt` (see
+    `/v1/models`) and the recording is more doubtful than nine in ten of the training recordings. Each is a sentence in
+    `reasons`. `good` means that none of these was found. Neither measures the model's uncertainty.
     """
 
     level: Literal["good", "limited"]

@@ -141,7 +141,8 @@ class Scoring:
         out.score, out.decision, out.probability = answer.score, answer.decision, answer.probability
         out.leads_used = list(answer.leads_used)
         out.leads_derived = [lead for lead in answer.leads_used if lead in given.derived]
-        doubts = reliability(given.leads, given.derived, answer.leads_used, flags, chosen.scorer.bundle.leads)
+        leads, doubtful = chosen.scorer.bundle.leads, chosen.scorer.why_doubtful(answer)
+        doubts = reliability(given.leads, given.derived, answer.leads_used, flags, leads, doubtful)
         out.reliability = Reliability(level=doubts.level, reasons=list(doubts.reasons))
         return out
 

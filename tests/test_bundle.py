@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.bundles import CONFIGS, SMALL, records, save
 
 from lsemvae import bundle as bundles
-from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Scorer, example_record
+from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Doubt, Scorer, example_record
 from lsemvae.errors import BundleError
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import ARCHITECTURES, build
@@ -98,6 +99,9 @@ def tensors(change):
         (edit("calibration", {"slope": 1.0}), "intercept"),
         (edit("calibration", {"slope": "steep", "intercept": 0.0}), "real number"),
         (edit("calibration", [1.0, 0.0]), "must be a mapping"),
+        (edit("doubt", {"kind": "depth", "limit": 1.0}), "knows distance, disagreement"),
+        (edit("doubt", {"kind": "distance", "limit": float("inf")}), "limit of the doubt is inf"),
+        (edit("doubt", {"kind": "distance"}), "limit"),
         (edit("example", 1.5), "example is 1.5"),
         (edit("example", float("nan")), "example is nan"),
         (tensors(lambda state: state.pop("head.fc2.bias")), "lacks 'head.fc2.bias'"),
@@ -181,6 +185,11 @@ def test_all_windows_of_a_longer_recording_are_averaged(tmp_path: Path):
     np.testing.assert_allclose(whole.score, np.mean(alone), rtol=1e-6)
     assert whole.decision == (np.mean(alone) >= 0.5)
     assert short.score == pytest.approx(alone[2], rel=1e-6)
+    bundles.save(replace(described, doubt=Doubt("distance", 1.0)), model, tmp_path / "doubting")
+    doubting = Scorer(tmp_path / "doubting")
+    of_parts = [answer.doubt for answer in doubting.score_signals(parts, [500] * 3)]
+    (of_whole,) = doubting.score_signals([np.concatenate(parts, axis=1)], [500])
+    assert len(set(of_parts)) == 3 and of_whole.doubt == pytest.approx(np.mean(of_parts), rel=1e-5)
     parts[1] = np.full_like(parts[1], np.nan)  # one window is refused, the others still count
     (some,) = scorer.score_signals([np.concatenate(parts, axis=1)], [500])
     np.testing.assert_allclose(some.score, np.mean([alone[0], alone[2]]), rtol=1e-6)
@@ -234,6 +243,18 @@ def test_the_example_finds_other_preprocessing(changed: dict, tmp_path: Path):
     edit("preprocess", content["preprocess"] | changed)(tmp_path / "b")
     with pytest.raises(BundleError, match="scores its example"):
         Scorer(tmp_path / "b").check_example()
+
+
+def test_a_bundle_carries_a_measure_of_doubt_or_has_the_digest_of_before_it(tmp_path: Path):
+    plain = save(tmp_path / "b")
+    bundle, model = bundles.load(tmp_path / "b")
+    assert "doubt" not in json.loads((tmp_path / "b" / CONFIG).read_text())
+    assert Scorer(tmp_path / "b").score(records(1))[0].doubt is None
+    doubt = Doubt("distance", 1.25, {"gain": 0.02, "recordings": 99})
+    saved = bundles.save(replace(bundle, doubt=doubt), model, tmp_path / "doubting")
+    assert saved.doubt == doubt and bundles.load(tmp_path / "doubting")[0] == saved and saved.digest != plain.digest
+    one, other = (Scorer(tmp_path / name).score(records(2)) for name in ("b", "doubting"))
+    assert [a.score for a in one] == [a.score for a in other] and all(a.doubt > 0 for a in other)
 
 
 def test_bundles_of_before_calibration_and_example_still_score(tmp_path: Path):

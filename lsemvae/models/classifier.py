@@ -11,7 +11,7 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.leads import in_order
 from lsemvae.models.contract import EncoderConfig, Features
 from lsemvae.models.lsemvae import LSEMVAEConfig
-from lsemvae.models.parts import shifts
+from lsemvae.models.parts import doubt, shifts
 from lsemvae.models.parts.head import Head
 
 
@@ -109,17 +109,43 @@ class Classifier(nn.Module):
         """Which features hold something of the recording, [B, F] bool."""
         return self.encoders.observed(lead_mask_BL)
 
+    @property
+    def doubts(self) -> tuple[doubt.Kind, ...]:
+        """The measures of doubt that it gives. Pooled features are the same under every shift: nothing disagrees."""
+        shifted = self.config.shifts > 1 and self.config.features != "pooled"
+        return ("distance", "disagreement") if shifted else ("distance",)
+
     def logit(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """logit_B, the mean over so many circular shifts as the configuration has."""
+        return self.logit_and_doubts(x_BLT, lead_mask_BL, ())[0]
+
+    def logit_and_doubts(
+        self, x_BLT: Tensor, lead_mask_BL: Tensor, kinds: Sequence[doubt.Kind]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """logit_B, and each of these measures of doubt, [B], in one pass of the encoder. See `doubts`."""
         observed_BF = self.observed(lead_mask_BL)
         if self.config.shifts == 1:
-            return self.head.logit(self.embed(x_BLT, lead_mask_BL), observed_BF)
-        h_SBF = self.encoders.embed_shifted(x_BLT, lead_mask_BL, shifts.evenly(self.config.shifts))
-        return torch.stack([self.head.logit(h_BF, observed_BF) for h_BF in h_SBF]).mean(dim=0)
+            h_SBF = self.embed(x_BLT, lead_mask_BL).unsqueeze(0)
+        else:
+            h_SBF = self.encoders.embed_shifted(x_BLT, lead_mask_BL, shifts.evenly(self.config.shifts))
+        standard_SBF = [self.head.standardised(h_BF, observed_BF) for h_BF in h_SBF]
+        logit_SB = torch.stack([self.head.logit_of(standard_BF) for standard_BF in standard_SBF])
+        found = {}
+        if "distance" in kinds:
+            distance_SB = [doubt.distance(standard_BF, observed_BF) for standard_BF in standard_SBF]
+            found["distance"] = torch.stack(distance_SB).mean(dim=0)
+        if "disagreement" in kinds:
+            found["disagreement"] = doubt.disagreement(logit_SB)
+        return logit_SB.mean(dim=0), found
 
     def predict(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """probability_B of the positive class."""
         return torch.sigmoid(self.logit(x_BLT, lead_mask_BL).float())
+
+    def predict_with_doubt(self, x_BLT: Tensor, lead_mask_BL: Tensor, kind: doubt.Kind) -> tuple[Tensor, Tensor]:
+        """What `predict` gives, and this measure of its doubt, [B], at no further pass."""
+        logit_B, doubts = self.logit_and_doubts(x_BLT, lead_mask_BL, (kind,))
+        return torch.sigmoid(logit_B.float()), doubts[kind]
 
     def forward(self, batch: Mapping[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
         """batch: `x_BLT`, `lead_mask_BL`, `y_B`, optionally `share_B` -> what Head.forward gives, end to end."""

@@ -139,3 +139,6 @@ class Predicts(Protocol):
 
     def predict(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """probability_B of the positive class."""
+
+    def predict_with_doubt(self, x_BLT: Tensor, lead_mask_BL: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
+        """The same, and its doubt [B] by a measure of `lsemvae.models.parts.doubt`: larger is more doubtful."""

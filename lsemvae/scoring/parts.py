@@ -125,7 +125,8 @@ class PartScorer:
             used = {"leads_used": ",".join(answer.leads_used)}
             return used | _without_score(answer.refused.code, str(answer.refused))
         leads = self._scorer.bundle.leads
-        doubts = reliability(read.present, read.derived, answer.leads_used, read.flags, leads)
+        doubtful = self._scorer.why_doubtful(answer)
+        doubts = reliability(read.present, read.derived, answer.leads_used, read.flags, leads, doubtful)
         return {
             "score": answer.score,
             "probability": answer.probability,

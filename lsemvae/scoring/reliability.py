@@ -34,8 +34,12 @@ def reliability(
     leads_used: Iterable[str],
     flags: Iterable[str],
     model_leads: Sequence[str],
+    doubtful: str | None = None,
 ) -> Reliability:
-    """Doubts about a recording with the leads `present`, some of them `derived`, for a model of `model_leads`."""
+    """Doubts about a recording with the leads `present`, some of them `derived`, for a model of `model_leads`.
+
+    `doubtful` is what `lsemvae.bundle.Scorer.why_doubtful` says.
+    """
     held, computed, used = set(present), set(derived), set(leads_used)
     missing = tuple(lead for lead in model_leads if lead not in held)
     unusable = tuple(lead for lead in model_leads if lead in held and lead not in used)
@@ -55,4 +59,5 @@ def reliability(
         elif detail in model_leads and detail not in unusable:
             flagged[FLAGS.get(kind, kind)].append(detail)
     reasons += [f"{', '.join(leads)}: {text}" if leads else text for text, leads in flagged.items()]
+    reasons += [doubtful] if doubtful else []
     return Reliability(missing, unusable, used_derived, tuple(reasons))

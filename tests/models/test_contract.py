@@ -256,6 +256,28 @@ def test_it_validates_and_hands_on_what_embeds(config: EncoderConfig):
         model.embedder(("V1",))
 
 
+CLASSIFIERS = [config for config in CONFIGS if isinstance(config, ClassifierConfig)]
+
+
+@pytest.mark.parametrize("config", CLASSIFIERS, ids=lambda c: f"{c.encoder.architecture}-{c.features}-{c.shifts}")
+def test_a_doubt_comes_with_the_score_and_depends_on_the_recording_alone(config: ClassifierConfig):
+    """Not on the batch, and not on what an absent lead holds."""
+    model = model_of(config).eval()
+    batch = batch_of(model)
+    x_BLT, mask_BL = batch["x_BLT"], batch["lead_mask_BL"]
+    model.head.standardise_from(model.embed(x_BLT, mask_BL))
+    mask_BL[:3, 2] = False
+    nan_BLT = torch.where(mask_BL.unsqueeze(-1), x_BLT, torch.nan)
+    assert ("disagreement" in model.doubts) == (config.shifts > 1 and config.features != "pooled")
+    for kind in model.doubts:
+        score_B, doubt_B = model.predict_with_doubt(x_BLT, mask_BL, kind)
+        assert torch.equal(score_B, model.predict(x_BLT, mask_BL))
+        assert doubt_B.shape == (6,) and doubt_B.isfinite().all() and (doubt_B > 0).all()
+        assert torch.equal(doubt_B, model.predict_with_doubt(nan_BLT, mask_BL, kind)[1])
+        alone = [model.predict_with_doubt(x_BLT[b : b + 1], mask_BL[b : b + 1], kind)[1] for b in range(6)]
+        torch.testing.assert_close(torch.cat(alone), doubt_B, rtol=1e-4, atol=1e-5)
+
+
 # --- configurations as JSON ------------------------------------------------------------------------------------
 
 

@@ -33,12 +33,14 @@ from support.serving import DERIVABLE, TOKEN, as_json, ask, npy, only, score, sc
 from support.session import ROOT
 
 from lsemvae import bundle as bundles
-from lsemvae.bundle import Scorer
+from lsemvae.bundle import Doubt, Scorer
 from lsemvae.errors import LsemvaeError
 from lsemvae.formats import read
 from lsemvae.leads import CHEST_LEADS, LEADS, LIMB_LEADS
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.record import Record
+from lsemvae.scoring.inputs import Read
+from lsemvae.scoring.parts import Job, PartScorer
 from serve import scoring
 from serve.api import make_api
 from serve.inputs import TooLarge, from_files, from_json, json_memory, to_record
@@ -81,6 +83,30 @@ def test_a_calibrated_model_answers_with_a_probability_too(models: Path, record:
     assert abs(result["probability"] - result["score"]) > 0.01
     (card,) = ask(api, "GET", "/v1/models").json()
     assert card["calibration"] == {"slope": 2.0, "intercept": -1.0}
+
+
+@pytest.mark.parametrize(("limit", "doubtful"), [(0.0, True), (1e6, False)])
+def test_a_model_with_a_measure_of_doubt_says_which_recordings_are_unusual(
+    limit: float, doubtful: bool, models: Path, record: Record, tmp_path: Path
+):
+    """In the same words in a cohort's rows."""
+    bundle, model = bundles.load(models / "ph-12L")
+    doubt = Doubt("distance", limit, {"gain": 0.02})
+    bundles.save(replace(bundle, doubt=doubt), model, tmp_path / "doubting")
+    api = make_api(Service(Registry([str(tmp_path / "doubting")], tmp_path / "kept", 0), Metrics()))
+    result = only(score(api, as_json(record)))
+    reason = "Unlike the recordings that the model was trained on: of those, 10 % were as unusual."
+    reasons = [reason] if doubtful else []
+    assert result["reliability"] == {"level": "limited" if doubtful else "good", "reasons": reasons}
+    (card,) = ask(api, "GET", "/v1/models").json()
+    assert card["doubt"] == {"kind": "distance", "limit": limit, "measured": {"gain": 0.02}}
+    described = {"model": "m", "version": 1, "digest": bundles.describe(tmp_path / "doubting").digest}
+    job = Job("p", str(tmp_path / "doubting"), described, None, None, use_gpu=False)
+    scorer = PartScorer(job)
+    given = Read("s", "r", (), record.signal_for(LEADS), 500.0, LEADS)
+    row = scorer._answer(given, scorer._scorer.score([record])[0])
+    assert row["reliability"] == result["reliability"]["level"] and row["reliability_reasons"] == " ".join(reasons)
+    assert row["score"] == pytest.approx(result["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,21 @@ class Head(nn.Module):
         # A feature that never varies carries no information: it is centred and keeps its scale.
         self.scale_F.copy_(torch.where(variance_F > 1e-12, variance_F, 1.0).sqrt())
 
-    def logit(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> Tensor:
-        """h_BF -> logit_B."""
+    def standardised(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> Tensor:
+        """h_BF -> the same in standard deviations from the training mean, 0 where a feature was not observed."""
         if h_BF.ndim != 2 or h_BF.shape[1] != len(self.mean_F):
             raise LsemvaeError(f"the embedding is {list(h_BF.shape)}: give [batch, {len(self.mean_F)}]")
         standard_BF = (h_BF - self.mean_F) / self.scale_F
         if observed_BF is not None:
             standard_BF = torch.where(observed_BF, standard_BF, torch.zeros_like(standard_BF))
+        return standard_BF
+
+    def logit(self, h_BF: Tensor, observed_BF: Tensor | None = None) -> Tensor:
+        """h_BF -> logit_B."""
+        return self.logit_of(self.standardised(h_BF, observed_BF))
+
+    def logit_of(self, standard_BF: Tensor) -> Tensor:
+        """What `standardised` gives -> logit_B."""
         if self.fc1 is None:
             return self.fc2(self.dropout(standard_BF)).squeeze(-1)
         return self.fc2(self.dropout(F.relu(self.fc1(standard_BF)))).squeeze(-1)
