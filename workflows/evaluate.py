@@ -26,7 +26,7 @@ from lsemvae import __version__
 from lsemvae.config import FinetuneRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation import calibration, plan
+from lsemvae.evaluation import abstention, calibration, plan
 from lsemvae.evaluation.cells import MAIN
 from lsemvae.evaluation.compare import Comparison, Scores, compare
 from lsemvae.evaluation.embedding import Embedded, Pretrained, load_encoder
@@ -351,6 +351,7 @@ def register(
             continue
         score_B = mine.set_index("record_id")["score"].loc[embedded.record_B].to_numpy()
         encoder = setup.encoders.get(method.name)
+        set_aside = comparison.set_aside(method.title, of.name)
         trained = Trained(
             assembled(refit(row, of.material, of.trials), encoder.model if encoder else None, of.leads, row.recipe),
             setup.inputs[row.input],
@@ -359,12 +360,14 @@ def register(
             calibration.fit_sigmoid(embedded.y_B, score_B, calibration.subject_weights(embedded.subject_B)),
             {name: asdict(value) for name, value in comparison.line(method.title, of.name).items()},
             {"uri": encoder.uri, "digest": encoder.digest} if encoder else None,
+            abstention.carried(set_aside, every.doubts_of(method.title, of.name)),
         )
         name, folder = f"{args.task}-{of.name}", args.output / f"bundle-{of.name}"
         saved, version = release(
             trained, setup.cohort.data, len(embedded.y_B), args.task, name, run, folder,
-            lambda described, leads=of.name: model_card(
-                every, comparison, described, leads=leads, method=method.title, data_licence=args.data_licence
+            lambda described, leads=of.name, found=set_aside: model_card(
+                every, comparison, described, leads=leads, method=method.title, abstention=abstention.verdict(found),
+                data_licence=args.data_licence,
             ),
         )  # fmt: skip
         lines.append(f"model:   models:/{name}/{version} (alias {CANDIDATE}, {method.title}, digest {saved.digest})")
@@ -408,6 +411,7 @@ def gathered(args: Args, setup: Setup, done: Sequence[LeadSet], failed: Sequence
         people,
         pd.concat([scores for scores, _ in tables], ignore_index=True),
         pd.concat([not_trained, *(broken for _, broken in tables)], ignore_index=True),
+        pd.concat([of.doubts() for of in done], ignore_index=True),
     )
 
 

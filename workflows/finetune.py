@@ -9,7 +9,7 @@ same --output or --storage goes on after the trainings that had finished.
 """
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from lsemvae.bundle import Bundle
 from lsemvae.config import FinetuneRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
+from lsemvae.evaluation import abstention
 from lsemvae.evaluation.cells import Trials
 from lsemvae.evaluation.compare import compare
 from lsemvae.evaluation.embedding import embed, load_encoder, untrained
@@ -142,16 +143,21 @@ def main(args: Args) -> None:
             facts(args, data, recipe, released), read_people(data, args.task), lead_set_name(leads)
         )
         comparison = compare(scores, draws=recipe.bootstrap_draws, seed=recipe.optim.seed, reference=title)
+        about = (title, lead_set_name(leads))
+        lines = comparison.set_aside(*about)
+        released = replace(released, doubt=abstention.carried(lines, scores.doubts_of(*about)))
         saved, version = release(
             released, data, len(embedded.y_B), args.task, model_name, run, folder / "bundle",
             lambda described: model_card(
-                scores, comparison, described, leads=lead_set_name(leads), data_licence=args.data_licence
+                scores, comparison, described, leads=lead_set_name(leads), abstention=abstention.verdict(lines),
+                data_licence=args.data_licence,
             ),
         )  # fmt: skip
     run.end()
 
     print(f"\n{caption}, {embedded.refused} refused; {recipe.folds} folds by subject, 95 % bootstrap intervals\n")
     show(result, saved, f"models:/{model_name}/{version}")
+    print(f"doubt:   {abstention.verdict(lines)}")
     if args.output:
         print(f"files:   {args.output}")
     print(f"MLflow:  {run.url}")

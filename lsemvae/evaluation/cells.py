@@ -22,13 +22,16 @@ from lsemvae.evaluation.folds import Fold, make_folds
 from lsemvae.evaluation.linear import train_linear
 from lsemvae.fields import as_json
 from lsemvae.models.classifier import Classifier
+from lsemvae.models.parts.doubt import distance
 from lsemvae.models.parts.head import Head
 from lsemvae.storage import Storage
-from lsemvae.training.finetune import Inputs, from_scratch, logits, train_all, train_head
+from lsemvae.training.finetune import Inputs, from_scratch, logits_and_doubts, train_all, train_head
 
 ALL = -1
 """The fold that trains on all recordings."""
 MAIN = "main"
+_DOUBTS = "/doubts"
+"""In a finished cell's file, beside the names of test sets, which hold no slash at their start."""
 
 
 class Row(NamedTuple):
@@ -155,9 +158,13 @@ class Trials:
 
 @dataclass
 class Ran:
-    """Scores by cell and test set, and why cells failed."""
+    """Scores by cell and test set, doubts by cell and measure, and why cells failed.
+
+    Doubts are of the fold's own test recordings, by cells of the main table; runs of before them have none.
+    """
 
     scores: dict[Cell, dict[str, np.ndarray]] = field(default_factory=dict)
+    doubts: dict[Cell, dict[str, np.ndarray]] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
 
 
@@ -188,16 +195,30 @@ def train_row(cell: Cell, material: Material, device: str = "cpu") -> Head | Cla
     return train_head(h_BF, observed_BF, y_B, recipe, device)
 
 
+class Judged(NamedTuple):
+    """Scores of recordings, and by measure how doubtful each is; see `lsemvae.models.parts.doubt`."""
+
+    score_B: np.ndarray
+    doubts: dict[str, np.ndarray]
+
+
 def scores_of(trained: Head | Classifier, cell: Cell, embedded: Embedded, rows: np.ndarray, device: str) -> np.ndarray:
     """score_B of these recordings."""
+    return judge(trained, cell, embedded, rows, device).score_B
+
+
+def judge(trained: Head | Classifier, cell: Cell, embedded: Embedded, rows: np.ndarray, device: str) -> Judged:
+    """Scores of these recordings, with every measure of doubt that the model gives."""
     if isinstance(trained, Classifier):
-        logit_B = logits(trained.to(device), _inputs(embedded, rows, cell.row.input), device)
+        trained = trained.to(device)
+        logit_B, doubts = logits_and_doubts(trained, _inputs(embedded, rows, cell.row.input), trained.doubts, device)
     else:
         name = cell.row.features[cell.seed]
         with torch.inference_mode():
             h_BF, observed_BF = (torch.from_numpy(v[name][rows]) for v in (embedded.h_BF, embedded.observed_BF))
-            logit_B = trained.logit(h_BF, observed_BF)
-    return torch.sigmoid(logit_B).numpy()
+            standard_BF = trained.standardised(h_BF, observed_BF)
+            logit_B, doubts = trained.logit_of(standard_BF), {"distance": distance(standard_BF, observed_BF)}
+    return Judged(torch.sigmoid(logit_B).numpy(), {kind: doubt_B.numpy() for kind, doubt_B in doubts.items()})
 
 
 def run_cells(cells: Sequence[Cell], material: Material, trials: Trials, title: str = "trainings") -> Ran:
@@ -208,7 +229,7 @@ def run_cells(cells: Sequence[Cell], material: Material, trials: Trials, title: 
         if (done := kept.read(cell, material.tests(cell))) is None:
             missing.append(cell)
         else:
-            ran.scores[cell] = done
+            ran.scores[cell], ran.doubts[cell] = done
     with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=title, unit="training") as bar:
         # Frozen features need no GPU.
         for gpus, frozen in ((0.0, True), (trials.gpus, False)):
@@ -227,8 +248,8 @@ def _tune(cells: Sequence[Cell], material: Material, trials: Trials, kept: "_Kep
             if "failed" in result:
                 ran.failed[cell] = result["failed"]
             else:
-                ran.scores[cell] = {name: np.array(values) for name, values in result["scores"].items()}
-                kept.write(cell, result["scores"])
+                ran.scores[cell], ran.doubts[cell] = _arrays(result["scores"]), _arrays(result["doubts"])
+                kept.write(cell, result["scores"], result["doubts"])
             bar.update(1)
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -248,21 +269,26 @@ def _tune(cells: Sequence[Cell], material: Material, trials: Trials, kept: "_Kep
 
 
 def _run_cell(config: dict[str, Any], cells: Sequence[Cell], material: Material, device: str) -> None:
-    """What Tune runs. Reports scores by test set, or why there are none."""
+    """What Tune runs. Reports scores by test set and the doubts of the fold, or why there are none."""
     from ray import tune
 
     torch.set_num_threads(1)
     cell = cells[config["cell"]]
     try:
         trained = train_row(cell, material, device)
-        tests = material.tests(cell)
-        scores = {name: scores_of(trained, cell, *test, device) for name, test in tests.items()}
-        if not all(np.isfinite(score_B).all() for score_B in scores.values()):
+        judged = {name: judge(trained, cell, *test, device) for name, test in material.tests(cell).items()}
+        if not all(np.isfinite(found.score_B).all() for found in judged.values()):
             raise ArithmeticError("scores are not finite: the training diverged")
     except (LsemvaeError, ArithmeticError, RuntimeError, ValueError) as error:
         tune.report({"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]})
     else:
-        tune.report({"scores": {name: score_B.tolist() for name, score_B in scores.items()}})
+        doubts = judged[""].doubts if "" in judged and cell.variant.analysis == MAIN else {}
+        scores = {name: found.score_B.tolist() for name, found in judged.items()}
+        tune.report({"scores": scores, "doubts": {kind: doubt_B.tolist() for kind, doubt_B in doubts.items()}})
+
+
+def _arrays(values: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+    return {name: np.array(of) for name, of in values.items()}
 
 
 def _inputs(embedded: Embedded, rows: np.ndarray, name: str) -> Inputs:
@@ -271,20 +297,26 @@ def _inputs(embedded: Embedded, rows: np.ndarray, name: str) -> Inputs:
 
 
 class _Kept:
-    """Scores of finished cells, a file each."""
+    """Scores and doubts of finished cells, a file each."""
 
     def __init__(self, place: Storage | None) -> None:
         self._place = place
 
-    def read(self, cell: Cell, tests: Mapping[str, tuple[Embedded, np.ndarray]]) -> dict[str, np.ndarray] | None:
-        """The scores, unless the cell is not finished or has not scored all of these tests."""
+    def read(
+        self, cell: Cell, tests: Mapping[str, tuple[Embedded, np.ndarray]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
+        """Scores and doubts, unless the cell is not finished or has not scored all of these tests."""
         if self._place is None or not self._place.exists(f"{cell.name}.json"):
             return None
         found = json.loads(self._place.read_bytes(f"{cell.name}.json"))
+        doubts = found.pop(_DOUBTS, {})  # files of before doubts have none
         if any(len(found.get(name, ())) != len(rows) for name, (_, rows) in tests.items()):
             return None
-        return {name: np.array(found[name]) for name in tests}
+        return _arrays({name: found[name] for name in tests}), _arrays(doubts)
 
-    def write(self, cell: Cell, scores: Mapping[str, Sequence[float]]) -> None:
+    def write(
+        self, cell: Cell, scores: Mapping[str, Sequence[float]], doubts: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
         if self._place is not None:
-            self._place.write_bytes(f"{cell.name}.json", json.dumps(scores).encode())
+            content = {**scores, **({_DOUBTS: doubts} if doubts else {})}
+            self._place.write_bytes(f"{cell.name}.json", json.dumps(content).encode())

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.evaluation import abstention
 from lsemvae.evaluation.metrics import (
     ALL_METRICS,
     Estimate,
@@ -44,8 +45,10 @@ _COLUMNS = {
         "leads", "method", "kind", "subgroup", "recordings", "subjects", "positive", "metric", "value", "low", "high",
         "note",
     ],
+    "doubts": ["leads", "method", "seed", "record_id", "doubt", "value"],
+    "abstention": list(abstention.COLUMNS),
 }  # fmt: skip
-_TEXT = [*CELL, "metric", "reference", "kind", "subgroup", "note", "reason"]
+_TEXT = [*CELL, "metric", "reference", "kind", "subgroup", "note", "reason", "doubt"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Scores:
     people   record_id, subject_id, label (0 or 1), fold, female (1, 0 or NaN), age_years (NaN where it is not known)
     scores   analysis, setting, leads, method, seed, record_id, fold, score between 0 and 1, decision
     failed   analysis, setting, leads, method, seed, fold, reason
+    doubts   leads, method, seed, record_id, doubt (a measure of `lsemvae.models.parts.doubt`) and its value, of the
+             main table's recordings, each judged without its fold; empty where nothing was measured
 
     Within an analysis, setting and leads every method and seed scores the same recordings; a seed that lacks some,
     because a fold failed, is left out. The analysis of the main table is "main".
@@ -66,9 +71,10 @@ class Scores:
     people: pd.DataFrame
     scores: pd.DataFrame
     failed: pd.DataFrame
+    doubts: pd.DataFrame = field(default_factory=lambda: _frame((), "doubts"))
 
     def __post_init__(self) -> None:
-        for name in ("people", "scores", "failed"):
+        for name in ("people", "scores", "failed", "doubts"):
             _require_columns(getattr(self, name), name)
         if self.people.record_id.duplicated().any():
             twice = self.people.record_id[self.people.record_id.duplicated()].iloc[0]
@@ -84,10 +90,10 @@ class Scores:
             raise LsemvaeError(f"{cell}: a score is {wrong.iloc[0].score}, must be between 0 and 1")
 
     def write(self, place: Storage) -> None:
-        """Write facts.json, people.parquet, scores.parquet and failed.csv, each file whole or not at all."""
+        """Write facts.json, failed.csv, and people, scores and doubts as Parquet, each file whole or not at all."""
         place.write_bytes("facts.json", json.dumps(dict(self.facts), indent=2, ensure_ascii=False).encode())
         place.write_bytes("failed.csv", self.failed.to_csv(index=False).encode())
-        for name in ("people", "scores"):
+        for name in ("people", "scores", "doubts"):
             content = io.BytesIO()
             getattr(self, name).to_parquet(content, index=False)
             place.write_bytes(f"{name}.parquet", content.getvalue())
@@ -98,7 +104,18 @@ class Scores:
         people, scores = (
             pd.read_parquet(io.BytesIO(_content(place, f"{name}.parquet"))) for name in ("people", "scores")
         )
-        return cls(json.loads(_content(place, "facts.json")), people, scores, _table(place, "failed"))
+        rest = {}
+        if place.exists("doubts.parquet"):
+            rest["doubts"] = pd.read_parquet(io.BytesIO(_content(place, "doubts.parquet")))
+        return cls(json.loads(_content(place, "facts.json")), people, scores, _table(place, "failed"), **rest)
+
+    def doubts_of(self, method: str, leads: str) -> dict[str, pd.DataFrame]:
+        """By measure, the doubts of a method's recordings: a row for each seed, a column for each record id."""
+        found = self.doubts[(self.doubts["method"] == method) & (self.doubts["leads"] == leads)]
+        return {
+            str(kind): of.pivot(index="seed", columns="record_id", values="value")
+            for kind, of in found.groupby("doubt", sort=False)
+        }
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,8 @@ class Comparison:
     differences  AUROC of the reference minus that of each other method on the same recordings; DeLong's p, and the same
                  after Holm's correction over all lines of the analysis.
     subgroups    metrics of the main table's methods among women, men and age groups.
+    abstention   what setting the most doubtful tenth aside is worth to a method of the main table; a line for each
+                 measure of doubt.
     """
 
     metrics: pd.DataFrame
@@ -119,10 +138,11 @@ class Comparison:
     reference: str = REFERENCE
     draws: int = 1000
     seed: int = 0
+    abstention: pd.DataFrame = field(default_factory=lambda: _frame((), "abstention"))
 
     def write(self, place: Storage) -> None:
-        """Write metrics.csv, differences.csv, subgroups.csv and comparison.json, each file whole or not at all."""
-        for name in ("metrics", "differences", "subgroups"):
+        """Write each table as CSV, and comparison.json, each file whole or not at all."""
+        for name in ("metrics", "differences", "subgroups", "abstention"):
             place.write_bytes(f"{name}.csv", getattr(self, name).to_csv(index=False).encode())
         settings = {"reference": self.reference, "draws": self.draws, "seed": self.seed}
         place.write_bytes("comparison.json", json.dumps(settings, indent=2).encode())
@@ -130,8 +150,14 @@ class Comparison:
     @classmethod
     def read(cls, place: Storage) -> "Comparison":
         """What `write` wrote; raises LsemvaeError when a file is missing or is none of these."""
-        tables = [_table(place, field.name) for field in fields(cls)[:3]]
-        return cls(*tables, **json.loads(_content(place, "comparison.json")))
+        names = ["metrics", "differences", "subgroups"]
+        names += ["abstention"] if place.exists("abstention.csv") else []
+        tables = {name: _table(place, name) for name in names}
+        return cls(**tables, **json.loads(_content(place, "comparison.json")))
+
+    def set_aside(self, method: str, leads: str) -> pd.DataFrame:
+        """The lines of `abstention` of a method on these leads."""
+        return self.abstention[(self.abstention["method"] == method) & (self.abstention["leads"] == leads)]
 
     def line(self, method: str, leads: str) -> dict[str, Estimate]:
         """The metrics of a method of the main table; empty where it has none."""
@@ -149,7 +175,7 @@ def compare(scores: Scores, *, draws: int = 1000, seed: int = 0, reference: str 
     groups = list(_groups(scores))
     main = [group for group in groups if group.analysis == MAIN]
     settings = _Settings(draws, seed)
-    metrics, differences, subgroups = [], [], []
+    metrics, differences, subgroups, doubtful = [], [], [], []
     rows = sum(len(group.methods) for group in groups) + sum(len(group.methods) for group in main)
     with tqdm(total=rows, desc="comparing", unit="row") as bar:
         for group in groups:
@@ -160,13 +186,15 @@ def compare(scores: Scores, *, draws: int = 1000, seed: int = 0, reference: str 
         for group in main:
             for method in group.methods:
                 subgroups += _subgroups(group, method, settings)
+                doubtful += _abstention(group, method, scores.doubts_of(method.name, group.leads), settings)
                 bar.update()
     found = _frame(differences, "differences")
     if len(found):
         found["p_holm"] = found.groupby("analysis", sort=False).p.transform(lambda p: holm(p.tolist()))
     return Comparison(
-        _frame(metrics, "metrics"), found, _frame(subgroups, "subgroups"), reference, draws=draws, seed=seed
-    )
+        _frame(metrics, "metrics"), found, _frame(subgroups, "subgroups"), reference, draws=draws, seed=seed,
+        abstention=_frame(doubtful, "abstention"),
+    )  # fmt: skip
 
 
 # --- the scores, as arrays ------------------------------------------------------------------------------------
@@ -184,6 +212,7 @@ class _Method(NamedTuple):
     score_NB: np.ndarray
     decision_NB: np.ndarray
     problem: str = ""
+    seed_N: tuple[int, ...] = ()
 
 
 class _Group(NamedTuple):
@@ -197,6 +226,7 @@ class _Group(NamedTuple):
     fold_B: np.ndarray
     female_B: np.ndarray
     age_years_B: np.ndarray
+    record_B: np.ndarray
     methods: list[_Method]
 
 
@@ -219,13 +249,13 @@ def _groups(scores: Scores) -> Iterator[_Group]:
         yield _Group(
             analysis, setting, leads,
             rows.label.to_numpy(dtype=int), rows.subject_id.to_numpy(), fold_by_record[rows.index].to_numpy(),
-            rows.female.to_numpy(dtype=float), rows.age_years.to_numpy(dtype=float), methods,
+            rows.female.to_numpy(dtype=float), rows.age_years.to_numpy(dtype=float), rows.index.to_numpy(), methods,
         )  # fmt: skip
 
 
 def _method(name: str, table: pd.DataFrame | None, records: pd.Index, failed: pd.DataFrame | None) -> _Method:
-    score_NB, decision_NB = [], []
-    for _, of_seed in table.groupby("seed") if table is not None else []:
+    score_NB, decision_NB, seed_N = [], [], []
+    for seed, of_seed in table.groupby("seed") if table is not None else []:
         by_record = of_seed.set_index("record_id")
         if by_record.index.has_duplicates:
             raise LsemvaeError(
@@ -234,11 +264,13 @@ def _method(name: str, table: pd.DataFrame | None, records: pd.Index, failed: pd
         if len(by_record) == len(records):
             score_NB.append(by_record.score[records].to_numpy(dtype=float))
             decision_NB.append(by_record.decision[records].to_numpy(dtype=bool))
+            seed_N.append(int(seed))
     empty = np.empty((0, len(records)))
     problem = ""
     if not score_NB:
         problem = f"failed: {failed.reason.iloc[0]}" if failed is not None else "some recordings were not scored"
-    return _Method(name, np.array(score_NB) if score_NB else empty, np.array(decision_NB, dtype=bool), problem)
+    scores_NB = np.array(score_NB) if score_NB else empty
+    return _Method(name, scores_NB, np.array(decision_NB, dtype=bool), problem, tuple(seed_N))
 
 
 # --- lines of the tables --------------------------------------------------------------------------------------
@@ -330,6 +362,23 @@ def _subgroups(group: _Group, method: _Method, settings: _Settings) -> list[dict
                 cell | {"metric": metric, "value": of.value, "low": of.low, "high": of.high}
                 for metric, of in found.items()
             ]
+    return lines
+
+
+def _abstention(
+    group: _Group, method: _Method, doubts: Mapping[str, pd.DataFrame], settings: _Settings
+) -> list[dict[str, Any]]:
+    """A line of a main table's method for each measure of doubt that all its complete trainings give."""
+    if method.problem or len(np.unique(group.y_B)) < 2:
+        return []
+    lines = []
+    for kind, of_NB in doubts.items():
+        doubt_NB = of_NB.reindex(index=list(method.seed_N), columns=group.record_B).to_numpy(dtype=float)
+        if np.isnan(doubt_NB).any():
+            continue
+        found = abstention.set_aside(group.y_B, method.score_NB, doubt_NB, group.subject_B, **settings._asdict())
+        cell = {"leads": group.leads, "method": method.name, "doubt": kind, "recordings": len(group.y_B)}
+        lines.append(cell | abstention.figures(found))
     return lines
 
 

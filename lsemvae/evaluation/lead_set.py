@@ -11,7 +11,7 @@ from lsemvae import __version__
 from lsemvae.config import FinetuneRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation import plan
+from lsemvae.evaluation import abstention, plan
 from lsemvae.evaluation.cells import MAIN, Material, Ran, Trials, run_cells
 from lsemvae.evaluation.embedding import Embedded, Pretrained, embed, merged, untrained
 from lsemvae.evaluation.folds import Fold, given_folds, make_folds, require_subjects
@@ -118,6 +118,11 @@ class LeadSet:
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Scores and failed trainings, as `lsemvae.evaluation.compare.Scores` has them."""
         return plan.table(self.ran, self.material, self.leads, self.analysis)
+
+    def doubts(self) -> pd.DataFrame:
+        """Doubts of the main table's rows, as `lsemvae.evaluation.compare.Scores` has them; none of other analyses."""
+        ran = self.ran if self.analysis == MAIN else Ran()
+        return abstention.table(abstention.out_of_fold(ran, self.material), self.material.embedded.record_B, self.name)
 
 
 def evaluate(setup: Setup, leads: tuple[str, ...], analysis: str) -> LeadSet:

@@ -137,7 +137,7 @@ def with_intervals(
         for name in metrics:
             drawn[name].append(np.mean([values[name] for values in found], axis=0))
     return {
-        name: Estimate(float(np.mean([point[name] for point in points])), *_interval(np.concatenate(drawn[name])))
+        name: Estimate(float(np.mean([point[name] for point in points])), *interval_of(np.concatenate(drawn[name])))
         for name in metrics
     }
 
@@ -160,7 +160,7 @@ def auroc_difference(
     drawn = [auroc(one, times) - auroc(other, times) for times in resampled(y_B, subject_B, draws, seed)]
     once_1B = np.ones((1, len(y_B)))
     value = float((auroc(one, once_1B) - auroc(other, once_1B))[0])
-    return Estimate(value, *_interval(np.concatenate(drawn)))
+    return Estimate(value, *interval_of(np.concatenate(drawn)))
 
 
 def resamplings(y_B: np.ndarray, subject_B: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -189,7 +189,8 @@ def resampled(y_B: np.ndarray, subject_B: np.ndarray, draws: int, seed: int) -> 
         yield np.stack(times).astype(float)
 
 
-def _interval(drawn_D: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def interval_of(drawn_D: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The middle share of the resamplings' values; NaN where they are undefined in more than a tenth of them."""
     defined_D = drawn_D[np.isfinite(drawn_D)]
     if len(defined_D) < 0.9 * len(drawn_D):
         return np.nan, np.nan

@@ -7,7 +7,7 @@ other folds' scores.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from tqdm import tqdm
 from lsemvae.bundle import Calibration
 from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation import calibration
-from lsemvae.evaluation.cells import ALL, MAIN, Cell, Material, Row, Trials, cells_of, run_cells, train_row
+from lsemvae.evaluation import abstention, calibration
+from lsemvae.evaluation.cells import ALL, MAIN, Cell, Material, Ran, Row, Trials, cells_of, run_cells, train_row
 from lsemvae.evaluation.compare import Scores
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Embedded
 from lsemvae.evaluation.folds import Fold, make_folds, require_subjects
@@ -81,6 +81,8 @@ class Result:
     calibration, of the first seed."""
     diagrams: dict[str, calibration.Diagram]
     """Of the pre-trained encoder's scores, as they are and calibrated."""
+    doubts: Mapping[tuple[str, int, str], np.ndarray] = field(default_factory=dict)
+    """By row, seed and measure, [B]; see `lsemvae.models.parts.doubt`."""
 
     @property
     def title(self) -> str:
@@ -177,7 +179,8 @@ class Result:
         ]
         kept = people.set_index("record_id").loc[self.embedded.record_B].reset_index().assign(fold=fold_B)
         failed = pd.DataFrame(columns=["analysis", "setting", "leads", "method", "seed", "fold", "reason"])
-        return Scores(facts, kept.astype({"label": int}), pd.concat(parts, ignore_index=True), failed)
+        doubts = abstention.table(self.doubts, self.embedded.record_B, leads)
+        return Scores(facts, kept.astype({"label": int}), pd.concat(parts, ignore_index=True), failed, doubts)
 
     def write(self, folder: Path, title: str) -> list[Path]:
         """Write tables and pictures into the folder -> their paths."""
@@ -235,7 +238,8 @@ def run_protocol(material: Material, rows: Sequence[Row], trials: Trials | None 
     Raises LsemvaeError when a training fails.
     """
     embedded, folds, recipe = material.embedded, material.folds, rows[0].recipe
-    scores = cross_validate(material, rows, trials or Trials())
+    ran = _run(material, rows, trials or Trials())
+    scores = _out_of_fold(ran, material, rows)
     errors, diagrams = _calibration_errors(embedded, scores, folds)
     settings: dict[str, Any] = {"draws": recipe.bootstrap_draws, "seed": recipe.optim.seed}
     title = rows[0].name
@@ -244,7 +248,8 @@ def run_protocol(material: Material, rows: Sequence[Row], trials: Trials | None 
         for name in tqdm([row.name for row in rows[1:]], desc="paired differences", unit="row")
     }
     metrics = _with_intervals(embedded, scores, folds, settings)
-    return Result(embedded, folds, scores, metrics, differences, errors, diagrams)
+    doubts = abstention.out_of_fold(ran, material)
+    return Result(embedded, folds, scores, metrics, differences, errors, diagrams, doubts)
 
 
 def outer_folds(y_B: np.ndarray, subject_B: np.ndarray, recipe: FinetuneRecipe) -> list[Fold]:
@@ -259,9 +264,17 @@ def outer_folds(y_B: np.ndarray, subject_B: np.ndarray, recipe: FinetuneRecipe) 
 
 def cross_validate(material: Material, rows: Sequence[Row], trials: Trials) -> dict[str, np.ndarray]:
     """Out-of-fold scores by row, [N, B]. Raises LsemvaeError when a training fails."""
+    return _out_of_fold(_run(material, rows, trials), material, rows)
+
+
+def _run(material: Material, rows: Sequence[Row], trials: Trials) -> Ran:
     ran = run_cells(cells_of(rows, len(material.folds)), material, trials, "folds")
     if ran.failed:
         raise LsemvaeError(f"a fold failed: {next(iter(ran.failed.values()))}")
+    return ran
+
+
+def _out_of_fold(ran: Ran, material: Material, rows: Sequence[Row]) -> dict[str, np.ndarray]:
     scores = {row.name: np.full((row.seeds, len(material.embedded.y_B)), np.nan) for row in rows}
     for cell, found in ran.scores.items():
         scores[cell.row.name][cell.seed, material.folds[cell.fold][1]] = found[""]

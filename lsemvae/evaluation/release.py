@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lsemvae import __version__
-from lsemvae.bundle import MODEL_CARD, Bundle, Calibration, save
+from lsemvae.bundle import MODEL_CARD, Bundle, Calibration, Doubt, save
 from lsemvae.config import FinetuneRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.fields import as_json
@@ -28,6 +28,7 @@ class Trained:
     out_of_fold: Mapping[str, Any]
     encoder: Mapping[str, str] | None = None
     """URI and digest of the pre-trained encoder."""
+    doubt: Doubt | None = None
 
 
 def assembled(trained: Head | Classifier, encoder: Any, leads: Sequence[str], recipe: FinetuneRecipe) -> Classifier:
@@ -57,6 +58,7 @@ def release(
         task=task,
         threshold=trained.threshold,
         calibration=trained.calibration,
+        doubt=trained.doubt,
         provenance={
             "recipe": as_json(trained.recipe),
             "data": {

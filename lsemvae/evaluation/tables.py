@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from lsemvae.bundle import SET_ASIDE
+from lsemvae.evaluation import abstention
 from lsemvae.evaluation.compare import MAIN, Comparison
 from lsemvae.evaluation.metrics import METRICS, TITLES
 
@@ -99,6 +101,23 @@ def subgroups_table(comparison: Comparison, method: str, leads: str, metrics: Se
     return Table(f"{method}, {leads}: women, men and age groups", header, rows)
 
 
+def abstention_table(comparison: Comparison, method: str) -> Table:
+    """A row for each set of leads and measure of doubt of one method: AUROC with and without the doubtful tenth."""
+    found = comparison.abstention[comparison.abstention["method"] == method]
+    rows = [
+        [row.leads, row.doubt, interval(row.all, row.all_low, row.all_high),
+         interval(row.rest, row.rest_low, row.rest_high), interval(row.gain, row.gain_low, row.gain_high, signed=True),
+         "yes" if abstention.helpful(comparison.set_aside(method, row.leads)) == row.doubt else "no"]
+        for row in found.itertuples()
+    ]  # fmt: skip
+    remaining = f"AUROC of the remaining {100 * (1 - SET_ASIDE):.0f} %"
+    return Table(
+        f"{method}: setting aside the most doubtful tenth, against a random tenth",
+        ["leads", "measure of doubt", "AUROC of all", remaining, "gain", "the model carries it"],
+        rows,
+    )
+
+
 def analyses(comparison: Comparison) -> list[str]:
     """The analyses beside the main table, in order."""
     return [str(name) for name in comparison.metrics.analysis.unique() if name != MAIN]
@@ -143,6 +162,7 @@ def all_as_markdown(comparison: Comparison) -> str:
         for leads, method in main[["leads", "method"]].drop_duplicates().itertuples(index=False, name=None)
         if method == comparison.reference
     ]
+    tables.append(abstention_table(comparison, comparison.reference))
     for analysis in analyses(comparison):
         tables.append(analysis_table(comparison, analysis))
     return "\n\n".join(f"**{table.caption}**\n\n{markdown(table)}" for table in tables if table.rows) + "\n"

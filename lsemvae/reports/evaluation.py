@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lsemvae.evaluation import calibration
+from lsemvae.evaluation import abstention, calibration
 from lsemvae.evaluation.compare import MAIN, Comparison, Scores
 from lsemvae.evaluation.published import CAUTION, COHORTS, SOURCE, published
 from lsemvae.evaluation.tables import (
     OPERATING,
     Table,
+    abstention_table,
     analyses,
     analysis_table,
     differences_table,
@@ -94,6 +95,7 @@ def evaluation_report(
         *(_subgroups(comparison, of.leads) for of in sets),
         "<h2>Curves</h2>",
         *(_curves(of, chosen, task) for of in sets if of.scores),
+        *_abstention(comparison, [of.leads for of in sets]),
         *_analyses(comparison),
         *_encoder(scores, comparison, features, reconstructions, task),
         "<h2>What failed</h2>",
@@ -310,6 +312,25 @@ def _curves(of: _Leads, chosen: Sequence[str], task: str) -> str:
     words = f"{name}, {which}: each fold decided at the threshold chosen without it"
     pictures.append(picture(plots.confusion(of.y_B, of.decisions[name], task), words))
     return f"<h3>{escape(of.leads)}</h3>" + "".join(pictures)
+
+
+def _abstention(comparison: Comparison, sets: Sequence[str]) -> list[str]:
+    found = abstention_table(comparison, comparison.reference)
+    if not found.rows:
+        return []
+    text = (
+        "A measure of doubt needs no label: <i>distance</i> is how far a recording's features are from those of the "
+        "training recordings, <i>disagreement</i> how much the score changes with circular shifts in time. Each "
+        "recording is judged by a model that was trained without its subject. The AUROC of all is what setting aside a "
+        "random tenth gives on average; the gain is over that, and its interval is paired. A model carries the measure "
+        "with the largest gain if the gain's interval is above 0; choosing the best of two on the same recordings "
+        "favours it a little. The idea of setting the least reliable tenth aside is HemoNet's (daphneschles/RHCnet)."
+    )
+    verdicts = [
+        f"<p>{escape(f'{leads}: {abstention.verdict(comparison.set_aside(comparison.reference, leads))}')}</p>"
+        for leads in sets
+    ]
+    return ["<h2>Setting aside the most doubtful tenth</h2>", f"<p>{text}</p>", _html(found), *verdicts]
 
 
 def _chosen(comparison: Comparison) -> list[str]:

@@ -1,7 +1,7 @@
 """Training a classifier: a head on embeddings that were computed once, or a head and its encoder together."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from lsemvae.config import FinetuneRecipe
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts import augment, shifts
+from lsemvae.models.parts.doubt import Kind
 from lsemvae.models.parts.head import Head
 from lsemvae.training.fit import Batch, Epoch, Watcher, fit, make_optimizer
 
@@ -92,16 +93,27 @@ def train_all(
 
 def logits(classifier: Classifier, inputs: Inputs, device: str = "cpu") -> Tensor:
     """logit_B as the classifier scores: the mean over its shifts; on the CPU."""
+    return logits_and_doubts(classifier, inputs, (), device)[0]
+
+
+def logits_and_doubts(
+    classifier: Classifier, inputs: Inputs, kinds: Sequence[Kind], device: str = "cpu"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, with these measures of doubt."""
     was_training = classifier.training
     classifier.eval()
-    found = []
+    found: list[Tensor] = []
+    doubts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     with torch.inference_mode():
         for start in range(0, len(inputs.y_B), _CHUNK):
             part = slice(start, start + _CHUNK)
             x_BLT, mask_BL = (torch.from_numpy(v[part]).to(device) for v in (inputs.x_BLT, inputs.lead_mask_BL))
-            found.append(classifier.logit(x_BLT, mask_BL).float().cpu())
+            logit_B, doubt_of = classifier.logit_and_doubts(x_BLT, mask_BL, kinds)
+            found.append(logit_B.float().cpu())
+            for kind, of_batches in doubts.items():
+                of_batches.append(doubt_of[kind].cpu())
     classifier.train(was_training)
-    return torch.cat(found)
+    return torch.cat(found), {kind: torch.cat(of_batches) for kind, of_batches in doubts.items()}
 
 
 def _train_all(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation import plan
-from lsemvae.evaluation.cells import ALL, Cell, Material, Ran, Row, Variant, _Kept, scores_of, train_row
+from lsemvae.evaluation import abstention, plan
+from lsemvae.evaluation.cells import ALL, Cell, Material, Ran, Row, Variant, _Kept, judge, scores_of, train_row
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Embedded, Pretrained, merged
 from lsemvae.evaluation.folds import given_folds, make_folds
 from lsemvae.evaluation.methods import REFERENCE, SUPERVISED, chosen, methods
@@ -135,7 +135,8 @@ def test_a_finished_cell_is_read_again_only_as_the_same_training(tmp_path: Path)
     assert kept.read(cell, tests) is None
     count = len(found.folds[1][1])
     kept.write(cell, {"": [0.5] * count})
-    assert kept.read(cell, tests)[""].tolist() == [0.5] * count
+    scores, doubts = kept.read(cell, tests)  # as cells of before doubts wrote it
+    assert scores[""].tolist() == [0.5] * count and doubts == {}
     others = [
         cell._replace(seed=1), cell._replace(fold=0), cell._replace(variant=Variant("fewer labels", "50 %", share=0.5)),
         cell._replace(row=row._replace(made_of="another encoder")),
@@ -147,6 +148,31 @@ def test_a_finished_cell_is_read_again_only_as_the_same_training(tmp_path: Path)
     assert kept.read(cell, noisy.tests(cell)) is None
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text()) == {"": [0.5] * count}
+
+
+def test_a_cell_keeps_the_doubts_of_its_fold(tmp_path: Path):
+    """Standardised by the training recordings alone: a shift of the test recordings shows."""
+    embedded = cohort(signal=0.0)
+    folds = make_folds(embedded.y_B, embedded.subject_B, 3, 0)
+    embedded.h_BF["one"][folds[1][1]] += 20.0
+    found, kept = Material(embedded, folds), _Kept(Storage.open(tmp_path))
+    row = Row("one", "linear", ("one",), RECIPE)
+    ran = Ran()
+    for fold in range(3):
+        cell = Cell(row, 0, fold)
+        score_B, doubts = judge(train_row(cell, found), cell, *found.tests(cell)[""], "cpu")
+        kept.write(cell, {"": score_B.tolist()}, {kind: of.tolist() for kind, of in doubts.items()})
+        scores, again = kept.read(cell, found.tests(cell))
+        assert scores.keys() == {""} and again.keys() == {"distance"}
+        np.testing.assert_allclose(again["distance"], doubts["distance"])
+        ran.doubts[cell] = again
+    ((key, doubt_B),) = abstention.out_of_fold(ran, found).items()
+    assert key == ("one", 0, "distance")
+    assert doubt_B[folds[1][1]].min() == 25 and doubt_B[folds[0][1]].max() < 10
+    table = abstention.table({key: doubt_B}, embedded.record_B, "6L")
+    assert table["value"].tolist() == doubt_B.tolist() and table["record_id"].tolist() == embedded.record_B.tolist()
+    del ran.doubts[Cell(row, 0, 2)]  # kept by a run of before: a measure that is not complete does not count
+    assert abstention.out_of_fold(ran, found) == {} and abstention.table({}, embedded.record_B, "6L").empty
 
 
 # --- the plan and its tables -----------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "training/search.py": {"ray", "tqdm"},
     "training/trials.py": {"pandas"},
     "evaluation": {"sklearn"},
+    "evaluation/abstention.py": {"pandas"},
     "evaluation/classical.py": {"scipy"},
     "evaluation/linear.py": {"sklearn", "torch"},
     "evaluation/embedding.py": {"torch", "ray", "pandas", "tqdm"},

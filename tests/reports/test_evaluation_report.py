@@ -11,9 +11,10 @@ import pytest
 from support import scored
 from support.browser import Browser, chromium
 
+from lsemvae.evaluation import abstention
 from lsemvae.evaluation.compare import Comparison, Scores, compare
 from lsemvae.evaluation.published import CAUTION
-from lsemvae.evaluation.tables import differences_table
+from lsemvae.evaluation.tables import abstention_table, differences_table
 from lsemvae.reports.evaluation import LIMITS, evaluation_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -24,7 +25,9 @@ SECRET = "<script>alert(1)</script>"
 def scores() -> Scores:
     whole = scored.scores(150, data=f"s3://user:secret@bucket/{SECRET}")
     few = whole.scores[whole.scores.method.isin(["LS-EMVAE", "xResNet1d", "untrained encoder", "naive"])]
-    return replace(whole, scores=few)
+    main = few[(few.analysis == "main") & (few.leads == "12L") & (few.method == "LS-EMVAE")]
+    doubts = main[["leads", "method", "seed", "record_id"]].assign(doubt="distance", value=abs(main.score - 0.6))
+    return replace(whole, scores=few, doubts=doubts)
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +160,11 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(html: str, tmp_path: Path)
         assert browser.logged == []
     finally:
         browser.close()
+
+
+def test_the_page_says_what_setting_doubtful_recordings_aside_is_worth(html: str, comparison: Comparison):
+    section = html.split("<h2>Setting aside the most doubtful tenth</h2>")[1].split("<h2>")[0]
+    (row,) = abstention_table(comparison, "LS-EMVAE").rows
+    assert all(f">{cell}<" in section for cell in row) and "HemoNet" in section
+    assert f"<p>12L: {abstention.verdict(comparison.set_aside('LS-EMVAE', '12L'))}</p>" in section
+    assert "<p>6L: not measured</p>" in section
