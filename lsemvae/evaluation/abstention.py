@@ -151,7 +151,7 @@ def verdict(lines: pd.DataFrame) -> str:
     if lines.empty:
         return "not measured"
     found = "; ".join(
-        f"{row.doubt}: AUROC {row.all:.3f} of all, {row.rest:.3f} of the remaining {1 - SET_ASIDE:.0%}, gain "
+        f"{row.doubt}: AUROC {row.all:.3f} of all, {row.rest:.3f} of the remaining {100 * (1 - SET_ASIDE):.0f} %, gain "
         f"{row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}]"
         for row in lines.itertuples()
     )
@@ -159,10 +159,10 @@ def verdict(lines: pd.DataFrame) -> str:
     if kind is None:
         return (
             "measured, and no measure of doubt is shown to help, so the model carries none and gives no such warning. "
-            f"Setting aside the most doubtful {SET_ASIDE:.0%}: {found}."
+            f"Setting aside the most doubtful {100 * SET_ASIDE:.0f} %: {found}."
         )
     choice = " It was chosen on the same recordings, which favours it a little." if len(lines) > 1 else ""
     return (
         f"the model carries the measure {kind}: recordings more doubtful than the limit of the most doubtful "
-        f"{SET_ASIDE:.0%} are marked in `reliability`. Setting these aside: {found}.{choice}"
+        f"{100 * SET_ASIDE:.0f} % are marked in `reliability`. Setting these aside: {found}.{choice}"
     )
