@@ -25,6 +25,7 @@ from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.doubt import distance
 from lsemvae.models.parts.head import Head
 from lsemvae.storage import Storage
+from lsemvae.training.batched_heads import Training, train_heads
 from lsemvae.training.finetune import Inputs, from_scratch, logits_and_doubts, train_all, train_head
 
 ALL = -1
@@ -195,6 +196,27 @@ def train_row(cell: Cell, material: Material, device: str = "cpu") -> Head | Cla
     return train_head(h_BF, observed_BF, y_B, recipe, device)
 
 
+def train_together(cells: Sequence[Cell], material: Material, device: str = "cpu") -> Sequence[Head | Classifier]:
+    """Train cells of one of `groups`, as `train_row` does."""
+    first = cells[0]
+    if len(cells) == 1:
+        return [train_row(first, material, device)]
+    embedded, name, seed = material.embedded, first.row.features[first.seed], first.row.recipe.optim.seed
+    trainings = [Training(material.train_rows(cell), seed + cell.seed) for cell in cells]
+    tables = embedded.h_BF[name], embedded.observed_BF[name], embedded.y_B
+    return train_heads(*tables, trainings, first.row.recipe, device)
+
+
+def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells that are trained together: the heads of a row and variant on the same features. All others are alone."""
+    found: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        row = cell.row
+        key = (row, cell.variant, row.features[cell.seed]) if row.trains == "head" else cell
+        found.setdefault(key, []).append(cell)
+    return list(found.values())
+
+
 class Judged(NamedTuple):
     """Scores of recordings, and by measure how doubtful each is; see `lsemvae.models.parts.doubt`."""
 
@@ -242,23 +264,26 @@ def run_cells(cells: Sequence[Cell], material: Material, trials: Trials, title: 
 def _tune(cells: Sequence[Cell], material: Material, trials: Trials, kept: "_Kept", ran: Ran, bar: Any) -> None:
     from ray import tune
 
+    trained_together = groups(cells)
+
     class Progress(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            cell, result = cells[trial.config["cell"]], trial.last_result
-            if "failed" in result:
-                ran.failed[cell] = result["failed"]
-            else:
-                ran.scores[cell], ran.doubts[cell] = _arrays(result["scores"]), _arrays(result["doubts"])
-                kept.write(cell, result["scores"], result["doubts"])
-            bar.update(1)
+            group = trained_together[trial.config["group"]]
+            for cell, result in zip(group, trial.last_result["cells"], strict=True):
+                if "failed" in result:
+                    ran.failed[cell] = result["failed"]
+                else:
+                    ran.scores[cell], ran.doubts[cell] = _arrays(result["scores"]), _arrays(result["doubts"])
+                    kept.write(cell, result["scores"], result["doubts"])
+            bar.update(len(group))
 
     with tempfile.TemporaryDirectory() as temporary:
         fitted = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_run_cell, cells=cells, material=material, device=trials.device),
+                tune.with_parameters(_run_group, groups=trained_together, material=material, device=trials.device),
                 {"cpu": 1, "gpu": trials.gpus},
             ),
-            param_space={"cell": tune.grid_search(list(range(len(cells))))},
+            param_space={"group": tune.grid_search(list(range(len(trained_together))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=trials.at_once, reuse_actors=True),
             run_config=tune.RunConfig(storage_path=temporary, name="cells", verbose=0, callbacks=[Progress()]),
         ).fit()
@@ -268,23 +293,30 @@ def _tune(cells: Sequence[Cell], material: Material, trials: Trials, kept: "_Kep
             ran.failed[cell] = error.strip().splitlines()[-1]
 
 
-def _run_cell(config: dict[str, Any], cells: Sequence[Cell], material: Material, device: str) -> None:
-    """What Tune runs. Reports scores by test set and the doubts of the fold, or why there are none."""
+def _run_group(config: dict[str, Any], groups: Sequence[Sequence[Cell]], material: Material, device: str) -> None:
+    """What Tune runs. Reports the outcome of each cell of the group."""
     from ray import tune
 
     torch.set_num_threads(1)
-    cell = cells[config["cell"]]
+    tune.report({"cells": outcomes(groups[config["group"]], material, device)})
+
+
+def outcomes(cells: Sequence[Cell], material: Material, device: str) -> list[dict[str, Any]]:
+    """For each cell of a group, its scores by test set and the doubts of the fold, or why there are none."""
     try:
-        trained = train_row(cell, material, device)
-        judged = {name: judge(trained, cell, *test, device) for name, test in material.tests(cell).items()}
-        if not all(np.isfinite(found.score_B).all() for found in judged.values()):
-            raise ArithmeticError("scores are not finite: the training diverged")
+        found = []
+        for cell, trained in zip(cells, train_together(cells, material, device), strict=True):
+            judged = {name: judge(trained, cell, *test, device) for name, test in material.tests(cell).items()}
+            if not all(np.isfinite(of.score_B).all() for of in judged.values()):
+                raise ArithmeticError("scores are not finite: the training diverged")
+            doubts = judged[""].doubts if "" in judged and cell.variant.analysis == MAIN else {}
+            scores = {name: of.score_B.tolist() for name, of in judged.items()}
+            found.append({"scores": scores, "doubts": {kind: doubt_B.tolist() for kind, doubt_B in doubts.items()}})
     except (LsemvaeError, ArithmeticError, RuntimeError, ValueError) as error:
-        tune.report({"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]})
-    else:
-        doubts = judged[""].doubts if "" in judged and cell.variant.analysis == MAIN else {}
-        scores = {name: found.score_B.tolist() for name, found in judged.items()}
-        tune.report({"scores": scores, "doubts": {kind: doubt_B.tolist() for kind, doubt_B in doubts.items()}})
+        if len(cells) > 1:  # one of them fails: the others must not
+            return [outcome for cell in cells for outcome in outcomes([cell], material, device)]
+        return [{"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}]
+    return found
 
 
 def _arrays(values: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:

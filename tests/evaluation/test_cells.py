@@ -10,10 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsemvae.config import FinetuneRecipe
+from lsemvae.config import FinetuneRecipe, OptimConfig
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import abstention, plan
-from lsemvae.evaluation.cells import ALL, Cell, Material, Ran, Row, Variant, _Kept, judge, scores_of, train_row
+from lsemvae.evaluation import cells as cells_module
+from lsemvae.evaluation.cells import (
+    ALL,
+    Cell,
+    Material,
+    Ran,
+    Row,
+    Trials,
+    Variant,
+    _Kept,
+    cells_of,
+    groups,
+    judge,
+    outcomes,
+    run_cells,
+    scores_of,
+    train_row,
+)
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Embedded, Pretrained, merged
 from lsemvae.evaluation.folds import given_folds, make_folds
 from lsemvae.evaluation.methods import REFERENCE, SUPERVISED, chosen, methods
@@ -102,6 +119,57 @@ def test_a_linear_cell_scores_its_fold_the_noisy_recordings_and_another_cohort()
     assert list(found.tests(whole)) == ["elsewhere"] and len(found.train_rows(whole)) == 60
     scores = scores_of(train_row(whole, found), whole, other, np.arange(60), "cpu")
     assert scores[other.y_B == 1].mean() > scores[other.y_B == 0].mean()
+
+
+def of_heads() -> tuple[Material, list[Cell], list[Cell]]:
+    """Material, the cells of a row that trains heads, and those of a linear one."""
+    recipe = replace(RECIPE, trains="head", hidden=3, optim=OptimConfig(epochs=2, batch_size=8, learning_rate=1e-2))
+    heads, linear = Row("heads", "head", ("one", "one", "two"), recipe), Row("linear", "linear", ("one",), RECIPE)
+    embedded = cohort()
+    h_BF = embedded.h_BF | {"two": embedded.h_BF["one"][:, ::-1].copy()}
+    found = material(replace(embedded, h_BF=h_BF, observed_BF=embedded.observed_BF | {"two": h_BF["two"] < 9}))
+    return found, cells_of([heads], 3, [Variant(), Variant("fewer labels", "50 %", share=0.5)]), cells_of([linear], 3)
+
+
+def test_heads_on_the_same_features_are_trained_together_and_score_as_they_do_alone():
+    found, heads, linear = of_heads()
+    grouped = groups([*heads, *linear])
+    assert [len(group) for group in grouped] == [6, 3, 6, 3, 1, 1, 1]
+    assert [cell for group in grouped for cell in group] == [*heads, *linear]
+    for group in grouped:
+        for cell, outcome in zip(group, outcomes(group, found, "cpu"), strict=True):
+            expected_B = scores_of(train_row(cell, found), cell, *found.tests(cell)[""], "cpu")
+            np.testing.assert_allclose(outcome["scores"][""], expected_B, atol=1e-5)
+
+
+def test_a_head_that_fails_does_not_stop_those_beside_it(monkeypatch: pytest.MonkeyPatch):
+    """The scores of the third fold are not finite."""
+    found, heads, _ = of_heads()
+    group = groups(heads)[0]
+    original = cells_module.judge
+
+    def broken(trained, cell, *rest):
+        judged = original(trained, cell, *rest)
+        return judged._replace(score_B=judged.score_B * np.nan) if cell.fold == 2 else judged
+
+    monkeypatch.setattr(cells_module, "judge", broken)
+    of = dict(zip(group, outcomes(group, found, "cpu"), strict=True))
+    assert all(set(outcome) == ({"failed"} if cell.fold == 2 else {"scores", "doubts"}) for cell, outcome in of.items())
+    assert {o["failed"] for o in of.values() if "failed" in o} == {
+        "ArithmeticError: scores are not finite: the training diverged"
+    }
+
+
+@pytest.mark.ray
+def test_each_cell_of_a_group_is_kept_in_its_own_file(ray_cluster: None, tmp_path: Path):
+    found, heads, linear = of_heads()
+    cells, trials = [*heads[:9], *linear], Trials(keep=Storage.open(tmp_path))
+    ran = run_cells(cells, found, trials)
+    assert not ran.failed and set(ran.scores) == set(cells)
+    assert {path.name for path in tmp_path.glob("*.json")} == {f"{cell.name}.json" for cell in cells}
+    for cell in cells:
+        expected_B = scores_of(train_row(cell, found), cell, *found.tests(cell)[""], "cpu")
+        np.testing.assert_allclose(ran.scores[cell][""], expected_B, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["multimodal-cnn", "resnet1d", "transformer"])
