@@ -37,6 +37,7 @@ from lsemvae.evaluation.metrics import best_threshold
 from lsemvae.evaluation.protocol import refit
 from lsemvae.evaluation.release import Trained, assembled, release
 from lsemvae.evaluation.tables import all_as_markdown, differences_table, main_table
+from lsemvae.external import EXTERNAL
 from lsemvae.fields import as_json
 from lsemvae.leads import LEADS, lead_set_name
 from lsemvae.models import Reconstructs, build
@@ -111,7 +112,10 @@ class Args:
 
 def main(args: Args) -> None:
     wanted = plan.analyses(args.analyses, external=args.external is not None)
-    methods = chosen(args.methods, args.size, ablations=plan.ABLATIONS in wanted)
+    given = [word.partition("=")[0] for word in args.encoders]
+    methods = chosen(
+        [*args.methods, *(name for name in given if name in EXTERNAL)], args.size, ablations=plan.ABLATIONS in wanted
+    )
     if args.register not in {"none", *(method.name for method in methods)}:
         raise LsemvaeError(f"--register {args.register}: give one of the methods that are compared, or none")
     training, supervised = recipes(args)
@@ -119,7 +123,7 @@ def main(args: Args) -> None:
     cohort = read_cohort(args.cohort, args.task, args.folds, training)
     external = open_external(args)
     uris = encoder_uris(args, methods)
-    lacking = [method for method in methods if method.recipe and method.name not in uris]
+    lacking = [method for method in methods if method.takes_encoder and method.name not in uris]
     if args.dry_run:
         show_plan(args, methods, lacking, sets, cohort, training, supervised)
         return
@@ -164,15 +168,18 @@ def encoder_uris(args: Args, methods: Sequence[Method]) -> dict[str, str]:
     uris = {}
     for word in args.encoders:
         name, _, uri = word.partition("=")
-        if not uri or name not in {method.name for method in methods if method.recipe}:
-            known = ", ".join(method.name for method in methods if method.recipe)
-            raise LsemvaeError(f"--encoders {word}: give NAME=URI, with one of the methods that pre-train: {known}")
+        if not uri or name not in {method.name for method in methods if method.takes_encoder}:
+            known = ", ".join(method.name for method in methods if method.takes_encoder)
+            raise LsemvaeError(f"--encoders {word}: give NAME=URI, with one of the methods that take one: {known}")
         uris[name] = uri
-    lacking = [method.name for method in methods if method.recipe and method.name not in uris]
-    if lacking and not args.pretrain:
+    lacking = [method for method in methods if method.takes_encoder and method.name not in uris]
+    if args.pretrain:
+        lacking = [method for method in lacking if method.recipe is None]
+    if lacking:
+        names = ", ".join(method.name for method in lacking)
+        other = "" if lacking[0].recipe is None else "or --pretrain with shards to pre-train on, "
         raise LsemvaeError(
-            f"no encoder for {', '.join(lacking)}: give --encoders {lacking[0]}=URI, or --pretrain with shards to "
-            "pre-train on, or name other --methods"
+            f"no encoder for {names}: give --encoders {lacking[0].name}=URI, {other}or name other --methods"
         )
     return uris
 
@@ -226,7 +233,8 @@ def show_plan(
     wanted = plan.analyses(args.analyses, external=args.external is not None)
     records, folds = len(cohort.people), len(cohort.folds)
     reference = build(recipe.model, LEADS)
-    models = {m.name: Pretrained(build(m.config, LEADS), "", recipe.preprocess, "") for m in methods if m.recipe}
+    models = {m.name: Pretrained(build(m.recipe.model, LEADS), "", recipe.preprocess, "") for m in methods if m.recipe}
+    models |= {name: load_encoder(uri) for name, uri in encoder_uris(args, methods).items() if name in EXTERNAL}
     total = 0.0
     if lacking:
         recordings = sum(s.data.rows("train") * s.repeats for s in open_sources(args.pretrain, args.exclude))
@@ -442,10 +450,14 @@ def policy(args: Args, setup: Setup) -> str:
     if args.pretrain:
         epochs = args.pretrain_epochs or PRETRAIN[SIZES[args.size]].optim.epochs
         before = f"{epochs} epochs on {', '.join(args.pretrain)} with the schedule of the recipe {SIZES[args.size]}"
+    others = [method.title for method in setup.methods if method.name in EXTERNAL]
+    elsewhere = (
+        f" {' and '.join(others)}: pre-trained by others, on data that may hold these recordings." if others else ""
+    )
     return (
-        f"Pre-training: {before}, circular shifts for every method. Fine-tuning of every pre-trained and untrained "
-        f"encoder: {how}. Supervised methods: all weights from random ones, {supervised.scratch_epochs} epochs under "
-        f"random circular shifts, scores averaged over {supervised.shifts} shifts. Classical features and amplitude "
+        f"Pre-training: {before}, circular shifts for every method.{elsewhere} Fine-tuning of every pre-trained and "
+        f"untrained encoder: {how}. Supervised methods: all weights from random ones, {supervised.scratch_epochs} epochs "
+        f"under random circular shifts, scores averaged over {supervised.shifts} shifts. Classical features and amplitude "
         "quantiles: L2 logistic regression."
     )
 

@@ -16,6 +16,7 @@ from lsemvae.evaluation.metrics import best_threshold
 from lsemvae.evaluation.noise import STRENGTHS
 from lsemvae.evaluation.protocol import NAIVE, UNTRAINED, decisions, untrained_names
 from lsemvae.leads import lead_set_name, parse_leads
+from lsemvae.models import EncoderConfig
 from lsemvae.models.classifier import Classifier, ClassifierConfig
 from lsemvae.training.finetune import new_head
 
@@ -81,8 +82,8 @@ def plan(
     found, of_reference = Plan([], {}, {}, {}), encoders[REFERENCE].preprocess.digest
     for method in methods:
         try:
-            if method.recipe is None:
-                _add_supervised(found, method, leads, supervised, of_reference)
+            if method.config is not None:
+                _add_supervised(found, method.title, method.config, leads, supervised, of_reference)
             elif method.name in encoders:
                 _add_pretrained(found, method.title, encoders[method.name], leads, training)
         except LsemvaeError as error:
@@ -102,21 +103,18 @@ def _frozen(training: FinetuneRecipe) -> FinetuneRecipe:
 
 
 def _add_supervised(
-    found: Plan, method: Method, leads: tuple[str, ...], recipe: FinetuneRecipe, preprocess: str
+    found: Plan, title: str, encoder: EncoderConfig, leads: tuple[str, ...], recipe: FinetuneRecipe, preprocess: str
 ) -> None:
     config = ClassifierConfig(
-        encoder=method.config,
+        encoder=encoder,
         hidden=recipe.hidden,
         dropout=recipe.dropout,
         focal_gamma=recipe.focal_gamma,
         shifts=recipe.shifts,
     )
-    found.starts[method.title] = Classifier(config, leads)
-    row = Row(
-        method.title, "all", (method.title,) * recipe.seeds, recipe, scratch=True, made_of=repr(method.config),
-        input=preprocess,
-    )  # fmt: skip
-    found.rows.append(row)
+    found.starts[title] = Classifier(config, leads)
+    many = (title,) * recipe.seeds
+    found.rows.append(Row(title, "all", many, recipe, scratch=True, made_of=repr(encoder), input=preprocess))
 
 
 def _add_pretrained(

@@ -34,6 +34,7 @@ from lsemvae.evaluation.cells import (
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Embedded, Pretrained, merged
 from lsemvae.evaluation.folds import given_folds, make_folds
 from lsemvae.evaluation.methods import REFERENCE, SUPERVISED, chosen, methods
+from lsemvae.external import EXTERNAL
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import build
 from lsemvae.models.lsemvae import LSEMVAEConfig
@@ -260,8 +261,13 @@ def test_methods_are_the_recipes_and_the_supervised_architectures_at_every_size(
             if method.recipe
         }
         assert len(schedules) == 1  # no method wins by its schedule
+        assert [name for name, m in found.items() if not m.config and not m.recipe] == [*EXTERNAL]
     names = [method.name for method in chosen(["st-mem", "all"], "cpu", ablations=False)]
-    assert names[:2] == [REFERENCE, "st-mem"] and not set(names) & set(ABLATIONS) and len(set(names)) == len(names)
+    assert (
+        names[:2] == [REFERENCE, "st-mem"]
+        and not set(names) & {*ABLATIONS, *EXTERNAL}
+        and len(set(names)) == len(names)
+    )
     assert set(ABLATIONS) <= {method.name for method in chosen(["all"], "cpu", ablations=True)}
     with pytest.raises(LsemvaeError, match="there is no method 'resnet': choose all, or some of lsemvae, "):
         chosen(["resnet"], "cpu", ablations=False)
