@@ -456,8 +456,9 @@ def policy(args: Args, setup: Setup) -> str:
     )
     return (
         f"Pre-training: {before}, circular shifts for every method.{elsewhere} Fine-tuning of every pre-trained and "
-        f"untrained encoder: {how}. Supervised methods: all weights from random ones, {supervised.scratch_epochs} epochs "
-        f"under random circular shifts, scores averaged over {supervised.shifts} shifts. Classical features and amplitude "
+        f"untrained encoder: {how}. Supervised methods: all weights from random ones, "
+        f"{supervised.scratch_epochs} epochs under random circular shifts, scores averaged over {supervised.shifts} "
+        "shifts. Classical features and amplitude "
         "quantiles: L2 logistic regression."
     )
 
