@@ -80,8 +80,6 @@ def evaluation_report(
         f"<h1>{escape(title)}</h1>",
         "<p>Methods compared on the same recordings, folds and subjects. This page names no recording and no subject. "
         "For research, not for patient care.</p>",
-        "<h2>What was asked</h2>",
-        _asked(scores.facts, comparison),
         "<h2>In short</h2>",
         _in_short(comparison, [of.leads for of in sets]),
         "<h2>Cohort</h2>",
@@ -102,6 +100,8 @@ def evaluation_report(
         _failed(scores.failed),
         "<h2>What these figures do not show</h2>",
         "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in LIMITS) + "</ul>",
+        "<h2>What was asked</h2>",
+        _asked(scores.facts, comparison),
     ]
     return page(f"Evaluation: {title}", parts)
 
