@@ -166,13 +166,18 @@ def main(args: Args) -> None:
 
 def facts(args: Args, data: ShardedDataset, recipe: FinetuneRecipe, trained: Trained) -> dict[str, Any]:
     """What the model card says beside figures."""
+    how = {
+        "head": "a head on frozen features",
+        "linear": "L2 logistic regression on frozen features, its strength chosen on inner folds",
+        "all": f"all weights under circular shifts, scores averaged over {recipe.shifts} shifts",
+    }[recipe.trains]
     return {
         "task": args.task,
         "cohort": data.manifest.cohort,
         "data": {"uri": data.storage.uri, "digest": data.manifest.digest},
         "folds": f"{recipe.folds} folds, stratified by label, each subject in one of them",
         "seeds": recipe.seeds,
-        "recipe": as_json(recipe, every_tag=True),
+        "training": f"{how}; features: {recipe.features}",
         "encoder": dict(trained.encoder or {}),
         "preprocess": trained.preprocess.digest,
         "release": __version__,

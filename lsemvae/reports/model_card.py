@@ -18,7 +18,6 @@ from lsemvae.evaluation.tables import (
     escaped,
     interval,
     markdown,
-    number,
     subgroups_table,
 )
 from lsemvae.tracking import shown
@@ -159,7 +158,8 @@ def _people(scores: Scores, leads: str) -> dict[str, Any]:
 def _facts(facts: Mapping[str, Any], people: Mapping[str, Any], data_licence: str) -> str:
     """What was given, and what was counted on these leads, which replaces the counts that were given."""
     counted = {"records", "positive", "subjects", "leads"}
-    given = {name: value for name, value in facts.items() if name not in counted}
+    at_length = {"recipe", "supervised_recipe", "encoders"}  # "policy" says it in words; the bundle has its own
+    given = {name: value for name, value in facts.items() if name not in counted | at_length}
     entries = {**given, **people, "licence of the data": data_licence}
     return _list(f"{_text(name)}: {_text(value)}" for name, value in entries.items())
 
@@ -205,4 +205,4 @@ def _text(value: Any) -> str:
         return "; ".join(f"{_text(key)}: {_text(of)}" for key, of in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
-    return escaped(shown(number(value) if isinstance(value, float) else str(value)))
+    return escaped(shown(f"{value:g}" if isinstance(value, float) else str(value)))

@@ -61,4 +61,4 @@ def test_a_method_without_results_or_that_is_not_the_reference_says_so(scores: S
 
 def test_a_card_that_is_too_large_is_refused(scores: Scores, comparison: Comparison):
     with pytest.raises(LsemvaeError, match="shorten the facts"):
-        model_card(replace(scores, facts={"recipe": "x" * MAX_BYTES}), comparison, BUNDLE, leads="12L")
+        model_card(replace(scores, facts={"policy": "x" * MAX_BYTES}), comparison, BUNDLE, leads="12L")
