@@ -160,7 +160,7 @@ def table(ran: Ran, material: Material, leads: tuple[str, ...], of: str) -> tupl
     for number, (_, test) in enumerate(material.folds):
         fold_B[test] = number
     groups: dict[tuple[str, str, str, int], np.ndarray] = {}
-    broken = {(cell.variant.analysis, cell.variant.setting, cell.row.name, cell.seed) for cell in ran.failed}
+    broken = {(c.variant.analysis, c.variant.setting, c.row.name, c.seed) for c in ran.failed if c.fold != ALL}
     for cell, scores in ran.scores.items():
         if cell.fold == ALL:
             continue

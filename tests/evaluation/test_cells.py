@@ -305,11 +305,13 @@ def test_scores_become_a_table_without_methods_that_failed():
     broken = Cell(bad, 0, 2)
     del ran.scores[broken]
     ran.failed[broken] = "ArithmeticError: it diverged"
+    ran.failed[Cell(good, 0, ALL)] = "RuntimeError: on all recordings"  # takes nothing from the main table
     scores, failed = plan.table(ran, found, LIMB_LEADS, "main")
     assert list(scores.columns) == list(plan.COLUMNS) and set(scores["method"]) == {"naive", "good"}
     assert scores.groupby(["analysis", "setting"]).size().to_dict() == {
         ("external", "elsewhere"): 60, ("main", ""): 120, ("noise", "5 dB"): 60
     }  # fmt: skip
+    assert failed["fold"].tolist() == [2, ALL]
     assert failed.iloc[0].to_dict() == {
         "analysis": "main", "setting": "", "leads": "6L", "method": "bad", "seed": 0, "fold": 2,
         "reason": "ArithmeticError: it diverged",
