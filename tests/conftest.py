@@ -26,16 +26,10 @@ SERVERS = {"mlflow_server", "s3", "object_store", "ray_cluster", "proxy", "url",
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a server with `server`, so that `-m "not server"` cannot start one by way of a fixture.
-
-    Under `-n 2 --dist loadgroup` all tests that need Ray or a server stay in one process, which starts each server
-    once; the other process runs the rest meanwhile.
-    """
+    """Mark what uses a server with `server`, so that `-m "not server"` cannot start one by way of a fixture."""
     for item in items:
         if SERVERS & set(item.fixturenames):
             item.add_marker("server")
-        if item.get_closest_marker("server") or item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.fixture(scope="session")
