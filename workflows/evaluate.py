@@ -98,6 +98,8 @@ class Args:
     """Other labelled shards with the same label: models that are trained on all of --cohort are tested there."""
     register: str = REFERENCE
     """The method that is trained on all recordings and registered in MLflow, a model for each lead set, or none."""
+    model_name: str | None = None
+    """The registered models are NAME-LEADS, such as ph-6L; by default NAME is the task."""
     data_licence: str = "not stated"
     """The licence of the data, for the model card."""
     storage: str | None = None
@@ -370,7 +372,7 @@ def register(
             {"uri": encoder.uri, "digest": encoder.digest} if encoder else None,
             abstention.carried(set_aside, every.doubts_of(method.title, of.name)),
         )
-        name, folder = f"{args.task}-{of.name}", args.output / f"bundle-{of.name}"
+        name, folder = f"{args.model_name or args.task}-{of.name}", args.output / f"bundle-{of.name}"
         saved, version = release(
             trained, setup.cohort.data, len(embedded.y_B), args.task, name, run, folder,
             lambda described, leads=of.name, found=set_aside: model_card(

@@ -38,7 +38,7 @@ def test_a_comparison_its_report_its_failures_and_what_goes_on(
     command = [
         "evaluate", "--cohort", shards, "--task", "ph", "--output", out, "--size", "smoke", "--training", training,
         "--encoders", f"lsemvae={pretrained.folder / 'bundle'}", "--leads", "6", "--folds", "3", "--scratch-epochs", 1,
-        "--data-licence", "made for tests",
+        "--data-licence", "made for tests", "--model-name", "compared",
     ]  # fmt: skip
     given = ["--pretrain", shards, "--pretrain-epochs", 1, "--pretrain-workers", 1]
     few = ["--methods", "multimodal-cnn", "mvae", *given]
@@ -70,7 +70,8 @@ def test_a_comparison_its_report_its_failures_and_what_goes_on(
     assert "Multimodal-CNN" in page and "3 folds need 3" in page and not set(stored.index) & set(page.split())
     bundle, _ = bundles.load(out / "bundle-6L")
     assert "made for tests" in bundle.provenance["model_card"] and bundle.task == "ph" and 0 < bundle.threshold < 1
-    assert resolve("models:/ph-6L@candidate")[0] == "ph-6L"
+    name, version = resolve("models:/compared-6L@candidate")
+    assert f"models:/{name}/{version} (alias candidate, LS-EMVAE, digest {bundle.digest})" in first.stdout
 
     # Another method adds its own trainings; those that had finished are not run again.
     (kept,) = out.glob("cells-*")
@@ -103,7 +104,7 @@ def test_every_smoke_recipe_is_compared(shards_here: Path, ray_cluster, encoders
     done = workflow(
         "evaluate", "--cohort", shards_here, "--task", "ph", "--output", out, "--size", "smoke", "--training", "smoke",
         "--encoders", *(f"{name}={folder}" for name, folder in encoders.items()), "--leads", "12", "--folds", 2,
-        "--scratch-epochs", 1, "--analyses", "ablations", "--register", "st-mem",
+        "--scratch-epochs", 1, "--analyses", "ablations", "--register", "st-mem", "--model-name", "compared",
     )  # fmt: skip
     scores = Scores.read(Storage.open(out))
     assert scores.failed.empty
