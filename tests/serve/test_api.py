@@ -894,7 +894,7 @@ def test_one_record_that_breaks_the_model_fails_no_other_request(service: Servic
     served = service.registry.served["ph-12L"]
 
     class Brittle:
-        bundle = served.scorer.bundle
+        bundle, why_doubtful = served.scorer.bundle, served.scorer.why_doubtful
 
         @staticmethod
         def score(records: list[Record]) -> list:

@@ -309,7 +309,8 @@ def test_what_a_body_becomes_counts_against_the_memory(guarded: Service, record:
         told.wait(20)
         return served.scorer.score(records)
 
-    slow = SimpleNamespace(scorer=SimpleNamespace(score=score, bundle=served.scorer.bundle), described=served.described)
+    scorer = SimpleNamespace(score=score, bundle=served.scorer.bundle, why_doubtful=served.scorer.why_doubtful)
+    slow = SimpleNamespace(scorer=scorer, described=served.described)
     registry = SimpleNamespace(served={"ph-12L": slow}, ready=True, problems={})
     api = make_api(replace(guarded, registry=registry, max_held=1_200_000))
 
