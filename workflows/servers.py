@@ -80,11 +80,14 @@ def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
 
 
 def end(server: subprocess.Popen) -> None:
-    """Interrupt the server's process group, and kill it if it has not ended after 15 s."""
+    """Interrupt the server's process group, and kill it if it has not ended after 60 s.
+
+    A `serve run` that is killed leaves Serve behind in a cluster that it has joined.
+    """
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
-            server.wait(timeout=15)
+            server.wait(timeout=60)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:
