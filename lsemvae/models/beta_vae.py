@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.contract import Encoder, EncoderConfig, Features
 from lsemvae.models.parts import objectives
-from lsemvae.models.parts.blocks import STRIDE, Decoder
+from lsemvae.models.parts.blocks import STRIDE, Decoder, require_sizes
 from lsemvae.models.parts.diagnostics import Evaluated, ReconstructionPass
 from lsemvae.models.parts.whole import WholeEncoder, WholeModel, as_features
 
@@ -47,12 +47,7 @@ class BetaVAEConfig(EncoderConfig):
     """C in nats, after it has risen to its full value."""
 
     def __post_init__(self) -> None:
-        if self.samples < STRIDE or self.samples % STRIDE:
-            raise LsemvaeError(f"samples is {self.samples}: give a positive multiple of {STRIDE}")
-        if self.latent < 1 or len(self.channels) != 3 or min(self.channels) < 1:
-            raise LsemvaeError(
-                f"latent is {self.latent} and channels {self.channels}: give one positive size and three"
-            )
+        require_sizes(self.samples, self.latent, self.channels)
         if self.objective not in get_args(Objective):
             raise LsemvaeError(f"objective is {self.objective!r}: choose from {', '.join(get_args(Objective))}")
         for name in ("reconstruction_weight", "beta", "gamma", "capacity"):
@@ -134,11 +129,7 @@ class BetaVAE(WholeModel):
         z = mu + s * noise. Returns "loss", "reconstruction" (the sum over leads of the mean squared error), "kl" in
         nats, and "weighted_reconstruction" and "weighted_kl", which sum to the loss.
         """
-        found, good_B = self._evaluate(batch)[0]
-        if not check:
-            return found | {"good_B": good_B}
-        objectives.require(good_B, "NaN, infinity or no lead at all")
-        return found
+        return objectives.checked(*self._evaluate(batch)[0], "NaN, infinity or no lead at all", check=check)
 
     def validation(self) -> ReconstructionPass:
         """Loss terms, active units and how well each lead is reconstructed from the posterior mean."""

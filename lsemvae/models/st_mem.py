@@ -183,10 +183,7 @@ class STMEM(WholeModel):
         now = self.fill(batch, scores.unflatten(1, (len(self.leads), -1)))
         loss = objectives.average(now.error_B, batch.get("share_B"))
         found = {"loss": loss, "reconstruction": loss.detach()}
-        if not check:
-            return found | {"good_B": now.good_B}
-        objectives.require(now.good_B, "NaN, infinity or no lead at all")
-        return found
+        return objectives.checked(found, now.good_B, "NaN, infinity or no lead at all", check=check)
 
     def validation(self) -> "MaskedPass":
         """The loss and how well each lead's masked patches are filled in, under the same masking in every epoch."""

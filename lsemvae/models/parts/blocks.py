@@ -22,6 +22,14 @@ STRIDE = 8
 """Samples in one position of the convolutions' output."""
 
 
+def require_sizes(samples: int, latent: int, channels: tuple[int, int, int]) -> None:
+    """Raises LsemvaeError where three halving convolutions, and what follows them, cannot have these sizes."""
+    if samples < STRIDE or samples % STRIDE:
+        raise LsemvaeError(f"samples is {samples}: give a positive multiple of {STRIDE}")
+    if latent < 1 or len(channels) != 3 or min(channels) < 1:
+        raise LsemvaeError(f"latent is {latent} and channels {channels}: give one positive size and three")
+
+
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what nn.Conv1d and nn.Linear draw for one lead."""
     bound = 1 / math.sqrt(fan_in)

@@ -86,7 +86,4 @@ class Head(nn.Module):
         good_B = objectives.finite_records(loss_B.detach())
         loss = objectives.average(loss_B, batch.get("share_B"))
         found = {"loss": loss, "focal": loss.detach()}
-        if not check:
-            return found | {"good_B": good_B}
-        objectives.require(good_B, "NaN or infinity")
-        return found
+        return objectives.checked(found, good_B, "NaN or infinity", check=check)

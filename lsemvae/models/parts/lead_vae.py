@@ -15,7 +15,7 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS, in_order
 from lsemvae.models.contract import EncoderConfig, Features
 from lsemvae.models.parts import objectives
-from lsemvae.models.parts.blocks import Decoder, LeadEncoders
+from lsemvae.models.parts.blocks import Decoder, LeadEncoders, require_sizes
 from lsemvae.models.parts.diagnostics import Evaluated, ReconstructionPass
 from lsemvae.models.parts.embedders import FusedEncoders, PooledEncoders
 from lsemvae.models.parts.fusion import Gaussian, Posterior
@@ -40,12 +40,7 @@ class LeadVAEConfig(EncoderConfig):
     """Weight of the KL term, after it has risen to its full value."""
 
     def __post_init__(self) -> None:
-        if self.samples < 8 or self.samples % 8:
-            raise LsemvaeError(f"samples is {self.samples}: give a positive multiple of 8")
-        if self.latent < 1 or len(self.channels) != 3 or min(self.channels) < 1:
-            raise LsemvaeError(
-                f"latent is {self.latent} and channels {self.channels}: give one positive size and three"
-            )
+        require_sizes(self.samples, self.latent, self.channels)
         if self.decoder_leads and in_order(self.decoder_leads) != self.decoder_leads:
             raise LsemvaeError(f"decoder_leads is {self.decoder_leads}: give names in the order {', '.join(LEADS)}")
         self._require_weights("reconstruction_weight", "beta")
@@ -165,11 +160,7 @@ class LeadVAE(nn.Module, ABC):
         Returns "loss", the unweighted terms, among them "reconstruction" and "kl" (nats), and each as "weighted_…",
         which sum to the loss. A record with no lead at all is not finite.
         """
-        found, good_B = self._evaluate(batch).terms
-        if not check:
-            return found | {"good_B": good_B}
-        objectives.require(good_B, "NaN, infinity or no lead at all")
-        return found
+        return objectives.checked(*self._evaluate(batch).terms, "NaN, infinity or no lead at all", check=check)
 
     def validation(self) -> ReconstructionPass:
         """Loss terms, active units and how well each lead is reconstructed from the posterior mean."""

@@ -100,6 +100,17 @@ def finite_records(values: Tensor, mask_BL: Tensor | None = None) -> Tensor:
     return finite.flatten(1).all(dim=1) if finite.ndim > 1 else finite
 
 
+def checked(found: dict[str, Tensor], good_B: Tensor, what: str, *, check: bool) -> dict[str, Tensor]:
+    """What `lsemvae.models.contract.Trains.forward` returns: without `check` also "good_B", else every record is good.
+
+    Raises NonFiniteBatch as `require`.
+    """
+    if not check:
+        return found | {"good_B": good_B}
+    require(good_B, what)
+    return found
+
+
 def require(good_B: Tensor, what: str) -> None:
     """Raise NonFiniteBatch, with the positions, unless every record is good. Waits for the accelerator."""
     if good_B.all():

@@ -4,6 +4,7 @@ Their features belong to no single lead. Every feature is observed where a recor
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -33,7 +34,7 @@ def masked(x_BLT: Tensor, lead_mask_BL: Tensor, leads: Sequence[str], samples: i
     return torch.where(lead_mask_BL.unsqueeze(-1), x_BLT, torch.zeros_like(x_BLT))
 
 
-class WholeEncoder(nn.Module):
+class WholeEncoder(nn.Module, ABC):
     """Base of these encoders; see `lsemvae.models.contract.Encoder`. A subclass has `embedding_size` and `features`."""
 
     by_lead: ClassVar[Mapping[str, int]] = {}
@@ -45,13 +46,13 @@ class WholeEncoder(nn.Module):
         self.leads = in_order(leads)
 
     @property
+    @abstractmethod
     def embedding_size(self) -> int:
         """F."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """h_BF of an input that holds zeros in absent leads."""
-        raise NotImplementedError
 
     def masked(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> Tensor:
         """The input with zeros in place of absent leads. Raises LsemvaeError on a wrong shape."""
