@@ -4,7 +4,6 @@ A cell trains one row of the table with one seed on the training recordings of o
 that fold. Fold -1 trains on all recordings; such a cell scores other cohorts.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from lsemvae.models.parts.head import Head
 from lsemvae.storage import Storage
 from lsemvae.training.batched_heads import Training, train_heads
 from lsemvae.training.finetune import Inputs, from_scratch, logits_and_doubts, train_all, train_head
+from lsemvae.training.grid import digest
 
 ALL = -1
 """The fold that trains on all recordings."""
@@ -102,8 +102,7 @@ class Cell(NamedTuple):
         """Its file: readable, and different for another recipe or encoder."""
         row, variant = self.row, self.variant
         made_of = [row.trains, row.scratch, row.made_of, as_json(row.recipe), variant.share, variant.positives]
-        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
-        words = [row.name, variant.setting, str(self.seed), str(self.fold), digest]
+        words = [row.name, variant.setting, str(self.seed), str(self.fold), digest(*made_of)]
         text = " ".join(word for word in words if word).replace(", ", "-").replace(" ", "-")
         return "".join(c for c in text if c.isalnum() or c in "-._")
 
@@ -222,11 +221,6 @@ class Judged(NamedTuple):
 
     score_B: np.ndarray
     doubts: dict[str, np.ndarray]
-
-
-def scores_of(trained: Head | Classifier, cell: Cell, embedded: Embedded, rows: np.ndarray, device: str) -> np.ndarray:
-    """score_B of these recordings."""
-    return judge(trained, cell, embedded, rows, device).score_B
 
 
 def judge(trained: Head | Classifier, cell: Cell, embedded: Embedded, rows: np.ndarray, device: str) -> Judged:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import abstention
+from lsemvae.evaluation.cells import MAIN
 from lsemvae.evaluation.metrics import (
     ALL_METRICS,
     Estimate,
@@ -22,7 +23,6 @@ from lsemvae.evaluation.metrics import (
 from lsemvae.evaluation.significance import delong, holm
 from lsemvae.storage import Storage
 
-MAIN = "main"
 REFERENCE = "LS-EMVAE"
 CELL = ["analysis", "setting", "leads", "method"]
 AGES = {"under 50": (0, 50), "50 to 64": (50, 65), "65 to 74": (65, 75), "75 and over": (75, np.inf)}
@@ -168,6 +168,27 @@ class Comparison:
             & (self.metrics.note == "")
         ]
         return {row.metric: Estimate(row.value, row.low, row.high) for row in found.itertuples()}
+
+
+def scored(
+    analysis: str,
+    setting: str,
+    leads: str,
+    method: str,
+    seed: int,
+    record_B: np.ndarray,
+    fold_B: np.ndarray | int,
+    score_B: np.ndarray,
+    decision_B: np.ndarray,
+) -> pd.DataFrame:
+    """The lines of `Scores.scores` of one method with one seed."""
+    values = (analysis, setting, leads, method, seed, record_B, fold_B, score_B, decision_B)
+    return pd.DataFrame(dict(zip(_COLUMNS["scores"], values, strict=True)))
+
+
+def failures(lines: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
+    """`Scores.failed` of such lines: analysis, setting, leads, method, seed, fold, reason."""
+    return pd.DataFrame(list(lines), columns=_COLUMNS["failed"])
 
 
 def compare(scores: Scores, *, draws: int = 1000, seed: int = 0, reference: str = REFERENCE) -> Comparison:

@@ -1,5 +1,7 @@
 """Folds: stratified by label, with each subject's recordings together."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -7,6 +9,14 @@ from lsemvae.errors import LsemvaeError
 
 Fold = tuple[np.ndarray, np.ndarray]
 """Training rows and test rows."""
+
+
+def fold_of(folds: Sequence[Fold], records: int) -> np.ndarray:
+    """The number of the fold whose test rows hold each recording, [B]."""
+    fold_B = np.zeros(records, dtype=int)
+    for number, (_, test) in enumerate(folds):
+        fold_B[test] = number
+    return fold_B
 
 
 def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int, option: str = "--folds") -> None:

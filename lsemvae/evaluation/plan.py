@@ -10,7 +10,9 @@ import pandas as pd
 from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation.cells import ALL, MAIN, Cell, Material, Ran, Row, Variant, cells_of
+from lsemvae.evaluation.compare import failures, scored
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Pretrained
+from lsemvae.evaluation.folds import fold_of
 from lsemvae.evaluation.methods import REFERENCE, Method
 from lsemvae.evaluation.metrics import best_threshold
 from lsemvae.evaluation.noise import STRENGTHS
@@ -33,7 +35,6 @@ VARIANTS = {
         for positives in (0.25, 0.5, 0.75)
     ],
 }
-COLUMNS = ("analysis", "setting", "leads", "method", "seed", "record_id", "fold", "score", "decision")
 
 
 def analyses(words: Sequence[str], *, external: bool) -> tuple[str, ...]:
@@ -156,9 +157,7 @@ def table(ran: Ran, material: Material, leads: tuple[str, ...], of: str) -> tupl
     its name.
     """
     embedded, name = material.embedded, lead_set_name(leads)
-    fold_B = np.zeros(len(embedded.y_B), dtype=int)
-    for number, (_, test) in enumerate(material.folds):
-        fold_B[test] = number
+    fold_B = fold_of(material.folds, len(embedded.y_B))
     groups: dict[tuple[str, str, str, int], np.ndarray] = {}
     broken = {(c.variant.analysis, c.variant.setting, c.row.name, c.seed) for c in ran.failed if c.fold != ALL}
     for cell, scores in ran.scores.items():
@@ -171,50 +170,28 @@ def table(ran: Ran, material: Material, leads: tuple[str, ...], of: str) -> tupl
                 whole = groups.setdefault((*kind, cell.row.name, cell.seed), np.full(len(fold_B), np.nan))
                 whole[rows] = score_B
     naive_B = np.full(len(fold_B), embedded.y_B.mean())
-    parts = [_frame(MAIN, "", NAIVE, 0, embedded.record_B, fold_B, naive_B, naive_B >= 0.5)]
+    parts = [scored(MAIN, "", name, NAIVE, 0, embedded.record_B, fold_B, naive_B, naive_B >= 0.5)]
     for (analysis, setting, method, seed), score_B in groups.items():
         threshold_of = groups[(MAIN, "", method, seed)] if analysis == "noise" else score_B
         decision_B = decisions(embedded.y_B, threshold_of, material.folds, score_B)
-        parts.append(_frame(analysis, setting, method, seed, embedded.record_B, fold_B, score_B, decision_B))
+        parts.append(scored(analysis, setting, name, method, seed, embedded.record_B, fold_B, score_B, decision_B))
     for cell, scores in ran.scores.items():
         main_B = groups.get((MAIN, "", cell.row.name, cell.seed))
         if cell.fold == ALL and main_B is not None:
             threshold = best_threshold(embedded.y_B, main_B)
             for other, score_B in scores.items():
                 record_B = np.array([f"{other}/{record}" for record in material.others[other].record_B])
-                fold = np.full(len(record_B), ALL)
-                of_other = (cell.row.name, cell.seed, record_B, fold, score_B, score_B >= threshold)
-                parts.append(_frame(EXTERNAL, other, *of_other))
+                of_other = (cell.row.name, cell.seed, record_B, ALL, score_B, score_B >= threshold)
+                parts.append(scored(EXTERNAL, other, name, *of_other))
     found = pd.concat(parts, ignore_index=True)
-    found.insert(2, "leads", name)
     if of != MAIN:
         found["analysis"] = of
-    return found[list(COLUMNS)], failed_table(ran.failed, name)
-
-
-def _frame(
-    analysis: str, setting: str, method: str, seed: int, record_B: Any, fold_B: Any, score_B: Any, decision_B: Any
-) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "analysis": analysis,
-            "setting": setting,
-            "method": method,
-            "seed": seed,
-            "record_id": record_B,
-            "fold": fold_B,
-            "score": score_B,
-            "decision": decision_B,
-        }
-    )
+    return found, failed_table(ran.failed, name)
 
 
 def failed_table(failed: Mapping[Cell, str], leads: str) -> pd.DataFrame:
     """A line for each failed cell."""
-    return pd.DataFrame(
-        [
-            (cell.variant.analysis, cell.variant.setting, leads, cell.row.name, cell.seed, cell.fold, reason)
-            for cell, reason in failed.items()
-        ],
-        columns=["analysis", "setting", "leads", "method", "seed", "fold", "reason"],
+    return failures(
+        (cell.variant.analysis, cell.variant.setting, leads, cell.row.name, cell.seed, cell.fold, reason)
+        for cell, reason in failed.items()
     )

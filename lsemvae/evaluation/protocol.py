@@ -22,9 +22,9 @@ from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import abstention, calibration
 from lsemvae.evaluation.cells import ALL, MAIN, Cell, Material, Ran, Row, Trials, cells_of, run_cells, train_row
-from lsemvae.evaluation.compare import Scores
+from lsemvae.evaluation.compare import Scores, failures, scored
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Embedded
-from lsemvae.evaluation.folds import Fold, make_folds, require_subjects
+from lsemvae.evaluation.folds import Fold, fold_of, make_folds, require_subjects
 from lsemvae.evaluation.metrics import METRICS, Estimate, auroc_difference, best_threshold, with_intervals
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.head import Head
@@ -135,14 +135,11 @@ class Result:
     def out_of_fold(self) -> pd.DataFrame:
         """A line for each recording: its ids, fold, label and scores. Other seeds than the first are named."""
         embedded = self.embedded
-        fold_B = np.zeros(len(embedded.y_B), dtype=int)
-        for number, (_, test) in enumerate(self.folds):
-            fold_B[test] = number
         return pd.DataFrame(
             {
                 "record_id": embedded.record_B,
                 "subject_id": embedded.subject_B,
-                "fold": fold_B,
+                "fold": fold_of(self.folds, len(embedded.y_B)),
                 "label": embedded.y_B,
                 **{
                     f"{name} (seed {seed})" if seed else name: score_B
@@ -157,30 +154,16 @@ class Result:
 
         `people` is what `lsemvae.evaluation.lead_set.read_people` gives.
         """
-        fold_B = np.zeros(len(self.embedded.y_B), dtype=int)
-        for number, (_, test) in enumerate(self.folds):
-            fold_B[test] = number
+        y_B, record_B = self.embedded.y_B, self.embedded.record_B
+        fold_B = fold_of(self.folds, len(y_B))
         parts = [
-            pd.DataFrame(
-                {
-                    "analysis": MAIN,
-                    "setting": "",
-                    "leads": leads,
-                    "method": name,
-                    "seed": seed,
-                    "record_id": self.embedded.record_B,
-                    "fold": fold_B,
-                    "score": score_B,
-                    "decision": decisions(self.embedded.y_B, score_B, self.folds),
-                }
-            )
+            scored(MAIN, "", leads, name, seed, record_B, fold_B, score_B, decisions(y_B, score_B, self.folds))
             for name, score_NB in self.scores.items()
             for seed, score_B in enumerate(score_NB)
         ]
-        kept = people.set_index("record_id").loc[self.embedded.record_B].reset_index().assign(fold=fold_B)
-        failed = pd.DataFrame(columns=["analysis", "setting", "leads", "method", "seed", "fold", "reason"])
-        doubts = abstention.table(self.doubts, self.embedded.record_B, leads)
-        return Scores(facts, kept.astype({"label": int}), pd.concat(parts, ignore_index=True), failed, doubts)
+        kept = people.set_index("record_id").loc[record_B].reset_index().assign(fold=fold_B)
+        doubts = abstention.table(self.doubts, record_B, leads)
+        return Scores(facts, kept.astype({"label": int}), pd.concat(parts, ignore_index=True), failures(()), doubts)
 
     def write(self, folder: Path, title: str) -> list[Path]:
         """Write tables and pictures into the folder -> their paths."""
@@ -260,11 +243,6 @@ def outer_folds(y_B: np.ndarray, subject_B: np.ndarray, recipe: FinetuneRecipe) 
         for train, _ in folds:
             require_subjects(y_B[train], subject_B[train], recipe.inner_folds, "--inner-folds")
     return folds
-
-
-def cross_validate(material: Material, rows: Sequence[Row], trials: Trials) -> dict[str, np.ndarray]:
-    """Out-of-fold scores by row, [N, B]. Raises LsemvaeError when a training fails."""
-    return _out_of_fold(_run(material, rows, trials), material, rows)
 
 
 def _run(material: Material, rows: Sequence[Row], trials: Trials) -> Ran:

@@ -8,17 +8,11 @@ import pandas as pd
 
 from lsemvae.bundle import SET_ASIDE
 from lsemvae.evaluation import abstention
-from lsemvae.evaluation.compare import MAIN, Comparison
-from lsemvae.evaluation.metrics import METRICS, TITLES
+from lsemvae.evaluation.cells import MAIN
+from lsemvae.evaluation.compare import Comparison
+from lsemvae.evaluation.metrics import ALL_METRICS, METRICS, TITLES
 
-OPERATING = (
-    "sensitivity_at_90_specificity",
-    "ppv_at_80_sensitivity",
-    "npv_at_80_sensitivity",
-    "brier",
-    "calibration_slope",
-    "calibration_intercept",
-)
+OPERATING = tuple(name for name in ALL_METRICS if name not in METRICS)
 
 
 class Table(NamedTuple):

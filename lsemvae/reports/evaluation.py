@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from lsemvae.evaluation import abstention, calibration
-from lsemvae.evaluation.compare import MAIN, Comparison, Scores
+from lsemvae.evaluation.cells import MAIN
+from lsemvae.evaluation.compare import Comparison, Scores
 from lsemvae.evaluation.published import CAUTION, COHORTS, SOURCE, published
 from lsemvae.evaluation.tables import (
     OPERATING,

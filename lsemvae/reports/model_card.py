@@ -10,7 +10,8 @@ import numpy as np
 
 from lsemvae.bundle import Bundle
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation.compare import MAIN, Comparison, Scores
+from lsemvae.evaluation.cells import MAIN
+from lsemvae.evaluation.compare import Comparison, Scores
 from lsemvae.evaluation.metrics import ALL_METRICS, TITLES
 from lsemvae.evaluation.tables import (
     Table,
