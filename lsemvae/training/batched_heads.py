@@ -57,8 +57,8 @@ def train_heads(
     if recipe.optim.accumulate > 1:  # each part of a batch has dropout masks of its own
         return [alone(training) for training in trainings]
     tables = _Tables(
-        torch.from_numpy(h_BF).to(device),
-        None if observed_BF.all() else torch.from_numpy(observed_BF).to(device),
+        torch.tensor(h_BF, device=device),  # a copy: tables of Ray's object store cannot be written to
+        None if observed_BF.all() else torch.tensor(observed_BF, device=device),
         torch.from_numpy(y_B).float().to(device),
     )
     found: dict[int, Head] = {}
