@@ -315,7 +315,8 @@ def test_a_poisoned_checkpoint_is_refused_and_does_not_run(tmp_path: Path):
         with pytest.raises(LsemvaeError, match=r"plain values \(posix\.mkdir\)\. Nothing else .*: convert it to safe"):
             read_weights(tmp_path / file)
     assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "poisoned.pt", weights_only=False)
+    call, arguments = Poison(tmp_path / "ran").__reduce__()
+    call(*arguments)
     assert (tmp_path / "ran").is_dir()  # it would have run
 
 
