@@ -23,12 +23,12 @@ from command import run_command, start_ray
 from tqdm import tqdm
 
 from lsemvae import __version__
-from lsemvae.config import FinetuneRecipe
+from lsemvae.config import FinetuneRecipe, PretrainRecipe
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import abstention, calibration, plan
 from lsemvae.evaluation.cells import MAIN
-from lsemvae.evaluation.compare import Comparison, Scores, compare
+from lsemvae.evaluation.compare import Comparison, Scores, compare, failures
 from lsemvae.evaluation.embedding import Embedded, Pretrained, load_encoder
 from lsemvae.evaluation.estimate import cell_seconds, pretrain_seconds
 from lsemvae.evaluation.lead_set import Cohort, LeadSet, Setup, evaluate, read_cohort
@@ -66,7 +66,7 @@ class Args:
     output: Path
     """Folder for tables, report, finished trainings and the encoders that are pre-trained here."""
     methods: tuple[str, ...] = ("all",)
-    """Names of methods, or all. LS-EMVAE is always compared. --methods help lists them."""
+    """Names of methods, or all. LS-EMVAE is always compared. A name that is none lists them."""
     leads: tuple[str, ...] = ("6", "12")
     """Lead sets of the main table: 6, 12, or names such as I,II,V1."""
     size: Literal["full", "cpu", "smoke"] = "cpu"
@@ -127,7 +127,7 @@ def main(args: Args) -> None:
     uris = encoder_uris(args, methods)
     lacking = [method for method in methods if method.takes_encoder and method.name not in uris]
     if args.dry_run:
-        show_plan(args, methods, lacking, sets, cohort, training, supervised)
+        show_plan(args, methods, uris, lacking, sets, wanted, cohort, training, supervised)
         return
     encoders = {name: load_encoder(uri) for name, uri in uris.items()}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -190,12 +190,7 @@ def pretrained(args: Args, methods: Sequence[Method], failed: list[tuple[str, st
     """Pre-train these methods, one after another -> their bundles. One that fails is noted, the others go on."""
     found = {}
     for method in methods:
-        assert method.recipe is not None
-        recipe = method.recipe
-        if args.pretrain_epochs:
-            warmup = min(recipe.kl_warmup_epochs, args.pretrain_epochs / 2)
-            optim = replace(recipe.optim, epochs=args.pretrain_epochs)
-            recipe = replace(recipe, optim=optim, kl_warmup_epochs=warmup)
+        recipe = pretrain_recipe(args, method)
         # The same settings resume, and others do not take over what is there.
         name = f"{method.name}-{digest(as_json(recipe), args.pretrain, args.exclude)[:8]}"
         storage = args.output.absolute() / "encoders"
@@ -215,6 +210,17 @@ def pretrained(args: Args, methods: Sequence[Method], failed: list[tuple[str, st
     return found
 
 
+def pretrain_recipe(args: Args, method: Method) -> PretrainRecipe:
+    """The method's recipe, with `--pretrain-epochs`."""
+    recipe = method.recipe
+    assert recipe is not None
+    if not args.pretrain_epochs:
+        return recipe
+    warmup = min(recipe.kl_warmup_epochs, args.pretrain_epochs / 2)
+    optim = replace(recipe.optim, epochs=args.pretrain_epochs)
+    return replace(recipe, optim=optim, kl_warmup_epochs=warmup)
+
+
 def workers_of(args: Args) -> int:
     return args.pretrain_workers or (1 if args.use_gpu else 2)
 
@@ -222,8 +228,10 @@ def workers_of(args: Args) -> int:
 def show_plan(
     args: Args,
     methods: Sequence[Method],
+    uris: Mapping[str, str],
     lacking: Sequence[Method],
     sets: Mapping[tuple[str, ...], str],
+    wanted: Sequence[str],
     cohort: Cohort,
     training: FinetuneRecipe,
     supervised: FinetuneRecipe,
@@ -232,21 +240,19 @@ def show_plan(
     torch.set_num_threads(1)
     recipe = methods[0].recipe
     assert recipe is not None
-    wanted = plan.analyses(args.analyses, external=args.external is not None)
     records, folds = len(cohort.people), len(cohort.folds)
     reference = build(recipe.model, LEADS)
     models = {m.name: Pretrained(build(m.recipe.model, LEADS), "", recipe.preprocess, "") for m in methods if m.recipe}
-    models |= {name: load_encoder(uri) for name, uri in encoder_uris(args, methods).items() if name in EXTERNAL}
+    models |= {name: load_encoder(uri) for name, uri in uris.items() if name in EXTERNAL}
     total = 0.0
     if lacking:
         recordings = sum(s.data.rows("train") * s.repeats for s in open_sources(args.pretrain, args.exclude))
         for method in tqdm(lacking, desc="time a step of pre-training"):
-            assert method.recipe is not None
-            epochs = args.pretrain_epochs or method.recipe.optim.epochs
-            one = replace(method.recipe, optim=replace(method.recipe.optim, epochs=epochs))
+            one = pretrain_recipe(args, method)
             seconds = pretrain_seconds(one, LEADS, recordings, workers_of(args))
             total += seconds
-            print(f"pre-train {method.title}: {epochs} epochs of {recordings} recordings, about {minutes(seconds)}")
+            work = f"{one.optim.epochs} epochs of {recordings} recordings"
+            print(f"pre-train {method.title}: {work}, about {minutes(seconds)}")
     for leads, analysis in sets.items():
         random = [reference] * training.seeds
         planned = plan.plan(methods, models, random, leads, training, supervised)
@@ -390,10 +396,9 @@ def gathered(args: Args, setup: Setup, done: Sequence[LeadSet], failed: Sequence
     people = setup.cohort.people.copy()
     for name, other in next((of.material.others for of in done if of.analysis == MAIN), {}).items():
         people = pd.concat([people, _people_of(name, other)], ignore_index=True)
-    not_trained = pd.DataFrame(
+    not_trained = failures(
         [(MAIN, "", "all", title, 0, 0, reason) for title, reason in failed]
-        + [(MAIN, "", of.name, title, 0, 0, reason) for of in done for title, reason in of.planned.refused.items()],
-        columns=["analysis", "setting", "leads", "method", "seed", "fold", "reason"],
+        + [(MAIN, "", of.name, title, 0, 0, reason) for of in done for title, reason in of.planned.refused.items()]
     )
     data, training = setup.cohort.data, setup.training
     y_B = setup.cohort.people["label"]
