@@ -54,7 +54,9 @@ FAILED = 3  # exit status
 REPORT = "report.html"
 DRAWN = 4
 """Recordings to look for some to draw."""
-LOGGED = ("task", "cohort", "leads", "folds", "seeds", "size", "recipe", "supervised_recipe", "encoders", "release")
+LOGGED = (
+    "task", "source_layout", "leads", "folds", "seeds", "size", "recipe", "supervised_recipe", "encoders", "release",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -404,7 +406,7 @@ def gathered(args: Args, setup: Setup, done: Sequence[LeadSet], failed: Sequence
     y_B = setup.cohort.people["label"]
     facts = {
         "task": args.task,
-        "cohort": data.manifest.cohort,
+        "source_layout": data.manifest.cohort,  # a simulated cohort has that of MIMIC-IV-ECG
         "data": {"uri": data.storage.uri, "digest": data.manifest.digest},
         "records": len(y_B),
         "positive": int(y_B.sum()),

@@ -173,7 +173,7 @@ def facts(args: Args, data: ShardedDataset, recipe: FinetuneRecipe, trained: Tra
     }[recipe.trains]
     return {
         "task": args.task,
-        "cohort": data.manifest.cohort,
+        "source_layout": data.manifest.cohort,  # a simulated cohort has that of MIMIC-IV-ECG
         "data": {"uri": data.storage.uri, "digest": data.manifest.digest},
         "folds": f"{recipe.folds} folds, stratified by label, each subject in one of them",
         "seeds": recipe.seeds,

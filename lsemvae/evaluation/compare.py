@@ -55,8 +55,8 @@ _TEXT = [*CELL, "metric", "reference", "kind", "subgroup", "note", "reason", "do
 class Scores:
     """Out-of-fold scores of every method: the only input of the tables and the report.
 
-    facts    task, cohort, data (uri and digest), records, positive, subjects, refused, leads, folds, seeds, policy,
-             size, recipe, preprocess digest, release; what JSON can hold
+    facts    task, source_layout, data (uri and digest), records, positive, subjects, refused, leads, folds, seeds,
+             policy, size, recipe, preprocess digest, release; what JSON can hold
     people   record_id, subject_id, label (0 or 1), fold, female (1, 0 or NaN), age_years (NaN where it is not known)
     scores   analysis, setting, leads, method, seed, record_id, fold, score between 0 and 1, decision
     failed   analysis, setting, leads, method, seed, fold, reason
