@@ -295,7 +295,7 @@ class Scorer:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.bundle, model = load(folder, device)
-        self._model: Any = model  # every architecture with a task has `predict`
+        self.model: Any = model  # every architecture with a task has `predict`
         if self.bundle.task is None:
             raise BundleError(f"{folder} is a pre-trained encoder, it has no task: fine-tune it first")
         self._folder, self._device = folder, device
@@ -372,9 +372,9 @@ class Scorer:
             )
             with torch.inference_mode():
                 if self.bundle.doubt is None:
-                    probability_B = self._model.predict(x_BLT, mask_BL)
+                    probability_B = self.model.predict(x_BLT, mask_BL)
                 else:
-                    probability_B, found_B = self._model.predict_with_doubt(x_BLT, mask_BL, self.bundle.doubt.kind)
+                    probability_B, found_B = self.model.predict_with_doubt(x_BLT, mask_BL, self.bundle.doubt.kind)
                     for row, found in zip(np.flatnonzero(accepted_B), found_B.tolist(), strict=True):
                         doubt_B[row] = found
             score_B[accepted_B] = probability_B.float().cpu().numpy()
