@@ -1,7 +1,7 @@
 """Explains recordings with one bundle: the same way for a cohort, in a notebook and at the endpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from lsemvae.bundle import Score, Scorer
 from lsemvae.explain.attribution import Settings, attribute
 from lsemvae.explain.occlusion import without_leads, without_waves
-from lsemvae.explain.shares import shares
+from lsemvae.explain.shares import Shares, shares
 from lsemvae.explain.waves import Delineation, delineate
 from lsemvae.preprocess import Prepared, preprocess_signals, windows
 
@@ -48,15 +48,15 @@ class Window:
 class Explanation:
     """Why a recording has its score. Refused recordings have no windows, and the refusal of scoring in `score`.
 
-    share_LW  signed shares of each lead and wave over all windows, see `lsemvae.explain.shares`; NaN without any
-    notes     sentences: what this explanation lacks, and why
+    shares  of each lead and wave over all windows, see `lsemvae.explain.shares`; None without any
+    notes   sentences: what this explanation lacks, and why
     """
 
     score: Score
     leads: tuple[str, ...]
     rate_hz: float
     windows: tuple[Window, ...] = ()
-    share_LW: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    shares: Shares | None = None
     notes: tuple[str, ...] = ()
 
 
