@@ -9,8 +9,8 @@ import pandas as pd
 class Checks:
     """What the checks found, as tables. Intervals are 95 %, over recordings.
 
-    randomisation  layers, correlation, low, high: rank correlation of attributions with those of the model whose layers,
-                   from the head down to these, have random weights (Adebayo et al. 2018)
+    randomisation  layers, correlation, low, high: rank correlation of attributions with those of the model in which
+                   these layers and all nearer to the score have random weights (Adebayo et al. 2018)
     curves         kind (deletion, insertion), order (attribution, occlusion, random), share, logit, low, high: the mean
                    logit, as a share of the way from the whole recording to the baseline, when so large a share of the
                    recording is taken away, or is there
