@@ -50,6 +50,7 @@ class Explanation:
 
     shares  of each lead and wave over all windows, see `lsemvae.explain.shares`; None without any
     notes   sentences: what this explanation lacks, and why
+    unit_mv what 1 is in mV in `x_LT`; None where that differs from recording to recording
     """
 
     score: Score
@@ -58,6 +59,7 @@ class Explanation:
     windows: tuple[Window, ...] = ()
     shares: Shares | None = None
     notes: tuple[str, ...] = ()
+    unit_mv: float | None = None
 
 
 class Explainer:
@@ -124,11 +126,11 @@ class Explainer:
 
     def _explanation(self, score: Score, of_windows: Sequence[Window]) -> Explanation:
         bundle = self.scorer.bundle
-        rate_hz = bundle.preprocess.rate_hz
+        rate_hz, unit_mv = bundle.preprocess.rate_hz, bundle.preprocess.unit_mv
         if not of_windows:
-            return Explanation(score, bundle.leads, rate_hz)
+            return Explanation(score, bundle.leads, rate_hz, unit_mv=unit_mv)
         values_LT = np.concatenate([window.values_LT for window in of_windows], axis=1)
         wave_T = np.concatenate([window.waves.wave_T for window in of_windows])
         reasons = dict.fromkeys(window.waves.reason for window in of_windows if window.waves.reason)
         notes = tuple(f"Explained by lead only: {reason}." for reason in reasons)
-        return Explanation(score, bundle.leads, rate_hz, tuple(of_windows), shares(values_LT, wave_T), notes)
+        return Explanation(score, bundle.leads, rate_hz, tuple(of_windows), shares(values_LT, wave_T), notes, unit_mv)

@@ -72,6 +72,11 @@ class PreprocessConfig:
         text = json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def unit_mv(self) -> float | None:
+        """What 1 is in mV in model input; None where that differs from recording to recording."""
+        return {"fixed": FIXED_MV, "none": 1.0}.get(self.scale)
+
 
 class Prepared(NamedTuple):
     """x_BLT float32 (zeros where a lead is absent), lead_mask_BL bool, and for each record its refusal or None."""
