@@ -76,6 +76,7 @@ MAY_IMPORT = {
     "plots/evaluation.py": {"matplotlib", "sklearn"},
     "reports": {"pyarrow"},
     "reports/evaluation.py": {"pandas"},
+    "reports/explanation.py": {"pandas"},
     "reports/model_card.py": {"pandas"},
 }
 
