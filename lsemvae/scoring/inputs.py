@@ -1,4 +1,4 @@
-"""The input of workflows/score.py: shards or original recordings, in parts that are the same at every start."""
+"""The recordings of a cohort: shards or original recordings, in parts that are the same at every start."""
 
 import hashlib
 import io

@@ -1,8 +1,9 @@
-"""The output of scoring a cohort: one Parquet file, one CSV, and the summary that makes them valid."""
+"""The output of a cohort: one Parquet file, one CSV, and the summary that makes them valid."""
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from lsemvae.errors import LsemvaeError
-from lsemvae.scoring.parts import SCHEMA, Job, part_path, unreadable_in
+from lsemvae.scoring.parts import Job, part_path, unreadable_in
 from lsemvae.storage import Storage, explained
 
 JOB, SUMMARY = "job.json", "summary.json"
@@ -21,7 +22,7 @@ JOB, SUMMARY = "job.json", "summary.json"
 def claim(output: Storage, about: dict[str, Any]) -> None:
     """Reserve the output for this model on these recordings; raises LsemvaeError when it belongs to another plan.
 
-    Files are named for the plan, so two commands that call this at the same moment do not mix their scores: the one
+    Files are named for the plan, so two commands that call this at the same moment do not mix their rows: the one
     that writes summary.json last owns the output, and the other one gets the error at its next call.
     """
     for name in (SUMMARY, JOB):
@@ -61,51 +62,76 @@ def sha256_of(output: Storage, name: str) -> str:
 
 
 def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any]:
-    """Writes the parts as one Parquet file and one CSV, a part at a time, then the summary that makes them valid."""
-    names = [part_path(job.plan, number) for number in range(len(digests))]
-    counts: Counter[str] = Counter()
-    refused: Counter[str] = Counter()  # every recording without a score, by reason
-    unreadable: Counter[str] = Counter()  # those of them that no reader could read
-    limited = 0  # scores of recordings whose reliability is limited
-    scores: list[np.ndarray] = []
-    parquet, csv = f"scores-{job.plan}.parquet", f"scores-{job.plan}.csv"
+    """Writes the tables, then the summary that makes them valid."""
+    names, counts = write_tables(job, digests)
+    return write_summary(job.output, about | counts, names)
+
+
+def write_tables(job: Job, digests: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Writes the parts as one Parquet file and one CSV, a part at a time -> their names, and the counts of all rows."""
+    parts = [part_path(job.plan, number) for number in range(len(digests))]
+    schema, counts = job.product.schema, _Counts()
+    parquet, csv = (f"{job.product.name}-{job.plan}.{suffix}" for suffix in ("parquet", "csv"))
     with (
         ThreadPoolExecutor(8) as pool,
         job.output.writing(parquet) as parquet_stream,
         job.output.writing(csv) as csv_stream,
-        pq.ParquetWriter(parquet_stream, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
-        pacsv.CSVWriter(csv_stream, SCHEMA) as csv_writer,
+        pq.ParquetWriter(parquet_stream, schema, compression="zstd", write_page_checksum=True) as writer,
+        pacsv.CSVWriter(csv_stream, schema) as csv_writer,
     ):
-        for start in range(0, len(names), 64):  # read ahead, but not all parts at once
+        for start in range(0, len(parts), 64):  # read ahead, but not all parts at once
             batch = slice(start, start + 64)
-            for digest, content in zip(digests[batch], pool.map(job.output.read_bytes, names[batch]), strict=True):
+            for digest, content in zip(digests[batch], pool.map(job.output.read_bytes, parts[batch]), strict=True):
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise LsemvaeError(f"a part in {job.output.uri}/parts changed: give the same command again")
                 table = pq.read_table(pa.BufferReader(content)).replace_schema_metadata(None)
                 writer.write_table(table)
                 csv_writer.write_table(table)
-                known = table["score"].drop_null().to_numpy()
-                scores.append(known)
-                codes, rows = table["refused"].to_pylist(), unreadable_in(content)
-                refused.update(code for code in codes if code)
-                unreadable.update(codes[row] for row in rows)
-                limited += table["reliability"].to_pylist().count("limited") - sum(code is not None for code in codes)
-                positive = sum(table["decision"].drop_null().to_pylist())
-                counts.update(records=table.num_rows, scored=len(known), positive=positive)
-    summary = about | {
-        "records": counts["records"],
-        "scored": counts["scored"],
-        "positive": counts["positive"],
-        "limited": limited,
-        "unreadable": unreadable.total(),
-        "unreadable_codes": dict(sorted(unreadable.items())),
-        "unreadable_at_ingest": job.source.unreadable_before,
-        "refused": dict(sorted(refused.items())),
-        "distribution": distribution(np.concatenate(scores)),
-        "files": {name: sha256_of(job.output, name) for name in (parquet, csv)},
-    }
-    job.output.write_bytes(SUMMARY, json.dumps(summary, indent=2).encode())
+                counts.add(table, unreadable_in(content))
+    return [parquet, csv], counts.facts(job.source.unreadable_before)
+
+
+def write_summary(output: Storage, about: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Writes summary.json, with the digests of these files: the output is complete."""
+    summary = about | {"files": {name: sha256_of(output, name) for name in names}}
+    output.write_bytes(SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+class _Counts:
+    """Counts of rows."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()  # every recording without a score, by reason
+        self._unreadable: Counter[str] = Counter()  # those of them that no reader could read
+        self._limited: int | None = None  # scores of recordings whose reliability is limited, where it is known
+        self._scores: list[np.ndarray] = []
+
+    def add(self, table: pa.Table, unreadable: Sequence[int]) -> None:
+        known = table["score"].drop_null().to_numpy()
+        self._scores.append(known)
+        codes = table["refused"].to_pylist()
+        self._refused.update(code for code in codes if code)
+        self._unreadable.update(codes[row] for row in unreadable)
+        if "reliability" in table.column_names:
+            limited = table["reliability"].to_pylist().count("limited") - sum(code is not None for code in codes)
+            self._limited = (self._limited or 0) + limited
+        positive = sum(table["decision"].drop_null().to_pylist())
+        self._counts.update(records=table.num_rows, scored=len(known), positive=positive)
+
+    def facts(self, unreadable_before: int) -> dict[str, Any]:
+        return {
+            "records": self._counts["records"],
+            "scored": self._counts["scored"],
+            "positive": self._counts["positive"],
+            **({} if self._limited is None else {"limited": self._limited}),
+            "unreadable": self._unreadable.total(),
+            "unreadable_codes": dict(sorted(self._unreadable.items())),
+            "unreadable_at_ingest": unreadable_before,
+            "refused": dict(sorted(self._refused.items())),
+            "distribution": distribution(np.concatenate(self._scores)),
+        }
 
 
 def distribution(scores: np.ndarray) -> dict[str, Any]:

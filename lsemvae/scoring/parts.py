@@ -1,4 +1,4 @@
-"""One part of a cohort: the rows of its scores, in a file that is written whole or not at all."""
+"""One part of a cohort: its rows, in a file that is written whole or not at all."""
 
 import hashlib
 import io
@@ -6,41 +6,43 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lsemvae.bundle import Score, Scorer
+from lsemvae.bundle import Bundle
 from lsemvae.errors import LsemvaeError
 from lsemvae.scoring.inputs import CohortInput, Read
-from lsemvae.scoring.reliability import reliability
 from lsemvae.storage import Storage
 from lsemvae.tracking import fetch
 
-SCHEMA = pa.schema(
-    [
-        ("subject_id", pa.string()),
-        ("record_id", pa.string()),
-        ("score", pa.float64()),
-        ("probability", pa.float64()),
-        ("decision", pa.bool_()),
-        ("flags", pa.string()),
-        ("leads_used", pa.string()),
-        ("leads_derived", pa.string()),
-        ("leads_missing", pa.string()),
-        ("reliability", pa.string()),
-        ("reliability_reasons", pa.string()),
-        ("refused", pa.string()),
-        ("reason", pa.string()),
-        ("model", pa.string()),
-        ("version", pa.int64()),
-        ("digest", pa.string()),
-        ("preprocess_digest", pa.string()),
-    ]
-)
+
+class Rows(Protocol):
+    """Makes the rows of recordings with the model of one bundle."""
+
+    @property
+    def bundle(self) -> Bundle: ...
+
+    def __call__(self, reads: Sequence[Read]) -> list[dict[str, Any]]:
+        """One row for each recording, in order; an unreadable one has a row too. It need not name model or subject."""
+        ...
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a command makes of a cohort. It is sent to other processes.
+
+    `name` begins the names of the output's files, `rows(folder, device)` loads the bundle in `folder`. Each schema has
+    subject_id, record_id, score, decision, refused, and the columns that name the model.
+    """
+
+    name: str
+    schema: pa.Schema
+    rows: Callable[[Path, str], Rows]
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,21 @@ class Job:
     source: CohortInput
     output: Storage
     use_gpu: bool
+    product: Product
 
 
-class PartScorer:
-    """A Ray Data actor: scores one part at a time and writes its file, whole or not at all."""
+class PartMaker:
+    """A Ray Data actor: makes the rows of one part at a time and writes its file, whole or not at all."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._failure = job, ""
         try:
             with tempfile.TemporaryDirectory() as folder:
-                self._scorer = Scorer(fetch(job.uri, Path(folder)).folder, "cuda" if job.use_gpu else "cpu")
+                self._rows = job.product.rows(fetch(job.uri, Path(folder)).folder, "cuda" if job.use_gpu else "cpu")
         except (LsemvaeError, OSError) as error:
             self._failure = str(error)
         else:
-            if self._scorer.bundle.digest != job.model["digest"]:
+            if self._rows.bundle.digest != job.model["digest"]:
                 self._failure = f"{job.uri} changed while the job was starting: give the command again"
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -103,48 +106,18 @@ class PartScorer:
         }
 
     def _part(self, number: int) -> bytes:
+        job = self._job
         rows: list[dict[str, Any]] = []
         unreadable: list[int] = []
-        for chunk in self._job.source.chunks(number, self._scorer.bundle.leads):
-            readable = [(read.signal_mv_LT, read.rate_hz) for read in chunk if read.signal_mv_LT is not None]
-            answers = iter(self._scorer.score_signals([mv_LT for mv_LT, _ in readable], [hz for _, hz in readable]))
-            for read in chunk:
-                if read.signal_mv_LT is None:
-                    unreadable.append(len(rows))
-                    rows.append(self._row(read) | _without_score(read.unreadable, read.reason))
-                else:
-                    rows.append(self._row(read) | self._answer(read, next(answers)))
-        metadata = {"plan": self._job.plan, "unreadable": unreadable}
-        table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"lsemvae": json.dumps(metadata)}))
+        for chunk in job.source.chunks(number, self._rows.bundle.leads):
+            unreadable += [len(rows) + row for row, read in enumerate(chunk) if read.signal_mv_LT is None]
+            made = zip(chunk, self._rows(chunk), strict=True)
+            rows += [{"subject_id": r.subject_id, "record_id": r.record_id} | job.model | row for r, row in made]
+        metadata = {"plan": job.plan, "unreadable": unreadable}
+        schema = job.product.schema.with_metadata({"lsemvae": json.dumps(metadata)})
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd", write_page_checksum=True)
         return buffer.getvalue()
-
-    def _answer(self, read: Read, answer: Score) -> dict[str, Any]:
-        if answer.refused:
-            used = {"leads_used": ",".join(answer.leads_used)}
-            return used | _without_score(answer.refused.code, str(answer.refused))
-        leads = self._scorer.bundle.leads
-        doubtful = self._scorer.why_doubtful(answer)
-        doubts = reliability(read.present, read.derived, answer.leads_used, read.flags, leads, doubtful)
-        return {
-            "score": answer.score,
-            "probability": answer.probability,
-            "decision": answer.decision,
-            "leads_used": ",".join(answer.leads_used),
-            "leads_derived": ",".join(doubts.derived),
-            "leads_missing": ",".join(doubts.missing),
-            "reliability": doubts.level,
-            "reliability_reasons": " ".join(doubts.reasons),
-        }
-
-    def _row(self, read: Read) -> dict[str, Any]:
-        named = {"subject_id": read.subject_id, "record_id": read.record_id, "flags": ",".join(read.flags)}
-        return named | self._job.model
-
-
-def _without_score(code: str | None, reason: str | None) -> dict[str, Any]:
-    return {"refused": code, "reason": reason, "reliability": "limited", "reliability_reasons": reason}
 
 
 def part_path(plan: str, number: int) -> str:

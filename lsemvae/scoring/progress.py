@@ -1,4 +1,4 @@
-"""progress.json: the progress of workflows/score.py, read by the endpoint and by other commands on the same output."""
+"""progress.json: the progress on a cohort, read by the endpoint and by other commands on the same output."""
 
 import json
 import logging
@@ -59,7 +59,7 @@ class Progress:
         """Counts a part, from its summary. Raises LsemvaeError when another command has taken over the output."""
         if self._lost:
             raise LsemvaeError(
-                f"another command scores into {self._output.uri} since this one began: it goes on, this one ends"
+                f"another command writes to {self._output.uri} since this one began: it goes on, this one ends"
             )
         self.done += part["records"]
         self.made += part["made"]
@@ -83,7 +83,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Recordings scored each second, without those that were scored before."""
+        """Recordings each second, without those that were finished before."""
         return self.made / self.seconds if self.seconds > 0 else 0.0
 
     def _beats(self) -> None:
@@ -94,7 +94,7 @@ class Progress:
                 return
             try:
                 self._write()
-            except (LsemvaeError, OSError) as error:  # the fault may pass; scoring continues
+            except (LsemvaeError, OSError) as error:  # the fault may pass; the work continues
                 log.warning(f"{PROGRESS} cannot be written: {error}")
 
     def _write(self) -> None:
@@ -132,7 +132,7 @@ class Progress:
                 return
             if not said:
                 log.info(
-                    f"another command scores into {self._output.uri}: this one waits until it has finished, or has "
+                    f"another command writes to {self._output.uri}: this one waits until it has finished, or has "
                     f"been silent for {SILENT_S:g} s"
                 )
                 said = True

@@ -23,8 +23,8 @@ import pytest
 import score
 import servers
 import yaml
+from cohort import TOO_MANY_UNREADABLE, describe_model
 from fastapi import HTTPException
-from score import describe_model
 from support.bundles import save
 from support.cardiosoft_files import document, strip
 from support.session import ROOT, Cluster, end_serve, wait_for, workflow
@@ -38,8 +38,9 @@ from lsemvae.quality import quality_flags
 from lsemvae.scoring import inputs, progress
 from lsemvae.scoring.inputs import open_recordings, open_shards
 from lsemvae.scoring.output import JOB, SUMMARY, claim, commit, finished
-from lsemvae.scoring.parts import Job, PartScorer, finished_part, part_path
+from lsemvae.scoring.parts import Job, PartMaker, finished_part, part_path
 from lsemvae.scoring.progress import Progress
+from lsemvae.scoring.scores import SCORES
 from lsemvae.simulate import EcgParameters, simulate_ecg
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run, promote
@@ -96,12 +97,12 @@ def few(ukb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def job_for(bundle: Path, source: inputs.CohortInput, output: Path) -> Job:
     uri, about = describe_model(str(bundle), None)
     columns = {key: about[key] for key in ("model", "version", "digest", "preprocess_digest")}
-    return Job("plan", uri, columns, source, Storage.open(output), use_gpu=False)
+    return Job("plan", uri, columns, source, Storage.open(output), False, SCORES)
 
 
 def made(job: Job) -> tuple[list[dict], list[dict]]:
     """All rows, and what the actor said of each part, without Ray."""
-    scorer = PartScorer(job)
+    scorer = PartMaker(job)
     said = [json.loads(scorer({"number": n})["result"]) for n in range(len(job.source.parts))]
     paths = [job.output.path(part_path(job.plan, n)) for n in range(len(said))]
     return [row for path in paths for row in pq.read_table(path).to_pylist()], said
@@ -250,7 +251,7 @@ def test_a_shard_that_is_not_what_was_ingested_is_refused(few: Path, bundles, tm
     folder = write_shards(tmp_path / "shards", [few / name for name in names], size=4)
     (shard,) = folder.glob("*.parquet")
     shard.write_bytes(shard.read_bytes()[:-1] + b"X")
-    said = PartScorer(job_for(bundles[6], open_shards(str(folder)), tmp_path / "out"))({"number": 0})
+    said = PartMaker(job_for(bundles[6], open_shards(str(folder)), tmp_path / "out"))({"number": 0})
     assert "is not what was ingested" in json.loads(said["result"])["failure"]
     assert not (tmp_path / "out").exists()
 
@@ -260,7 +261,7 @@ def test_a_place_that_fails_is_no_unreadable_recording_and_its_message_names_nob
     path = few / "1000007_20205_2_0.xml"
     path.unlink()
     path.symlink_to(path)  # a loop: neither there nor absent
-    said = json.loads(PartScorer(job_for(bundles[6], source, tmp_path / "out"))({"number": 1})["result"])
+    said = json.loads(PartMaker(job_for(bundles[6], source, tmp_path / "out"))({"number": 1})["result"])
     assert str(few) in said["failure"] and "1000007" not in said["failure"]
 
 
@@ -313,7 +314,7 @@ def test_a_command_waits_for_one_that_lives_and_not_for_one_that_is_dead(tmp_pat
     first = Progress(output, ABOUT, 10).__enter__()
 
     def stop_when_waited_for() -> None:
-        while "another command scores into" not in caplog.text:
+        while "another command writes to" not in caplog.text:
             time.sleep(0.01)
         first.stop("done")
 
@@ -522,7 +523,7 @@ def test_above_the_error_rate_it_stops_with_status_3_and_goes_on_when_mended(ray
         (source / f"r{number}.xml").write_bytes(xml(number) if number else b"<CardiologyXML>")
     arguments = ("--model", bundles[6], "--source", source, "--output", output, "--max-unreadable", 0.1)
     stopped = workflow("score", *arguments, check=False, alone=True)
-    assert stopped.returncode == score.TOO_MANY_UNREADABLE
+    assert stopped.returncode == TOO_MANY_UNREADABLE
     assert "1 of 6 recordings are unreadable" in stopped.stderr and "Traceback" not in stopped.stderr
     assert not list(output.glob("scores-*")) and not (output / "summary.json").exists()
     (source / "r0.xml").write_bytes(xml(0))

@@ -40,7 +40,7 @@ from lsemvae.leads import CHEST_LEADS, LEADS, LIMB_LEADS
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.record import Record
 from lsemvae.scoring.inputs import Read
-from lsemvae.scoring.parts import Job, PartScorer
+from lsemvae.scoring.scores import ScoreRows
 from serve import scoring
 from serve.api import make_api
 from serve.inputs import TooLarge, from_files, from_json, json_memory, to_record
@@ -100,11 +100,8 @@ def test_a_model_with_a_measure_of_doubt_says_which_recordings_are_unusual(
     assert result["reliability"] == {"level": "limited" if doubtful else "good", "reasons": reasons}
     (card,) = ask(api, "GET", "/v1/models").json()
     assert card["doubt"] == {"kind": "distance", "limit": limit, "measured": {"gain": 0.02}}
-    described = {"model": "m", "version": 1, "digest": bundles.describe(tmp_path / "doubting").digest}
-    job = Job("p", str(tmp_path / "doubting"), described, None, None, use_gpu=False)
-    scorer = PartScorer(job)
     given = Read("s", "r", (), record.signal_for(LEADS), 500.0, LEADS)
-    row = scorer._answer(given, scorer._scorer.score([record])[0])
+    (row,) = ScoreRows(tmp_path / "doubting", "cpu")([given])
     assert row["reliability"] == result["reliability"]["level"] and row["reliability_reasons"] == " ".join(reasons)
     assert row["score"] == pytest.approx(result["score"], abs=1e-5)
 
