@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "scoring": {"pyarrow", "pandas"},
     "explain": {"torch"},
     "explain/attribution.py": {"torch", "captum"},
-    "explain/waves.py": {"neurokit2", "scipy"},
+    "explain/beats.py": {"scipy"},
     "explain/igar.py": {"scipy"},
     "explain/cohort.py": {"pandas"},
     "explain/checks.py": {"torch", "scipy", "pandas"},
