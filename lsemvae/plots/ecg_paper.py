@@ -16,6 +16,9 @@ REACH_MM = 25.0
 """How far a trace may go from its baseline. If a trace is taller, the whole page gets the next smaller gain. A lead
 that does not fit at the smallest gain does not change the gain: it is cut off, and the page says so."""
 
+PAPER, MINOR, MAJOR, INK = "#fffaf8", "#f5c6c6", "#e28f8f", "#111"
+"""Colours of the paper, of its lines every 1 mm and every 5 mm, and of traces and words."""
+
 _LEFT_MM, _RIGHT_MM = 15, 5
 _HEAD_MM, _FOOT_MM = 10, 10
 _SHORTER_S = 0.1
@@ -118,12 +121,18 @@ def _rows(strips: Sequence[_Strip], gain: float, head_mm: int, foot_mm: int) -> 
             high_mm, low_mm = (np.clip(part * gain, 0, REACH_MM) for part in (strip.y_mv_T, -strip.y_mv_T))
             up_mm[strip.row] = max(up_mm[strip.row], float(np.nanmax(high_mm, initial=0.0)))
             down_mm[strip.row] = max(down_mm[strip.row], float(np.nanmax(low_mm, initial=0.0)))
+    baselines_mm, bottom_mm = rows(up_mm, down_mm, head_mm)
+    return baselines_mm, 5 * int(np.ceil((bottom_mm + foot_mm) / 5))
+
+
+def rows(up_mm: Sequence[float], down_mm: Sequence[float], head_mm: float) -> tuple[list[int], float]:
+    """Baselines on the 5 mm grid of rows that reach so far up and down, and where the last row ends."""
     baselines_mm: list[int] = []
     bottom_mm = float(head_mm)
     for up, down in zip(up_mm, down_mm, strict=True):
         baselines_mm.append(5 * int(np.ceil((bottom_mm + up) / 5)))
         bottom_mm = baselines_mm[-1] + down + 1
-    return baselines_mm, 5 * int(np.ceil((bottom_mm + foot_mm) / 5))
+    return baselines_mm, bottom_mm
 
 
 def _notes(record: Record, page: _Page) -> list[str]:
@@ -207,7 +216,7 @@ def _name(record: Record, page: _Page, strip: _Strip) -> str:
 def _text(x_mm: float, y_mm: float, text: str, kind: str) -> str:
     size, weight = {"title": (4, "bold"), "lead": (3.4, "bold"), "scale": (3.4, "bold"), "note": (3.4, "normal")}[kind]
     return (
-        f'<text x="{x_mm:g}" y="{y_mm:g}" font-size="{size}" font-weight="{weight}" fill="#111" stroke="#fffaf8" '
+        f'<text x="{x_mm:g}" y="{y_mm:g}" font-size="{size}" font-weight="{weight}" fill="{INK}" stroke="{PAPER}" '
         f'stroke-width="0.8" paint-order="stroke" xml:space="preserve">{escape(text)}</text>'
     )
 
@@ -227,9 +236,9 @@ def _svg(page: _Page, label: str, traces: str, words: Sequence[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(label)}" '
         f'width="{width_mm}mm" height="{height_mm}mm" viewBox="0 0 {width_mm} {height_mm}" '
         'font-family="Helvetica, Arial, sans-serif" fill="none">'
-        f'<rect width="{width_mm}" height="{height_mm}" fill="#fffaf8"/>'
-        f'<path d="{minor}" stroke="#f5c6c6" stroke-width="0.1"/>'
-        f'<path d="{major}" stroke="#e28f8f" stroke-width="0.2"/>'
-        '<g transform="scale(0.01)" stroke="#111" stroke-width="25" stroke-linejoin="round" stroke-linecap="round">'
+        f'<rect width="{width_mm}" height="{height_mm}" fill="{PAPER}"/>'
+        f'<path d="{minor}" stroke="{MINOR}" stroke-width="0.1"/>'
+        f'<path d="{major}" stroke="{MAJOR}" stroke-width="0.2"/>'
+        f'<g transform="scale(0.01)" stroke="{INK}" stroke-width="25" stroke-linejoin="round" stroke-linecap="round">'
         f'<path d="{traces}"/></g>{"".join(words)}</svg>'
     )
