@@ -35,6 +35,8 @@ figure .wide svg { display: block }
 .chart .wide img { display: block; min-width: 26rem }
 .chart.large { max-width: min(200mm, 100%) }
 .chart.large .wide img { min-width: 44rem }
+.chart.paper { max-width: 100% }
+.chart.paper .wide img { min-width: 56rem }
 .flags { display: inline; list-style: none; margin: 0; padding: 0 }
 .flags li { display: inline-block; border: 1px solid #888; border-radius: 3px; padding: 0 .4rem; margin: .15rem .1rem }
 @page { size: A4 landscape; margin: 12mm }
@@ -85,8 +87,13 @@ def chart(svg: str, words: str) -> str:
     return f'<figure class="chart">{image}<figcaption>{escape(words)}</figcaption></figure>'
 
 
-def picture(png: bytes, words: str, *, large: bool = False) -> str:
-    """A PNG picture with `words` as its caption and its text alternative; on a phone it scrolls in its own box."""
+def picture(png: bytes, words: str, *, caption: str | None = None, large: bool = False, paper: bool = False) -> str:
+    """A PNG picture with `words` as its text alternative, and as its caption unless there is another.
+
+    On a phone it scrolls in its own box. A `large` one is wider, and `paper` is as wide as the page.
+    """
+    caption = words if caption is None else caption
     image = f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    box = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(words)}">{image}</div>'
-    return f'<figure class="chart{" large" * large}">{box}<figcaption>{escape(words)}</figcaption></figure>'
+    box = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">{image}</div>'
+    kind = "chart" + " large" * large + " paper" * paper
+    return f'<figure class="{kind}">{box}<figcaption>{escape(caption)}</figcaption></figure>'

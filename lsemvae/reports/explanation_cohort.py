@@ -1,0 +1,130 @@
+"""The cohort's part of the page of explanations: shares by lead and wave, by label and subgroup."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lsemvae.explain.waves import WAVES
+from lsemvae.plots.attribution import Picture
+from lsemvae.plots.shares import Cells, Panel, Values, bars, heat_maps
+from lsemvae.reports.explanation_records import figure
+from lsemvae.reports.page import table
+
+IGAR_WEAKNESSES = (
+    "The integrated-gradient attribution ratio (IGAR) is computed as its authors published it, so that tables can be "
+    "compared: 50 steps from zero, each lead scaled from its least to its largest attribution; of a lead, the share of "
+    "its samples at or above 0.7, divided by the sum over leads; of a wave, the same with 0.6 within 40 ms of its "
+    "peak. Its weaknesses: scaling takes away sign and size, so a lead with hardly any attribution can have a large "
+    "ratio; the windows of P, Q, R, S and T overlap, so samples count twice; the convergence delta is not looked at."
+)
+
+
+def spread(row: Mapping[str, Any] | pd.Series, kind: str, prefix: str | None = None) -> str:
+    """A share in percent with its interval, where it has one: columns KIND, KIND_low and KIND_high, or low and high."""
+    prefix = f"{kind}_" if prefix is None else prefix
+    value, low, high = (100 * float(row[name]) for name in (kind, f"{prefix}low", f"{prefix}high"))
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:.1f}" + (f" [{low:.1f} to {high:.1f}]" if np.isfinite([low, high]).all() else "")
+
+
+def cohort_section(summary: pd.DataFrame) -> list[str]:
+    """Bars and a heat map of lead and wave by label, and tables by every group."""
+    if summary.empty:
+        return ["<p>No recording is explained, so there is no summary.</p>"]
+    groups = [str(group) for group in summary.group.unique()]
+    sizes = summary.drop_duplicates("group").set_index("group")
+    text = "Means over subjects, with 95 % bootstrap intervals over subjects: " + "; ".join(
+        f"{group}: {sizes.records[group]:,.0f} recordings of {sizes.subjects[group]:,.0f} subjects" for group in groups
+    )
+    drawn = [group for group in groups if _is_label(group)] or groups[:1]
+    parts = [f"<p>{escape(text)}.</p>"]
+    for what, caption in (("lead", "By lead, all waves together"), ("wave", "By wave, all leads together")):
+        one = _bars(summary, what, drawn)
+        which = f"{caption}; {', '.join(drawn)}. Black lines: 95 % intervals."
+        parts.append(figure(one, which))
+    parts += _difference(summary, groups)
+    for what in ("lead", "wave"):
+        parts += [_group_table(summary, groups, what, kind) for kind in ("signed", "absolute")]
+    return parts
+
+
+def _is_label(group: str) -> bool:
+    return group.startswith("label") and not _is_difference(group)
+
+
+def _is_difference(group: str) -> bool:
+    return " - " in group or "difference" in group
+
+
+def _of(summary: pd.DataFrame, group: str, what: str) -> pd.DataFrame:
+    """The rows of one group by lead or by wave, in the table's order."""
+    other = "wave" if what == "lead" else "lead"
+    return summary[(summary.group == group) & (summary[other] == "all") & (summary[what] != "all")]
+
+
+def _bars(summary: pd.DataFrame, what: str, groups: Sequence[str]) -> Picture:
+    names = list(_of(summary, groups[0], what)[what])
+    panels = []
+    for kind in ("signed", "absolute"):
+        series = {}
+        for group in groups:
+            of = _of(summary, group, what).set_index(what).reindex(names)
+            series[group] = Values(*(of[f"{kind}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")))
+        panels.append(Panel(f"{kind} share", series, signed=kind == "signed"))
+    return bars(names, panels)
+
+
+def _difference(summary: pd.DataFrame, groups: Sequence[str]) -> list[str]:
+    """The heat map of leads and waves: of the difference between the labels where there are both, else of all."""
+    found = [group for group in groups if _is_difference(group)]
+    marked_LW = None
+    leads = list(_of(summary, groups[0], "lead").lead)
+    if found:
+        title, caption = f"{found[0]}, %", f"Signed shares, {found[0]}. *: its 95 % interval excludes 0."
+        value_LW = _grid(summary, found[0], leads, "signed")
+        marked_LW = (_grid(summary, found[0], leads, "signed_low") > 0) | (
+            _grid(summary, found[0], leads, "signed_high") < 0
+        )
+    elif {"label 1", "label 0"} <= set(groups):
+        title, caption = "label 1 - label 0, %", "Signed shares of label 1 less those of label 0."
+        value_LW = _grid(summary, "label 1", leads, "signed") - _grid(summary, "label 0", leads, "signed")
+    else:
+        title, caption = f"{groups[0]}, %", f"Signed shares, {groups[0]}."
+        value_LW = _grid(summary, groups[0], leads, "signed")
+    one = heat_maps(leads, WAVES, [Cells(title, value_LW, marked_RC=marked_LW)])
+    return [figure(one, caption)]
+
+
+def _grid(summary: pd.DataFrame, group: str, leads: Sequence[str], column: str) -> np.ndarray:
+    of = summary[summary.group == group].pivot(index="lead", columns="wave", values=column)
+    return of.reindex(index=list(leads), columns=list(WAVES)).to_numpy(dtype=float)
+
+
+def _group_table(summary: pd.DataFrame, groups: Sequence[str], what: str, kind: str) -> str:
+    by_group = [_of(summary, group, what).set_index(what) for group in groups]
+    rows = [
+        [escape(str(name)), *(spread(of.loc[name], kind) if name in of.index else "–" for of in by_group)]
+        for name in by_group[0].index
+    ]
+    caption = f"{kind.capitalize()} shares by {what}, % [95 % interval]"
+    return table(caption, [what, *map(escape, groups)], rows)
+
+
+def igar_section(igar: pd.DataFrame | None, summary: pd.DataFrame) -> list[str]:
+    """The ratio beside the shares of the same recordings, and what speaks against it."""
+    if igar is None or igar.empty:
+        return []
+    parts = ["<h2>IGAR, as published</h2>", f"<p>{escape(IGAR_WEAKNESSES)}</p>"]
+    for what, of in igar.groupby("kind", sort=False):
+        own = _of(summary, "all", str(what)).set_index(str(what))
+        rows = []
+        for row in of.to_dict("records"):
+            beside = spread(own.loc[row["name"]], "absolute") if row["name"] in own.index else "–"
+            rows.append([escape(str(row["name"])), spread(row, "ratio", ""), beside])
+        header = [escape(str(what)), "IGAR", "share of the absolute attribution"]
+        parts.append(table(f"By {escape(str(what))}, % [95 % interval]", header, rows))
+    return parts

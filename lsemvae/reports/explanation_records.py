@@ -1,0 +1,174 @@
+"""One explained recording: its pictures, and its part of the page."""
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from lsemvae.explain.explainer import Explanation, Window
+from lsemvae.explain.waves import WAVES, Delineation
+from lsemvae.plots.attribution import Picture, Span, attribution_paper
+from lsemvae.plots.median_beat import median_beat
+from lsemvae.plots.shares import Cells, Panel, Values, bars, heat_maps
+from lsemvae.reports.page import picture, table
+
+DRAWN = ("P", "QRS", "T")
+"""Waves that pictures mark: the others are what lies between them."""
+_CAPTIONS = {
+    "paper": "ECG paper. Below each trace the attribution: above its line what raises the score, below what lowers it.",
+    "beat": "Median beat about R, in black, and single beats in grey. Dashed: median onset and offset of the waves. "
+    "Below: the mean attribution of the beats.",
+    "leads": "By lead. Shares of the recording's attribution; occlusion: how far the logit falls without the lead.",
+    "waves": "By wave, all leads together. ST is from the end of QRS to the onset of T; rest is what is left.",
+    "cells": "By lead and wave, in percent of the recording's absolute attribution; occlusion: how far the logit falls "
+    "when a straight line replaces the wave.",
+}
+
+
+def record_pictures(explanation: Explanation) -> dict[str, Picture]:
+    """The pictures of one recording by name: paper, beat, leads, waves, cells; none for a refused recording.
+
+    Without a beat there are only paper and leads. Of several windows, the one with most attribution is drawn.
+    """
+    if not explanation.windows or explanation.shares is None:
+        return {}
+    windows, leads = explanation.windows, explanation.leads
+    number = int(np.argmax([np.abs(window.values_LT).sum() for window in windows]))
+    drawn = windows[number]
+    common: dict[str, Any] = {
+        "unit_mv": explanation.unit_mv, "there_L": drawn.lead_mask_L,
+    }  # fmt: skip
+    title = f"Window {number + 1} of {len(windows)}, the one with most attribution" if len(windows) > 1 else ""
+    signal = (leads, explanation.rate_hz, drawn.x_LT, drawn.values_LT)
+    found = {"paper": attribution_paper(*signal, spans=spans(drawn.waves), title=title, **common)}
+    if drawn.waves.beats:
+        peaks_N = drawn.waves.edges["QRS"][:, 1]
+        beat = median_beat(*signal, peaks_N[np.isfinite(peaks_N)], spans=usual_spans(drawn.waves), **common)
+        found |= {"beat": beat} if beat else {}
+    found["leads"] = _lead_bars(explanation)
+    if any(window.waves.beats for window in windows):
+        signed_LW, absolute_LW = explanation.shares
+        shares = [Panel("signed share", {"": Values(signed_LW.sum(axis=0))})]
+        shares += [Panel("absolute share", {"": Values(absolute_LW.sum(axis=0))}, signed=False)]
+        found["waves"] = bars(WAVES, shares)
+        found["cells"] = _cells(explanation)
+    return found
+
+
+def spans(waves: Delineation) -> list[Span]:
+    """Each wave of which onset and offset were found."""
+    found = []
+    for wave in DRAWN:
+        for onset, _, offset in waves.edges.get(wave, np.empty((0, 3))):
+            if np.isfinite(onset) and offset > onset:
+                found.append(Span(wave, onset / waves.rate_hz, offset / waves.rate_hz))
+    return found
+
+
+def usual_spans(waves: Delineation) -> list[Span]:
+    """The median onset and offset of each wave, in seconds after R."""
+    found = []
+    for wave in DRAWN:
+        after_N2 = waves.edges.get(wave, np.empty((0, 3)))[:, ::2] - waves.edges["QRS"][:, 1:2]
+        known_N2 = after_N2[np.isfinite(after_N2).all(axis=1)]
+        if len(known_N2):
+            onset, offset = np.median(known_N2, axis=0) / waves.rate_hz
+            found.append(Span(wave, float(onset), float(offset)))
+    return found
+
+
+def _lead_bars(explanation: Explanation) -> Picture:
+    assert explanation.shares is not None
+    there_L = np.any([window.lead_mask_L for window in explanation.windows], axis=0)
+    signed_L, absolute_L = (np.where(there_L, of_LW.sum(axis=1), np.nan) for of_LW in explanation.shares)
+    panels = [
+        Panel("signed share", {"": Values(signed_L)}),
+        Panel("absolute share", {"": Values(absolute_L)}, signed=False),
+        Panel("occlusion", {"": Values(_mean(explanation.windows, lambda window: window.lead_drop_L))}, percent=False),
+    ]
+    more: tuple[tuple[str, Callable[[Window], np.ndarray | None]], ...] = (
+        ("gate weight", lambda window: window.gate_L),
+        ("share of the precision", lambda window: window.precision_L),
+    )
+    for title, of in more:
+        if all(of(window) is not None for window in explanation.windows):
+            panels.append(Panel(title, {"": Values(_mean(explanation.windows, of))}, signed=False))
+    return bars(explanation.leads, panels)
+
+
+def _cells(explanation: Explanation) -> Picture:
+    assert explanation.shares is not None
+    panels = [Cells("attribution, %", explanation.shares.signed_LW)]
+    drop_LW = _mean(explanation.windows, lambda window: window.wave_drop_LW)
+    if np.isfinite(drop_LW).any():
+        panels.append(Cells("occlusion, fall of the logit", drop_LW, percent=False, sums=False))
+    return heat_maps(explanation.leads, WAVES, panels)
+
+
+def _mean(windows: Sequence[Window], of: Callable[[Window], np.ndarray | None]) -> np.ndarray:
+    """The mean over the windows in which there is a number; NaN where there is none."""
+    values = np.stack([np.asarray(of(window), dtype=float) for window in windows])
+    there = np.isfinite(values)
+    total, count = np.where(there, values, 0.0).sum(axis=0), there.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+# --- its part of the page -------------------------------------------------------------------------------------
+
+
+def record_section(record_id: str, explanation: Explanation, row: Mapping[str, Any]) -> str:
+    """`row` is the recording's in the table of records; `reliability` and its reasons are shown where it has them."""
+    parts = [f"<h3>Recording {escape(record_id)}</h3>"]
+    if explanation.score.refused is not None:
+        return parts[0] + f"<p>Refused, as for scoring: {escape(str(explanation.score.refused))}.</p>"
+    parts.append(_html("What the model says", _facts(explanation, row)))
+    notes = [*explanation.notes, *_missing(explanation)]
+    if isinstance(row.get("reliability_reasons"), str) and row["reliability_reasons"]:
+        notes.append(row["reliability_reasons"])
+    parts += ["<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"] if notes else []
+    drawn = record_pictures(explanation)
+    return "".join(
+        [*parts, *(figure(one, _CAPTIONS[name], paper=name in ("paper", "beat")) for name, one in drawn.items())]
+    )
+
+
+def figure(one: Picture, caption: str, *, paper: bool = False) -> str:
+    """A picture on the page; `paper` is as wide as the page."""
+    return picture(one.png(), one.words, caption=caption, large=bool(one.figure.get_figwidth() > 6), paper=paper)
+
+
+def _facts(explanation: Explanation, row: Mapping[str, Any]) -> dict[str, str]:
+    score, windows = explanation.score, explanation.windows
+    facts = {"score": "–" if score.score is None else f"{score.score:.3f}"}
+    facts["decision"] = "at or above the threshold" if score.decision else "below the threshold"
+    if score.probability is not None:
+        facts["calibrated probability"] = f"{score.probability:.3f}"
+    if isinstance(row.get("reliability"), str):
+        facts["reliability"] = row["reliability"]
+    if score.doubt is not None:
+        facts["doubt"] = f"{score.doubt:.3g}"
+    facts["logit, mean of the windows" if len(windows) > 1 else "logit"] = _each([one.logit for one in windows])
+    facts["logit of the baseline"] = _each([one.baseline_logit for one in windows])
+    worst = max(windows, key=lambda window: abs(window.delta))
+    facts["largest convergence delta"] = f"{worst.delta:+.4f} with {worst.steps} steps"
+    beats = sum(window.waves.beats for window in windows)
+    lacking = {wave: sum(window.waves.failures.get(wave, 0) for window in windows) for wave in DRAWN}
+    without = ", ".join(f"{wave} of {count}" for wave, count in lacking.items() if count)
+    facts["beats"] = f"{beats}" + (f"; not found: {without}" if without else "")
+    return facts
+
+
+def _each(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f}"
+
+
+def _missing(explanation: Explanation) -> list[str]:
+    there_L = np.any([window.lead_mask_L for window in explanation.windows], axis=0)
+    missing = [lead for lead, there in zip(explanation.leads, there_L, strict=True) if not there]
+    return [f"Missing or unusable: {', '.join(missing)}. An absent lead has no attribution."] if missing else []
+
+
+def _html(caption: str, facts: Mapping[str, str]) -> str:
+    rows = [[escape(name), escape(value)] for name, value in facts.items()]
+    return table(caption, ["", "value"], rows, numbers=False)
