@@ -3,31 +3,26 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, FiniteFloat
+from pydantic import FiniteFloat
 from starlette.middleware.cors import CORSMiddleware
 
-from lsemvae.errors import LsemvaeError, Refused
+from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS, canonical
 from lsemvae.record import Record
-from serve import about, cohorts, page
+from serve import about, cohorts, explain, page
+from serve.bodies import as_response, body_of, form_records, json_records, refusal_code, require_type
+from serve.explaining import NotExplained
 from serve.inputs import (
     DRAWN_BYTES_PER_SAMPLE,
-    FILE_EXPANSION,
     TooLarge,
-    from_files,
-    from_json,
     from_npy,
-    json_memory,
     require_samples,
-    to_record,
-    uploaded,
 )
 from serve.openapi import EXAMPLE, FILES_BODY, NPY_BODY, PROBLEMS, TOKEN_IN_OPENAPI, json_body, openapi
 from serve.schema import (
@@ -36,7 +31,6 @@ from serve.schema import (
     ReconstructOut,
     ReconstructRequest,
     ReconstructResponse,
-    RecordIn,
     RefusedOut,
     ScoreOut,
     ScoreRequest,
@@ -55,11 +49,12 @@ def make_api(service: Service) -> FastAPI:
     api = FastAPI(title="LS-EMVAE", version="1", docs_url=None, redoc_url=None)  # those pages load from other sites
     api.state.service = service
     api.state.scoring = Scoring(lambda: service.registry.served, service.metrics)
-    for router in (v1, about.router, cohorts.router, page.router):
+    for router in (v1, explain.router, about.router, cohorts.router, page.router):
         api.include_router(router)
     api.add_exception_handler(RequestValidationError, _malformed)
     api.add_exception_handler(LsemvaeError, _unusable)
     api.add_exception_handler(NothingServed, _nothing_served)
+    api.add_exception_handler(NotExplained, _not_explained)
     api.add_middleware(
         Guard,
         tokens=service.tokens,
@@ -92,7 +87,7 @@ v1 = APIRouter(prefix="/v1", dependencies=[TOKEN_IN_OPENAPI], responses=PROBLEMS
 async def score(request: Request) -> Response:
     """Score recordings given as JSON: leads by name, in mV or uV; each model takes the leads it knows."""
     began = time.perf_counter()
-    asked, records = await _from_json(request, ScoreRequest)
+    asked, records = await json_records(request, ScoreRequest)
     return await _respond(request, asked.ids, records, asked.model, began)
 
 
@@ -113,7 +108,7 @@ async def score_npy(
     nothing was recorded. [leads, samples] or [recordings, leads, samples].
     """
     began = time.perf_counter()
-    body = await _body(request, "application/x-npy", "application/octet-stream")
+    body = await body_of(request, "application/x-npy", "application/octet-stream")
     charge(request.scope, 4 * len(body))  # int16 becomes float32 twice, as a batch and as its recordings
     names = {"12": LEADS, "6": LIMB_LEADS}.get(leads) or [canonical(name) for name in leads.split(",")]
     records = from_npy(body, names, rate_hz, unit=unit, uv_per_lsb=uv_per_lsb)
@@ -132,10 +127,7 @@ async def score_file(
     reader is installed MUSE, Philips, aECG and SCP-ECG.
     """
     began = time.perf_counter()
-    _require_type(request, "multipart/form-data")
-    files = await uploaded(request)
-    charge(request.scope, FILE_EXPANSION * sum(map(len, files.values())))
-    read = await asyncio.to_thread(from_files, files)
+    read = await form_records(request)
     ids, records = [name for name, _ in read], [record for _, record in read]
     if signal:
         charge(request.scope, DRAWN_BYTES_PER_SAMPLE * require_samples(records))
@@ -157,7 +149,7 @@ async def _respond(
         *(scoring.score(record, id=id, model=model, signal=signal) for id, record in zip(ids, records, strict=True))
     )
     status = 422 if all(result.refused for result in results) else 200
-    return await _answer(ScoreResponse(results=results), status, is_large=signal)
+    return await as_response(ScoreResponse(results=results), status, is_large=signal)
 
 
 # --- reconstruction -------------------------------------------------------------------------------------------
@@ -178,75 +170,25 @@ async def _respond(
 )
 async def reconstruct(request: Request, service: TheService) -> Response:
     """Estimate the leads that were not recorded from those that were. An estimate is not a measurement."""
-    _require_type(request, "application/json")
+    require_type(request, "application/json")
     if service.reconstructor is None:
         if service.reconstructor_problem:
             raise HTTPException(409, service.reconstructor_problem)
         raise HTTPException(404, "no encoder is configured: name one as `encoder` in serve/config.yaml")
-    asked, records = await _from_json(request, ReconstructRequest)
+    asked, records = await json_records(request, ReconstructRequest)
     good = {b: record for b, record in enumerate(records) if isinstance(record, Record)}
     made = await service.reconstructor.reconstruct(list(good.values()), [asked.ids[b] for b in good])
     results = [
-        ReconstructOut(id=id, refused=RefusedOut(code=_code(record), reason=str(record)))
+        ReconstructOut(id=id, refused=RefusedOut(code=refusal_code(record), reason=str(record)))
         for id, record in zip(asked.ids, records, strict=True)
     ]
     for b, out in zip(good, made, strict=True):
         results[b] = out
     response = ReconstructResponse(model=service.reconstructor.bundle.digest, results=results)
-    return await _answer(response, 422 if all(result.refused for result in results) else 200, is_large=True)
+    return await as_response(response, 422 if all(result.refused for result in results) else 200, is_large=True)
 
 
-# --- bodies and answers ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What remains of a request once its samples are records."""
-
-    ids: list[str]
-    model: str | None
-
-
-async def _from_json(request: Request, kind: type[ReconstructRequest]) -> tuple[_Asked, list[Record | LsemvaeError]]:
-    """The records of a JSON body, parsed beside the event loop; the parsed numbers are freed at once."""
-    body = await _body(request, "application/json")
-    charge(request.scope, json_memory(body))
-    return await asyncio.to_thread(_parse, body, kind)
-
-
-def _parse(body: bytes, kind: type[ReconstructRequest]) -> tuple[_Asked, list[Record | LsemvaeError]]:
-    asked = from_json(body, kind)
-    records = [_or_error(to_record, given) for given in asked.records]
-    require_samples(records)
-    return _Asked([given.id for given in asked.records], getattr(asked, "model", None)), records
-
-
-def _or_error(read: Callable[[RecordIn], Record], given: RecordIn) -> Record | LsemvaeError:
-    try:
-        return read(given)
-    except LsemvaeError as error:
-        return error
-
-
-def _code(error: object) -> str:
-    return error.code if isinstance(error, Refused) else "record"
-
-
-async def _answer(response: BaseModel, status: int, *, is_large: bool) -> Response:
-    """`is_large` answers are written beside the event loop, on which other requests wait."""
-    text = await asyncio.to_thread(response.model_dump_json) if is_large else response.model_dump_json()
-    return Response(text, status, media_type="application/json")
-
-
-def _require_type(request: Request, *types: str) -> None:
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if given not in types:
-        raise HTTPException(415, f"the content type is {given[:100]!r}: send {' or '.join(types)}")
-
-
-async def _body(request: Request, *types: str) -> bytes:
-    _require_type(request, *types)
-    return await request.body()
+# --- errors ---------------------------------------------------------------------------------------------------
 
 
 async def _malformed(request: Request, error: Exception) -> JSONResponse:
@@ -266,3 +208,9 @@ async def _unusable(request: Request, error: Exception) -> JSONResponse:
 async def _nothing_served(request: Request, error: Exception) -> JSONResponse:
     detail = "no model is loaded: GET /readyz says why"
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "10"})
+
+
+async def _not_explained(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, NotExplained)
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
+    return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)

@@ -19,6 +19,7 @@ from ray.serve import Application
 from lsemvae.errors import LsemvaeError
 from lsemvae.memory import keep_freed_memory
 from serve.api import make_api
+from serve.explaining import Explaining
 from serve.observed import Metrics
 from serve.reconstruct import load_encoder
 from serve.registry import Registry
@@ -39,6 +40,10 @@ class Config(BaseModel):
     threads: int | None = Field(
         default=None, gt=0, description="torch threads of a replica; by default all of its node's cores"
     )
+    explain_queue: int = Field(
+        default=4, ge=0, description="explanations that wait while one is made: beyond it 503; 0 makes none"
+    )
+    explain_timeout_s: float = Field(default=50, gt=0, description="time for one explanation: after it 504")
     poll_s: float = Field(default=20, gt=0, description="seconds between two looks at MLflow's aliases")
     allow_anonymous: bool = Field(default=False, description="answer everybody when no token is set")
     cors_origins: list[str] = Field(
@@ -74,6 +79,7 @@ def make_service(config: Config) -> Service:
         metrics=Metrics(),
         reconstructor=reconstructor,
         reconstructor_problem=problem,
+        explaining=Explaining(config.explain_queue, config.explain_timeout_s) if config.explain_queue else None,
         tokens=tokens,
         cors_origins=config.cors_origins,
         max_body=config.max_body_mb * 2**20,

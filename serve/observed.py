@@ -1,6 +1,6 @@
 """The service's Prometheus metrics, exported by Ray. They hold no identifier and no signal."""
 
-from ray.serve.metrics import Counter, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 from serve.schema import ModelOut, ScoreOut
 
@@ -20,6 +20,11 @@ class Metrics:
         self._limited = Counter("lsemvae_limited", "Scored recordings of limited reliability.", ("model", "version"))
         self._score = Histogram("lsemvae_score", "Scores: a shift is drift.", _SHARES, ("model", "version"))
         self._seconds = Histogram("lsemvae_stage_seconds", "Time by stage of a request.", _SECONDS, ("stage",))
+        self._explanations = Counter("lsemvae_explanations", "Asked explanations.", ("outcome",))
+        self._explanation_s = Histogram(
+            "lsemvae_explanation_seconds", "Time of an explanation, waiting included.", _SECONDS, ("outcome",)
+        )
+        self._explaining = Gauge("lsemvae_explaining", "Explanations in progress, and those that wait.")
         self._batch = Histogram("lsemvae_batch_records", "Recordings scored together.", _COUNTS, ("model",))
 
     def answered(self, endpoint: str, status: int) -> None:
@@ -31,6 +36,13 @@ class Metrics:
 
     def batch(self, model: ModelOut, records: int) -> None:
         self._batch.observe(records, tags={"model": model.name})
+
+    def explained(self, outcome: str, seconds: float) -> None:
+        self._explanations.inc(tags={"outcome": outcome})
+        self._explanation_s.observe(seconds, tags={"outcome": outcome})
+
+    def explaining(self, there: int) -> None:
+        self._explaining.set(there)
 
     def result(self, out: ScoreOut) -> None:
         if out.refused or out.model is None:

@@ -8,7 +8,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from serve.inputs import MAX_FILES
-from serve.schema import RESEARCH_ONLY, Problem, ReconstructRequest, ScoreRequest
+from serve.schema import RESEARCH_ONLY, ExplainRequest, Problem, ReconstructRequest, ScoreRequest
 
 DESCRIPTION = f"""Scores ECGs of 12 leads, 6 leads, or any subset that a model takes. {RESEARCH_ONLY}
 
@@ -71,7 +71,7 @@ def openapi(api: FastAPI) -> dict[str, Any]:
         api.openapi_schema = get_openapi(
             title=api.title, version=api.version, description=DESCRIPTION, routes=api.routes
         )
-        for model in (ScoreRequest, ReconstructRequest):
+        for model in (ScoreRequest, ReconstructRequest, ExplainRequest):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             api.openapi_schema["components"]["schemas"] |= schema.pop("$defs") | {model.__name__: schema}
     return api.openapi_schema

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
@@ -29,10 +29,14 @@ RETRY_S = 300.0
 
 @dataclass(frozen=True)
 class Served:
-    """One loaded model and its description in answers."""
+    """One loaded model, its description in answers, and where its bundle was read.
+
+    The bundle may have left its folder since: another version replaces it on the shelf.
+    """
 
     scorer: Scorer
     described: ModelOut
+    folder: Path
 
     @classmethod
     def load(cls, folder: Path, name: str, version: int | None, device: str) -> "Served":
@@ -50,7 +54,7 @@ class Served:
             leads=list(bundle.leads),
             threshold=scorer.threshold,
         )
-        return cls(scorer, described)
+        return cls(scorer, described, folder)
 
 
 class Registry:
@@ -112,10 +116,7 @@ class Registry:
                     if uri.startswith("models:/"):
                         self._follow(name, uri)
                     elif name not in self._served:
-                        self._folder.mkdir(parents=True, exist_ok=True)
-                        with tempfile.TemporaryDirectory(dir=self._folder, prefix="partial-") as temporary:
-                            folder = fetch(uri, Path(temporary)).folder
-                            self._serve(Served.load(folder, name, None, self._device))
+                        self._serve(self._unregistered(name, uri))
                     problem = ""
                 except (LsemvaeError, OSError) as error:
                     problem = " ".join(str(error).split())
@@ -127,6 +128,18 @@ class Registry:
         while True:
             time.sleep(poll_s * random.uniform(0.7, 1))  # so that replicas that started together do not all ask at once
             self.refresh()
+
+    def _unregistered(self, name: str, uri: str) -> Served:
+        """A local bundle, used where it is, or one from an object store, which is kept on disk."""
+        if Storage.open(uri).is_local:
+            return Served.load(fetch(uri, self._folder).folder, name, None, self._device)
+        with (
+            locked_shelf(self._folder, "unregistered", name) as shelf,
+            tempfile.TemporaryDirectory(dir=shelf.folder, prefix="partial-") as temporary,
+        ):
+            folder = fetch(uri, Path(temporary) / "bundle").folder
+            served = Served.load(folder, name, None, self._device)
+            return replace(served, folder=shelf.keep_unregistered(folder, served.described.digest))
 
     def _follow(self, name: str, uri: str) -> None:
         """Loads the version that the URI names now. Raises when that fails, at the start after loading the kept one."""
@@ -171,7 +184,7 @@ class Registry:
                         f"answers as {name} finds {present.task} in {', '.join(present.leads)}: register it under "
                         "another name"
                     )
-                shelf.keep(folder, wanted, bundle.digest)
+                served = replace(served, folder=shelf.keep(folder, wanted, bundle.digest))
             self._serve(served, wanted)
 
     def _serve(self, served: Served, version: Version | None = None) -> None:

@@ -49,6 +49,12 @@ class ScoreRequest(ReconstructRequest):
     )
 
 
+class ExplainRequest(ScoreRequest):
+    """One recording whose score is to be explained."""
+
+    records: Annotated[list[RecordIn], Field(min_length=1, max_length=1)]
+
+
 class ModelOut(BaseModel):
     """The model that answered."""
 
@@ -137,6 +143,102 @@ class ScoreResponse(BaseModel):
     """One answer for each recording, in order. Research use only: not a medical device."""
 
     results: list[ScoreOut]
+
+
+class ShareOut(BaseModel):
+    """What of the attributions belongs to a lead, a wave, or a wave of a lead, as shares of all absolute attributions.
+
+    Positive means that it raises the score. `signed` is smaller in size than `absolute` where parts cancel.
+    """
+
+    signed: float
+    absolute: float
+
+
+class CellOut(ShareOut):
+    """One wave of one lead."""
+
+    drop: float | None = Field(
+        description="The logit less that with this wave replaced by a straight line; null where that is not possible."
+    )
+
+
+class LeadShareOut(ShareOut):
+    """One lead of the recording."""
+
+    drop: float | None = Field(
+        description="The logit less that of the recording without this lead; null where that is not possible."
+    )
+    gate: float | None = Field(default=None, description="LS-EMVAE's gate weight of the lead; null for others.")
+    precision: float | None = Field(
+        default=None, description="The lead's share of LS-EMVAE's fused precision; null for others."
+    )
+
+
+class ExplainedLeadOut(BaseModel):
+    """A lead of one window, to draw it: as the model sees it, but in mV, with the attribution of each sample."""
+
+    x_mv: list[float]
+    attribution: list[float] = Field(description="In units of the logit, rounded to 4 digits of the window's largest.")
+
+
+class WindowOut(BaseModel):
+    """One window of the recording that the score takes. Times of waves are in seconds from the window's start.
+
+    The attributions of all leads sum to `logit - baseline_logit + delta`.
+    """
+
+    start_s: float = Field(description="Where the window begins in the recording.")
+    rate_hz: float
+    samples: int
+    logit: float
+    baseline_logit: float
+    delta: float = Field(description="What the attributions miss the difference of the two logits by.")
+    steps: int = Field(description="Points between the baseline and the recording.")
+    beats: int
+    waves: dict[str, list[list[float | None]]] = Field(
+        description="Of P, QRS and T: onset, peak and offset of each beat; null where not found."
+    )
+    failures: dict[str, int] = Field(description="Beats in which a wave was not found.")
+    no_beat: str | None = Field(description="Why no beat was found; null where there are beats.")
+    leads: dict[str, ExplainedLeadOut] | None = Field(
+        description="The leads that the score uses; null with `signal=false`."
+    )
+
+
+class ExplanationOut(BaseModel):
+    """What the score depends on, by integrated gradients of its logit and by occlusion. It is no diagnosis.
+
+    All windows that the score takes count together in `leads`, `waves` and `cells`. An occlusion (`drop`) is the mean
+    over windows.
+    """
+
+    baseline: str = Field(description="What the recording is compared with: `zero` is no signal.")
+    leads: dict[str, LeadShareOut]
+    waves: dict[str, ShareOut] | None = Field(
+        description="P, QRS, ST (end of QRS to onset of T), T, and the rest; null where no beat was found."
+    )
+    cells: dict[str, dict[str, CellOut]] | None = Field(
+        description="Each lead, and in it each wave; null where no beat was found."
+    )
+    notes: list[str] = Field(description="What this explanation lacks, and why.")
+    windows: list[WindowOut]
+
+
+class ExplainOut(ScoreOut):
+    """The answer of `/v1/score` for the recording, and the explanation; without one where it is refused."""
+
+    explanation: ExplanationOut | None = None
+
+
+class ExplainResponse(BaseModel):
+    """The one answer. Research use only: not a medical device."""
+
+    note: str = (
+        "An explanation shows what the model's score depends on. It does not show why a person is ill, and is no "
+        "diagnosis. " + RESEARCH_ONLY
+    )
+    results: Annotated[list[ExplainOut], Field(min_length=1, max_length=1)]
 
 
 class LeadOut(BaseModel):

@@ -114,37 +114,40 @@ class Scoring:
         self, given: Record | LsemvaeError, *, id: str, model: str | None, signal: bool = False
     ) -> ScoreOut:
         """The answer for a recording, or for the error that reading it raised. Raises NothingServed."""
-        out = await self._answer(given, id, model)
+        out, _ = await self.answer(given, id=id, model=model)
         if signal and isinstance(given, Record):
             out.record = await asyncio.to_thread(drawn, given)  # a second's work for a large recording
         self._metrics.result(out)
         return out
 
-    async def _answer(self, given: Record | LsemvaeError, id: str, model: str | None) -> ScoreOut:
+    async def answer(
+        self, given: Record | LsemvaeError, *, id: str, model: str | None
+    ) -> tuple[ScoreOut, Served | None]:
+        """The same, not counted as a score, and the model that took the recording, None where none did."""
         served = self._served()
         if not served:
             raise NothingServed
         if isinstance(given, LsemvaeError):
-            return refused(id, given)
+            return refused(id, given), None
         try:
             candidates = choose(given, served, model)
         except Refused as error:
             flags = await asyncio.get_running_loop().run_in_executor(TORCH, quality_flags, given)
-            return refused(id, error, [*given.flags, *flags])
+            return refused(id, error, [*given.flags, *flags]), None
         chosen, answer, flags = await self._first_to_accept(candidates, given)
         flags = (*given.flags, *flags)
         out = ScoreOut(id=id, flags=list(flags), model=chosen.described)
         if answer.refused:
             out.refused = RefusedOut(code=answer.refused.code, reason=str(answer.refused))
             out.reliability = Reliability(level="limited", reasons=[out.refused.reason])
-            return out
+            return out, chosen
         out.score, out.decision, out.probability = answer.score, answer.decision, answer.probability
         out.leads_used = list(answer.leads_used)
         out.leads_derived = [lead for lead in answer.leads_used if lead in given.derived]
         leads, doubtful = chosen.scorer.bundle.leads, chosen.scorer.why_doubtful(answer)
         doubts = reliability(given.leads, given.derived, answer.leads_used, flags, leads, doubtful)
         out.reliability = Reliability(level=doubts.level, reasons=list(doubts.reasons))
-        return out
+        return out, chosen
 
     async def _first_to_accept(self, candidates: list[Served], record: Record) -> tuple[Served, Score, tuple[str, ...]]:
         for chosen in candidates:

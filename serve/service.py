@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from serve.explaining import Explaining
 from serve.observed import Metrics
 from serve.reconstruct import Reconstructor
 from serve.registry import Registry
@@ -19,6 +20,8 @@ class Service:
     reconstructor: Reconstructor | None = None
     reconstructor_problem: str = ""
     """Why the configured encoder could not be loaded."""
+    explaining: Explaining | None = None
+    """None where explanations are switched off."""
     tokens: frozenset[str] = frozenset()
     cors_origins: list[str] = field(default_factory=list)
     max_body: int = 32 * 2**20

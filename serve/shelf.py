@@ -6,6 +6,9 @@ under a lock:
     lock
     last.json          the version that passed its checks last, replaced in one step
     VERSION-DIGEST/    its bundle
+
+A bundle from s3://… has no version and is fetched again at each start. It is kept as `unregistered-NAME/DIGEST`, from
+where the process that explains loads it.
 """
 
 import fcntl
@@ -75,15 +78,27 @@ class Shelf:
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
-    def keep(self, bundle: Path, version: Version, digest: str) -> None:
-        """Moves the bundle here, records it as the last one, and removes all others."""
+    def keep(self, bundle: Path, version: Version, digest: str) -> Path:
+        """Moves the bundle here, records it as the last one, and removes all others -> its new place."""
         target = self.folder / f"{version.number}-{digest}"
         shutil.rmtree(target, ignore_errors=True)
         bundle.rename(target)
         last = {"version": asdict(version), "digest": digest}
         Storage.open(self.folder).write_bytes("last.json", json.dumps(last).encode())
+        self._remove_all_but(target, bundle.parent)
+        return target
+
+    def keep_unregistered(self, bundle: Path, digest: str) -> Path:
+        """Moves a bundle without a version here and removes all others -> its new place."""
+        target = self.folder / digest
+        shutil.rmtree(target, ignore_errors=True)
+        bundle.rename(target)
+        self._remove_all_but(target, bundle.parent)
+        return target
+
+    def _remove_all_but(self, *kept: Path) -> None:
         for other in self.folder.iterdir():
-            if other.is_dir() and other != target and other != bundle.parent:
+            if other.is_dir() and other not in kept:
                 shutil.rmtree(other, ignore_errors=True)
 
 

@@ -213,6 +213,12 @@ def windows(signal_mv_LT: np.ndarray, rate_hz: float, config: PreprocessConfig) 
     return [signal_mv_LT[:, i * length : (i + 1) * length] for i in range(count)] if count > 1 else [signal_mv_LT]
 
 
+def cleanest(signal_mv_LT: np.ndarray, rate_hz: float, config: PreprocessConfig) -> int:
+    """The position of the cleanest of the consecutive windows."""
+    parts = windows(signal_mv_LT, rate_hz, config)
+    return min(range(len(parts)), key=lambda i: _unrest(parts[i], rate_hz))
+
+
 def _unrest(signal_mv_LT: np.ndarray, rate_hz: float) -> tuple[float, float]:
     """How bad a window is, to compare windows: its share of missing samples, then wander plus fast noise in mV.
 
@@ -239,7 +245,7 @@ def _window(signal_mv_LT: np.ndarray, rate_hz: float, config: PreprocessConfig) 
     if seconds < config.min_seconds:
         raise Refused("too_short", f"the recording lasts {seconds:.2f} s: {config.min_seconds:g} s are needed")
     if config.window == "cleanest":
-        signal_mv_LT = min(windows(signal_mv_LT, rate_hz, config), key=lambda part: _unrest(part, rate_hz))
+        signal_mv_LT = windows(signal_mv_LT, rate_hz, config)[cleanest(signal_mv_LT, rate_hz, config)]
     if ratio(rate_hz, config.rate_hz) == (1, 1):
         return _checked(signal_mv_LT[:, : config.samples])
     # One second more than the window, so that the window does not contain the filter's edge.

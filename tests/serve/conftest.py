@@ -1,5 +1,6 @@
 """What the tests of the endpoint share: small models, a service that holds them, and a recording."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lsemvae.models import build
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.record import Record
 from serve.api import make_api
+from serve.explaining import Explaining
 from serve.observed import Metrics
 from serve.reconstruct import Reconstructor
 from serve.registry import Registry
@@ -32,10 +34,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def explaining() -> Iterator[Explaining]:
+    """One process that explains, for all tests: it takes seconds to start."""
+    explaining = Explaining(waiting=4, limit_s=600, threads=1)
+    yield explaining
+    explaining.close()
+
+
 @pytest.fixture(scope="module")
-def service(models: Path) -> Service:
+def service(models: Path, explaining: Explaining) -> Service:
     registry = Registry([str(models / "ph-6L"), str(models / "ph-12L")], models / "kept", 0)
-    return Service(registry, Metrics(), Reconstructor(models / "encoder"), tokens=frozenset({TOKEN}))
+    reconstructor = Reconstructor(models / "encoder")
+    return Service(registry, Metrics(), reconstructor, explaining=explaining, tokens=frozenset({TOKEN}))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from support.serving import TOKEN, answering, as_json, ask, npy, only, score, score_files
+from support.serving import TOKEN, Client, answering, as_json, ask, npy, only, score, score_files
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.record import Record
@@ -77,7 +77,9 @@ def well_afterwards(api) -> Iterator[None]:
         f"Bearer {TOKEN} {TOKEN}", f"Bearer {TOKEN.upper()}", "Bearer \xff",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/score", "/v1/cohorts/x", "/nowhere", "/v1", "/docs"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/score", "/v1/explain", "/v1/explain/file", "/v1/cohorts/x", "/nowhere", "/v1", "/docs"]
+)
 def test_a_wrong_or_missing_token_is_401(api, header: str | None, path: str):
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
     answer = ask(api, "GET", path, token=None, headers=headers)
@@ -214,46 +216,16 @@ def test_a_compressed_body_is_415(api, encoding: str):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/score", "/v1/score/npy?leads=12&rate_hz=500", "/v1/score/file", "/v1/reconstruct"]
-)
+    "path",
+    [
+        "/v1/score", "/v1/score/npy?leads=12&rate_hz=500", "/v1/score/file", "/v1/reconstruct", "/v1/explain",
+        "/v1/explain/file",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", [None, "", "text/plain", "application/jsonx", "application/x-www-form-urlencoded"])
 def test_another_content_type_is_415(api, path: str, kind: str | None):
     headers = {} if kind is None else {"Content-Type": kind}
     assert ask(api, "POST", path, content=b"{}", headers=headers).status_code == 415
-
-
-class Client:
-    """A connection that sends a body part by part, when it is told to."""
-
-    def __init__(self, api: object, headers: dict[str, str] | None = None) -> None:
-        headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"} | (headers or {})
-        scope = {
-            "type": "http", "method": "POST", "path": "/v1/score", "raw_path": b"/v1/score", "query_string": b"",
-            "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "http_version": "1.1",
-            "scheme": "http", "server": ("service", 80), "client": ("127.0.0.1", 1), "root_path": "",
-        }  # fmt: skip
-        self._parts: asyncio.Queue = asyncio.Queue()
-        self.sent: list[dict] = []
-        self.task = asyncio.create_task(api(scope, self._parts.get, self._send))
-
-    async def _send(self, message: dict) -> None:
-        self.sent.append(message)
-
-    async def part(self, body: bytes, more: bool = True) -> None:
-        await self._parts.put({"type": "http.request", "body": body, "more_body": more})
-        await asyncio.sleep(0.01)
-
-    async def hang_up(self) -> None:
-        await self._parts.put({"type": "http.disconnect"})
-        await asyncio.sleep(0.01)
-
-    @property
-    def status(self) -> int | None:
-        return self.sent[0]["status"] if self.sent else None
-
-    @property
-    def headers(self) -> dict[bytes, bytes]:
-        return dict(self.sent[0]["headers"])
 
 
 def test_a_slow_client_is_408_and_one_that_leaves_is_forgotten(api):
@@ -429,6 +401,8 @@ def test_no_identifier_signal_or_secret_is_logged_counted_or_quoted(guarded, api
         good = as_json(record, ("I", "II"), id=name)
         good["leads"]["I"][5] = value
         assert only(score(api, good))["id"] == name  # to the one who asked
+        explained = ask(api, "POST", "/v1/explain?signal=false", json={"records": [good]})
+        assert only(explained)["id"] == name and explained.status_code == 200
         bad = json.dumps({"records": [good | {"rate_hz": f"{value}"} | {name: {"x": value}}]})
         answers.append(ask(api, "POST", "/v1/score", content=bad.encode(), headers=JSON))
         answers.append(ask(api, "POST", "/v1/score", content=bad[:-9].encode(), headers=JSON))
@@ -442,7 +416,7 @@ def test_no_identifier_signal_or_secret_is_logged_counted_or_quoted(guarded, api
             ask(api, "POST", f"/v1/score/npy?leads=I,II&rate_hz=500&model={name}", content=array, headers=kind)
         )
     entries = [entry for entry in caplog.records if entry.name == "ray.serve"]
-    assert [entry.getMessage() for entry in entries] == ["answered"] * 8
+    assert [entry.getMessage() for entry in entries] == ["answered"] * 9
     kept = "\n".join(str(vars(entry)) for entry in entries)
     for text in (kept, str(guarded.metrics.tags)):
         assert not [mark for mark in (name, "0.1234", secret, TOKEN) if mark in text]
@@ -451,8 +425,8 @@ def test_no_identifier_signal_or_secret_is_logged_counted_or_quoted(guarded, api
         assert "0.1234" not in answer.text and secret not in answer.text
     assert {"endpoint", "status"} in [tags.keys() for tags in guarded.metrics.tags]
     assert {tags["endpoint"] for tags in guarded.metrics.tags if "endpoint" in tags} <= {
-        "/v1/score", "/v1/score/npy", "/v1/score/file", "/v1/reconstruct", "/v1/models", "/healthz", "/readyz", "none",
-        "/", "/page/page.css",
+        "/v1/score", "/v1/score/npy", "/v1/score/file", "/v1/explain", "/v1/explain/file", "/v1/reconstruct",
+        "/v1/models", "/healthz", "/readyz", "none", "/", "/page/page.css",
     }  # fmt: skip
 
 

@@ -65,6 +65,40 @@ def score_files(api: object, files: dict[str, bytes], **query: object) -> httpx.
     return ask(api, "POST", "/v1/score/file", params=query, files=[("files", (name, files[name])) for name in files])
 
 
+class Client:
+    """A connection that sends a body part by part, when it is told to."""
+
+    def __init__(self, api: object, headers: dict[str, str] | None = None, path: str = "/v1/score") -> None:
+        headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"} | (headers or {})
+        scope = {
+            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "http_version": "1.1",
+            "scheme": "http", "server": ("service", 80), "client": ("127.0.0.1", 1), "root_path": "",
+        }  # fmt: skip
+        self._parts: asyncio.Queue = asyncio.Queue()
+        self.sent: list[dict] = []
+        self.task = asyncio.create_task(api(scope, self._parts.get, self._send))
+
+    async def _send(self, message: dict) -> None:
+        self.sent.append(message)
+
+    async def part(self, body: bytes, more: bool = True) -> None:
+        await self._parts.put({"type": "http.request", "body": body, "more_body": more})
+        await asyncio.sleep(0.01)
+
+    async def hang_up(self) -> None:
+        await self._parts.put({"type": "http.disconnect"})
+        await asyncio.sleep(0.01)
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+
 def answering(service: Service) -> AbstractContextManager[str]:
     """The service's application on a port of its own -> its URL."""
     return listening(make_api(service))

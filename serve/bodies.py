@@ -1,0 +1,74 @@
+"""A request's body -> its recordings, and the answer. Parsing and writing are done beside the event loop."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import Request
+from fastapi.exceptions import HTTPException
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from lsemvae.errors import LsemvaeError, Refused
+from lsemvae.record import Record
+from serve.inputs import FILE_EXPANSION, from_files, from_json, json_memory, require_samples, to_record, uploaded
+from serve.schema import ReconstructRequest, RecordIn
+from serve.security import charge
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What remains of a request once its samples are records."""
+
+    ids: list[str]
+    model: str | None
+
+
+async def json_records(request: Request, kind: type[ReconstructRequest]) -> tuple[Asked, list[Record | LsemvaeError]]:
+    """The records of a JSON body, parsed beside the event loop; the parsed numbers are freed at once."""
+    body = await body_of(request, "application/json")
+    charge(request.scope, json_memory(body))
+    return await asyncio.to_thread(_parse, body, kind)
+
+
+async def form_records(request: Request) -> list[tuple[str, Record | LsemvaeError]]:
+    """The recordings among uploaded files, each with the name of its main file."""
+    require_type(request, "multipart/form-data")
+    files = await uploaded(request)
+    charge(request.scope, FILE_EXPANSION * sum(map(len, files.values())))
+    return await asyncio.to_thread(from_files, files)
+
+
+def _parse(body: bytes, kind: type[ReconstructRequest]) -> tuple[Asked, list[Record | LsemvaeError]]:
+    asked = from_json(body, kind)
+    records = [_or_error(to_record, given) for given in asked.records]
+    require_samples(records)
+    return Asked([given.id for given in asked.records], getattr(asked, "model", None)), records
+
+
+def _or_error(read: Callable[[RecordIn], Record], given: RecordIn) -> Record | LsemvaeError:
+    try:
+        return read(given)
+    except LsemvaeError as error:
+        return error
+
+
+def refusal_code(error: object) -> str:
+    return error.code if isinstance(error, Refused) else "record"
+
+
+async def as_response(response: BaseModel, status: int, *, is_large: bool) -> Response:
+    """`is_large` answers are written beside the event loop, on which other requests wait."""
+    text = await asyncio.to_thread(response.model_dump_json) if is_large else response.model_dump_json()
+    return Response(text, status, media_type="application/json")
+
+
+def require_type(request: Request, *types: str) -> None:
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given not in types:
+        raise HTTPException(415, f"the content type is {given[:100]!r}: send {' or '.join(types)}")
+
+
+async def body_of(request: Request, *types: str) -> bytes:
+    require_type(request, *types)
+    return await request.body()
