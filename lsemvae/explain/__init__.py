@@ -2,5 +2,6 @@
 
 `explainer.py` explains recordings with a bundle; it calls `attribution.py` and `occlusion.py` (what the score depends
 on), `waves.py` (where the waves are) and `shares.py` (the attribution of each lead and wave). `igar.py` computes the
-authors' own ratio. `checks.py` and `truth.py` test whether explanations are true; `cohort.py` summarises many.
+authors' own ratio. `checks.py` tests whether explanations are true by `randomised.py` (random weights) and `removal.py`
+(deletion and insertion), `truth.py` on simulated hearts; `cohort.py` summarises many.
 """
