@@ -24,6 +24,7 @@ from lsemvae.models.contract import (
     Reconstructs,
     Trains,
     Validation,
+    Weighs,
 )
 from lsemvae.models.ecg_fm import ECGFM, ECGFMConfig
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
@@ -48,6 +49,7 @@ __all__ = [
     "Reconstructs",
     "Trains",
     "Validation",
+    "Weighs",
     "architecture_name",
     "build",
     "config_from",

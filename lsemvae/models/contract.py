@@ -132,6 +132,19 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class Weighs(Protocol):
+    """An embedder that fuses one expert a lead."""
+
+    def lead_weights(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> tuple[Tensor, Tensor] | None:
+        """gate_BL, the weight of each lead's expert in the posterior, and precision_BL, 0 for absent leads.
+
+        What the gates lack of 1 is the weight of the expert that belongs to no lead, if there is one. precision_BL is
+        the lead's share (1 / s_l^2) / (sum 1 / s_j^2) of the leads' precisions, the mean over latent units. None where
+        leads have no weights of their own.
+        """
+
+
+@runtime_checkable
 class Predicts(Protocol):
     """A model that scores."""
 

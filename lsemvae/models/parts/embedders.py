@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsemvae.models.parts import shifts
 from lsemvae.models.parts.blocks import STRIDE, LeadEncoders
-from lsemvae.models.parts.fusion import Posterior, full_precision
+from lsemvae.models.parts.fusion import Posterior, full_precision, product_of_leads
 
 
 class PooledEncoders(LeadEncoders):
@@ -119,3 +119,12 @@ class FusedEncoders(LeadEncoders):
         assert self.fc_logvar is not None
         mu_BLD, logvar_BLD = (head(h_LBF).transpose(0, 1) for head in (self.fc_mu, self.fc_logvar))
         return self.fuse(mu_BLD, logvar_BLD, lead_mask_BL, self.leads).mu_BD
+
+    def lead_weights(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As `lsemvae.models.contract.Weighs`. None where the fusion mixes groups of leads."""
+        mu_BLD, logvar_BLD = self(self.masked(x_BLT, lead_mask_BL))
+        weight_BK = self.fuse(mu_BLD, logvar_BLD, lead_mask_BL, self.leads).weight_BK
+        leads = len(self.leads)
+        if weight_BK.shape[1] not in (leads, leads + 1):  # one more: HiME's shared expert, or MVAE's prior
+            return None
+        return weight_BK[:, :leads], product_of_leads(mu_BLD, logvar_BLD, lead_mask_BL).weight_BK
