@@ -45,6 +45,7 @@ CASES = {
     "ingest": ("benchmarks.ingest", "bench_ingest", "recordings into shards and model input, against NeuroKit2"),
     "feed": ("benchmarks.ingest", "bench_feed", "shards into batches against reading and NeuroKit2 lead by lead"),
     "pace": ("benchmarks.pace", "bench_pace", "whether the cache keeps up with a GPU's rate, without the GPU"),
+    "waves": ("benchmarks.waves", "bench_waves", "edges of P, QRS and T against LUDB's experts, beside NeuroKit2's"),
     "collapse": ("benchmarks.collapse", "bench_collapse", "how the reconstruction weight changes the posterior"),
 }
 

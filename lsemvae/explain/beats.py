@@ -5,7 +5,7 @@
 2. P and T: QRS is replaced by a straight line. Then a filter as wide as the wave (a second derivative of a Gaussian,
    "Mexican hat") gives a vector over leads at each sample. Its length peaks at waves, and is small on slopes.
 3. Most beats of a recording look alike. So a second pass looks where most beats have the wave, for their median vector.
-   There is no P where the beats agree neither on its distance from QRS nor on its vector, as in atrial fibrillation.
+   There is no P where its distance from QRS differs from beat to beat, as in atrial fibrillation.
 4. The ends of P and T are corners of the largest trapezium under the wave, seen along its vector (Zhang, Manriquez,
    Médigue, Papelier & Sorine 2006, Physiol Meas 27:1281, who do so for the end of T).
 
@@ -23,7 +23,7 @@ QRS_SHARE = 0.45  # of the recording's usual peak speed, which QRS must reach
 QRS_CONTRAST = 2.5  # peak speed over median speed of a recording with beats; noise of one lead has about 2
 T_AFTER_QRS_S, T_SHARE = 0.36, 0.5  # a peak so soon after QRS, and so much slower, is T
 ONSET_SHARE, OFFSET_SHARE = 0.06, 0.09  # of the peak speed: where QRS starts and ends
-QUIET_S = 0.016  # for so long the speed must stay low
+QUIET_S = 0.010  # for so long the speed must stay low
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,16 @@ class Wave:
 
 
 P = Wave(width=0.022, smooth=0.012, before=0.11, after=0.11, foot=0.06, nearby=0.05, share=0.4)
-T = Wave(width=0.045, smooth=0.020, before=0.22, after=0.22, foot=0.15, nearby=0.08, share=0.4)
-P_REGULAR_S = 0.02  # median deviation of the distance from P to QRS: with more, only what is alike in all beats is P
-P_ALIKE = 0.9  # length of the mean of the beats' vectors, as a share of their mean length
+T = Wave(width=0.045, smooth=0.020, before=0.16, after=0.22, foot=0.12, nearby=0.08, share=0.4)
+P_REGULAR_S = 0.016  # largest median deviation of the distance from P to QRS
 
 
 def find_beats(x_LT: np.ndarray, rate_hz: float) -> dict[str, np.ndarray]:
     """Samples [N, 3] of onset, peak and offset of P, QRS and T; NaN where not found. No two waves overlap."""
     centres = _qrs_centres(x_LT, rate_hz)
-    qrs_N3 = _qrs(x_LT, centres, rate_hz)
-    if not len(qrs_N3):
+    if not centres:
         return dict.fromkeys(("P", "QRS", "T"), np.zeros((0, 3)))
+    qrs_N3 = _qrs(x_LT, centres, rate_hz)
     quiet_LT = _without_qrs(x_LT, qrs_N3)
     t_N3 = _t(quiet_LT, qrs_N3, rate_hz)
     p_N3 = _p(quiet_LT, qrs_N3, t_N3, rate_hz)
@@ -80,8 +79,7 @@ def _qrs_centres(x_LT: np.ndarray, rate_hz: float) -> list[int]:
         return []
     speed_T = _speed(x_LT, 0.06, rate_hz)
     peaks, found = find_peaks(speed_T, distance=_samples(QRS_SPACING_S, rate_hz), prominence=0)
-    parts = np.array_split(speed_T, max(len(speed_T) // _samples(2, rate_hz), 1))
-    usual = np.median([part.max() for part in parts])
+    usual = _usual_peak(speed_T, rate_hz)
     if usual < QRS_CONTRAST * np.median(speed_T):
         return []
     high = (speed_T[peaks] > QRS_SHARE * usual) & (found["prominences"] > 0.5 * speed_T[peaks])
@@ -91,6 +89,13 @@ def _qrs_centres(x_LT: np.ndarray, rate_hz: float) -> list[int]:
         if not (soon and speed_T[peak] < T_SHARE * speed_T[centres[-1]]):
             centres.append(int(peak))
     return centres
+
+
+def _usual_peak(speed_T: np.ndarray, rate_hz: float) -> float:
+    """Median over 2 s of the largest speed: of those with a signal, and whatever one artefact reaches."""
+    parts = np.array_split(speed_T, max(len(speed_T) // _samples(2, rate_hz), 1))
+    largest = np.sort([part.max() for part in parts])
+    return float(np.median(largest[largest >= 0.2 * largest[-2:][0]]))
 
 
 def _qrs(x_LT: np.ndarray, centres: list[int], rate_hz: float) -> np.ndarray:
@@ -109,7 +114,7 @@ def _qrs(x_LT: np.ndarray, centres: list[int], rate_hz: float) -> np.ndarray:
             onset = max(onset, rows[-1][2])
         departure_T = np.sum((x_LT[:, onset : offset + 1] - x_LT[:, onset : onset + 1]) ** 2, axis=0)
         rows.append((onset, onset + int(departure_T.argmax()), offset))
-    return np.array(rows, dtype=float).reshape(-1, 3)
+    return np.array(rows, dtype=float)
 
 
 def _first_low(speed_T: np.ndarray, limit: float, rate_hz: float) -> int:
@@ -150,33 +155,29 @@ def _t(quiet_LT: np.ndarray, qrs_N3: np.ndarray, rate_hz: float) -> np.ndarray:
     starts = qrs_N3[:, 2] + _samples(0.05, rate_hz)
     ends = np.minimum(qrs_N3[:, 2] + 0.7 * rr_s * rate_hz, following - _samples(0.02, rate_hz))
     filtered_LT = _filtered(quiet_LT, T.width, rate_hz)
-    peaks, _, _ = _peaks(filtered_LT, qrs_N3[:, 2], starts, ends, T, rate_hz)
+    peaks, _ = _peaks(filtered_LT, qrs_N3[:, 2], starts, ends, T, rate_hz)
     return _bounds(quiet_LT, filtered_LT, peaks, qrs_N3[:, 2], following, T, rate_hz)
 
 
 def _p(quiet_LT: np.ndarray, qrs_N3: np.ndarray, t_N3: np.ndarray, rate_hz: float) -> np.ndarray:
-    """P of the beats that have one: in the same place before QRS, or alike in all beats wherever it is."""
+    """P of the beats that have one, in the same place before QRS as in the others."""
     after_qrs = np.append(0, qrs_N3[:-1, 2] + _samples(0.05, rate_hz))
-    after_t = np.append(np.nan, t_N3[:-1, 1:].mean(axis=1))  # the descent of T may already carry P
+    after_t = np.append(np.nan, t_N3[:-1, 2])
     starts = np.fmax(np.fmax(after_qrs, after_t), qrs_N3[:, 0] - _samples(0.3, rate_hz))
     ends = qrs_N3[:, 0] - _samples(0.02, rate_hz)
     filtered_LT = _filtered(quiet_LT, P.width, rate_hz)
-    peaks, spread_s, alike = _peaks(filtered_LT, qrs_N3[:, 0], starts, ends, P, rate_hz)
-    if spread_s > P_REGULAR_S and alike < P_ALIKE:
+    peaks, spread_s = _peaks(filtered_LT, qrs_N3[:, 0], starts, ends, P, rate_hz)
+    if spread_s > P_REGULAR_S:
         peaks = np.full(len(peaks), np.nan)
-    p_N3 = _bounds(quiet_LT, filtered_LT, peaks, after_qrs, qrs_N3[:, 0], P, rate_hz)
-    p_N3[1:, 0] = np.fmax(p_N3[1:, 0], np.where(np.isnan(p_N3[1:, 0]), np.nan, t_N3[:-1, 2]))
-    p_N3[p_N3[:, 0] >= p_N3[:, 1]] = np.nan
-    return p_N3
+    return _bounds(quiet_LT, filtered_LT, peaks, np.fmax(after_qrs, after_t), qrs_N3[:, 0], P, rate_hz)
 
 
 def _peaks(
     filtered_LT: np.ndarray, qrs_N: np.ndarray, starts: np.ndarray, ends: np.ndarray, wave: Wave, rate_hz: float
-) -> tuple[np.ndarray, float, float]:
-    """The wave's peak in each beat or NaN, the spread of its distance from `qrs_N` in s, and the vectors' likeness.
+) -> tuple[np.ndarray, float]:
+    """The wave's peak in each beat, NaN where there is none, and how much its distance from `qrs_N` varies, in s.
 
-    The spread is the median deviation from the median. The likeness is the length of the vectors' mean as a share of
-    their mean length: 1 where all are equal.
+    The latter is the median deviation from the median, before the second pass.
     """
     length_T = np.sqrt(np.mean(filtered_LT**2, axis=0))
     bounds = np.stack([starts, ends], axis=1).astype(int)
@@ -184,9 +185,8 @@ def _peaks(
     peaks = np.array([np.nan if peak is None else peak for peak in first], dtype=float)
     there = ~np.isnan(peaks)
     if not there.any():
-        return peaks, np.inf, 0.0
+        return peaks, np.inf
     vectors_NL = filtered_LT[:, peaks[there].astype(int)].T
-    alike = np.linalg.norm(vectors_NL.mean(axis=0)) / np.linalg.norm(vectors_NL, axis=1).mean()
     distance = np.median((peaks - qrs_N)[there])
     spread_s = float(np.median(np.abs((peaks - qrs_N)[there] - distance))) / rate_hz
     at_usual = np.abs((peaks - qrs_N)[there] - distance) <= wave.nearby * rate_hz
@@ -198,9 +198,9 @@ def _peaks(
         peak = _largest(along_T, *near)
         if peak is not None and along_T[peak] > wave.share:
             peaks[beat] = peak
-        elif wave is P and spread_s <= P_REGULAR_S:
+        elif wave is P:
             peaks[beat] = np.nan
-    return peaks, spread_s, float(alike)
+    return peaks, spread_s
 
 
 def _bounds(

@@ -81,3 +81,22 @@ def test_the_cache_is_measured_at_the_pace_of_a_device(shards, tmp_path):
     assert 0 < slow["ours"] <= 200
     assert slow["ratio"] > fast["ratio"] > 0  # no feed is as fast as the second device
     assert "an epoch begins after" in done.stdout
+
+
+@pytest.mark.shared_data
+def test_waves_are_measured_against_the_experts(shared_data, tmp_path):
+    path = tmp_path / "rows.json"
+    done = workflow("bench", "waves", "--data", shared_data / "ludb", "--limit", 1, "--json", path, alone=True)
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    for leads in ("12 leads", "6 limb leads", "lead I"):
+        assert f"{leads}, time of a recording" in rows
+        for wave in ("P", "QRS", "T"):
+            assert 0 < rows[f"{leads}, {wave} sensitivity"]["ours"] <= 1
+            assert all(f"{leads}, {wave} {edge}, SD of the error" in rows for edge in ("onset", "peak", "offset"))
+        for side in ("ours", "NeuroKit2 prominence"):
+            assert f"{leads}, {side}: no beat in 0 of 1 recordings" in done.stdout
+
+
+def test_a_folder_that_is_not_ludb_is_named(tmp_path):
+    done = workflow("bench", "waves", "--data", tmp_path, alone=True, check=False)
+    assert done.returncode == 2 and f"{tmp_path}/data has no 2.hea" in done.stderr
