@@ -25,6 +25,7 @@ SMOOTH_S = 0.04
 """Attributions jump between neighbouring samples. Each value drawn is the mean over so long a time: 1 mm of paper."""
 SHADE = {"P": 0.05, "QRS": 0.10, "T": 0.05}
 _LEFT_MM, _RIGHT_MM = 20, 5
+_LEAST_WIDTH_MM = 200.0  # so that the foot has room for its words
 _BAND_MM = 8.0  # from the band's line to its largest value
 _LEAST = 0.01  # smaller parts of the largest value are not drawn: nobody would see them
 _NOMINAL_MV = 0.15  # the height at which one standard deviation is drawn where millivolts are not known
@@ -113,13 +114,14 @@ def attribution_paper(
 
     head_mm = (8.0 if title else 1.0) + (7.0 if spans else 0.0)
     up_mm = np.maximum(y_mm_LT.max(axis=1, initial=0.0), 6.0) + 3
+    up_mm[:1] = np.maximum(up_mm[:1], gain + 1)  # the first pulse must stay on the paper
     down_mm = np.maximum(-y_mm_LT.min(axis=1, initial=0.0), 2.0) + 1
     line_mm = down_mm + np.maximum(band_mm_LT.max(axis=1, initial=0.0), 1.0)  # the band's line, below the baseline
     end_mm = line_mm + np.maximum(-band_mm_LT.min(axis=1, initial=0.0), 1.0)
     baselines_mm, bottom_mm = rows(list(up_mm), list(end_mm), head_mm)
     foot = _foot(gain, unit_mv, tallest, explained, bool(spans))
     seconds = x_LT.shape[1] / rate_hz
-    width_mm = _LEFT_MM + seconds * MM_PER_S + _RIGHT_MM
+    width_mm = max(_LEFT_MM + seconds * MM_PER_S + _RIGHT_MM, _LEAST_WIDTH_MM)
     height_mm = 5 * int(np.ceil((bottom_mm + 4.5 * len(foot) + 2) / 5))
 
     figure, axis = _paper(width_mm, height_mm)

@@ -139,8 +139,8 @@ def _cells(axis: Axes, rows: Sequence[str], columns: Sequence[str], panel: Cells
     value_RC = np.asarray(panel.value_RC, dtype=float)
     names, headers = list(rows), list(columns)
     largest = float(np.nanmax(np.abs(value_RC), initial=0.0)) or 1.0
-    extent = (-0.5, len(columns) - 0.5, len(rows) - 0.5, -0.5)
-    axis.imshow(value_RC, cmap=_SIGNED, vmin=-largest, vmax=largest, aspect="auto", extent=extent)
+    corners = (np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5)
+    axis.pcolormesh(*corners, np.ma.masked_invalid(value_RC), cmap=_SIGNED, vmin=-largest, vmax=largest)
     for (row, column), value in np.ndenumerate(value_RC):
         mark = "*" if panel.marked_RC is not None and panel.marked_RC[row, column] else ""
         _number_in(axis, row, column, _signed(value, panel.percent) + mark)

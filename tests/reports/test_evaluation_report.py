@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pandas as pd
 import pytest
 from support import scored
 from support.browser import Browser, chromium
+from support.parsed import Parsed
 
 from lsemvae.evaluation import abstention
 from lsemvae.evaluation.compare import Comparison, Scores, compare
@@ -49,27 +49,6 @@ def small(scores: Scores) -> Scores:
     return replace(scores, scores=table[table.method.isin(["LS-EMVAE", "naive"])])
 
 
-class Parsed(HTMLParser):
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_figures_are_those_of_the_comparison(html: str, comparison: Comparison):
     text = Parsed(html).text
     for method in ("LS-EMVAE", "xResNet1d"):
@@ -88,15 +67,8 @@ def test_the_figures_are_those_of_the_comparison(html: str, comparison: Comparis
 
 def test_the_page_is_whole_alone_and_runs_nothing(html: str):
     parsed = Parsed(html)
-    assert parsed.open == []
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in parsed.tags}
-    for tag, attributes in parsed.tags:
-        assert not [name for name in attributes if name.startswith("on")]
-        for name in ("src", "href"):
-            assert attributes.get(name, "data:").startswith("data:"), tag
-        if tag == "img":
-            assert len(attributes["alt"]) > 20
-    pictures = [attributes for tag, attributes in parsed.tags if tag == "img"]
+    parsed.check_alone()
+    pictures = parsed.images()
     # Methods; differences; a forest and five curves for each set of leads; fewer labels; the map; reconstructions.
     assert len(pictures) == 1 + 1 + 2 * (1 + 5) + 1 + 2
     assert not re.search(r"https?://", html)
