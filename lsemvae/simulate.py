@@ -88,6 +88,7 @@ class EcgParameters:
     rotation_rad: tuple[float, ...] = (0.0, 0.0, 0.0)  # of the heart about x, y, z
     gains: tuple[float, ...] = (1.0, 1.0, 1.0)  # amplitude of P, QRS, T
     stretches: tuple[float, ...] = (1.0, 1.0, 1.0)  # PR interval, QRS duration, QT interval
+    overload: tuple[float, ...] = (1.0, 1.0, 1.0)  # how much of the overload P, QRS and T show
     noise_mv: tuple[float, ...] = (0.003, 0.006, 0.04, 0.03, 0.003)  # white, muscle, wander, breathing, mains
     mains_hz: float = 60.0
 
@@ -106,6 +107,25 @@ def simulate_ecg(parameters: EcgParameters, rng: np.random.Generator) -> tuple[n
     return signal_mv_LT, _measurements(parameters, waves, float(rr_s.mean()))
 
 
+def true_waves(parameters: EcgParameters, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Onset and end in s, [N, 2], of each P, QRS and T that `simulate_ecg` makes with a generator in the same state.
+
+    T begins with its main wave, 2.5 widths before the centre. The other edges are those of the measurements.
+    """
+    p, qrs, t = _waves(parameters)
+    r_s, rr_s = _beats(parameters, rng)
+    edges_s = {
+        "P": (p[0, 0] - 2.5 * p[0, 1], p[-1, 0] + 2.5 * p[-1, 1]),
+        "QRS": (qrs[0, 0] - 2.5 * qrs[0, 1], qrs[-1, 0] + 2.5 * qrs[-1, 1]),
+        "T": (t[-1, 0] - 2.5 * t[-1, 1], t[-1, 0] + 2 * t[-1, 1]),
+    }
+    found = {wave: r_s[:, None] + np.array(edges) for wave, edges in edges_s.items()}
+    found["T"] = r_s[:, None] + np.cbrt(rr_s)[:, None] * np.array(edges_s["T"])
+    if parameters.atrial_fibrillation:
+        found["P"] = np.empty((0, 2))
+    return found
+
+
 def _waves(parameters: EcgParameters) -> list[np.ndarray]:
     """The tables of P, QRS and T (each row: time s, width s; x, y, z mV) of this heart under its load."""
     dose = expit((parameters.severity - 0.8) / 0.4)
@@ -118,8 +138,10 @@ def _waves(parameters: EcgParameters) -> list[np.ndarray]:
     p_gain, qrs_gain, t_gain = parameters.gains
     gains = (0.0 if parameters.atrial_fibrillation else p_gain, qrs_gain, t_gain)
     waves = []
-    for table, gain, stretch in zip((_P, _QRS, _T), gains, parameters.stretches, strict=True):
-        vectors = gain * (table[:, 2:5] + dose * table[:, 5:]) @ rotation.T
+    for table, gain, stretch, share in zip(
+        (_P, _QRS, _T), gains, parameters.stretches, parameters.overload, strict=True
+    ):
+        vectors = gain * (table[:, 2:5] + share * dose * table[:, 5:]) @ rotation.T
         waves.append(np.hstack([table[:, :2] * stretch, vectors]))
     return waves
 

@@ -308,7 +308,7 @@ def _simulate_subjects(config: CohortConfig, folder: Path, subjects: Sequence[_S
 def _simulate_subject(config: CohortConfig, folder: Path, subject: _Subject) -> list[_Study]:
     """Write the signals of one subject -> its studies. Depends on no other subject."""
     rng = np.random.default_rng([config.seed, 1 + subject.number])
-    heart = _draw_heart(config, rng)
+    heart = draw_heart(config, rng)
     response = config.response_sd * rng.standard_normal()
     return [_simulate_study(config, folder, subject, study_id, heart, response, rng) for study_id in subject.study_ids]
 
@@ -324,7 +324,7 @@ def _simulate_study(
 ) -> _Study:
     mpap = float(subject.mpap_mmhg * np.exp(config.pressure_drift * rng.standard_normal()))
     severity, ph = float(severity_of(mpap)) + response, mpap > PH_ABOVE_MMHG
-    parameters = replace(_draw_another_day(heart, rng), severity=severity)
+    parameters = replace(draw_another_day(heart, rng), severity=severity)
     signal_mv_LT, measured = simulate_ecg(parameters, rng)
     stored, has_nan, has_flat = _store(config, signal_mv_LT, rng)
     when = datetime(2110, 1, 1) + timedelta(minutes=int(rng.integers(90 * 365 * 24 * 60)))
@@ -336,7 +336,7 @@ def _simulate_study(
     return row, _Outcome(severity, ph, has_nan, has_flat)
 
 
-def _draw_heart(config: CohortConfig, rng: np.random.Generator) -> EcgParameters:
+def draw_heart(config: CohortConfig, rng: np.random.Generator) -> EcgParameters:
     """A subject's anatomy and rhythm, independent of the pressure."""
     turn = np.radians([10.0, 12.0, 15.0]) * rng.standard_normal(3)
     gains = np.exp(0.1 * rng.standard_normal() + np.array([0.15, 0.15, 0.2]) * rng.standard_normal(3))
@@ -351,7 +351,7 @@ def _draw_heart(config: CohortConfig, rng: np.random.Generator) -> EcgParameters
     )
 
 
-def _draw_another_day(heart: EcgParameters, rng: np.random.Generator) -> EcgParameters:
+def draw_another_day(heart: EcgParameters, rng: np.random.Generator) -> EcgParameters:
     """The same heart on the day of one study, with a rate, electrode positions and noise of that day."""
     return replace(
         heart,

@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "explain/cohort.py": {"pandas"},
     "explain/checks.py": {"torch", "pandas"},
     "explain/randomised.py": {"torch", "scipy"},
-    "explain/truth.py": {"torch", "scipy", "pandas"},
+    "explain/truth.py": {"torch", "pandas"},
     "plots/attribution.py": {"matplotlib"},
     "plots/median_beat.py": {"matplotlib"},
     "plots/shares.py": {"matplotlib"},

@@ -30,6 +30,19 @@ def test_finetune_is_measured_against_the_encoder_in_every_epoch(tmp_path):
     assert done.stdout.count("the scores differ by") == 2
 
 
+def test_truth_is_measured_against_shuffled_labels(tmp_path):
+    path = tmp_path / "rows.json"
+    done = workflow(
+        "bench", "truth", "--size", "smoke", "--overload", "T", "--subjects", 24, "--tested", 24, "--hearts", 2,
+        "--truth-hearts", 4, "--shuffles", 2, "--threads", 1, "--json", path, alone=True,
+    )  # fmt: skip
+    rows = json.loads(path.read_text())["rows"]
+    evidence = [f"T: evidence in {part}" for part in ("P", "QRS", "ST", "T", "all")]
+    assert [row["case"] for row in rows][:7] == ["T: AUROC above 0.5", *evidence, "T: attribution and truth"]
+    assert all(math.isfinite(row["ours"]) and row["case"] in done.stdout for row in rows)
+    assert done.stdout.count("shuffled labels, mean over seeds") == len(rows)
+
+
 @pytest.mark.ray
 def test_serve_is_measured_against_each_baseline(tmp_path):
     path = tmp_path / "rows.json"
