@@ -13,16 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsemvae.explain.attribution import START, logits
 from lsemvae.models.parts.shifts import recorded_samples
 
 Kind = Literal["deletion", "insertion"]
 KINDS: tuple[Kind, ...] = ("deletion", "insertion")
 SHARES = np.array([0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-PASS = 64  # recordings in one pass: more would only cost memory
-
-_KEPT = 1e-5
-"""Of what is removed so much is kept. The zeros that pad a short recording can then still be told from it, and the
-models do not take them for signal."""
+PASS = 64  # occluded recordings made at once: more would only cost memory
 
 
 class Cells(NamedTuple):
@@ -46,7 +43,7 @@ class Cells(NamedTuple):
 
 
 class Removal:
-    """Removes cells of some recordings. `baseline_BLT` replaces them; None is zeros."""
+    """Removes cells of some recordings. `baseline_BLT` replaces them, but for a share of `START`; None is zeros."""
 
     def __init__(
         self, model: Any, x_BLT: Tensor, lead_mask_BL: Tensor, baseline_BLT: Tensor | None, samples: int
@@ -55,9 +52,9 @@ class Removal:
         self.cells = Cells.of(x_BLT, lead_mask_BL, samples)
         inside_BLT = self.cells.there_BLP[..., self.cells.piece_T]
         baseline_BLT = torch.zeros_like(x_BLT) if baseline_BLT is None else baseline_BLT
-        self._gone_BLT = torch.where(inside_BLT, baseline_BLT + _KEPT * (x_BLT - baseline_BLT), x_BLT)
-        self.logit_B = self._logits(x_BLT, lead_mask_BL)
-        self.baseline_logit_B = self._logits(self._gone_BLT, lead_mask_BL)
+        self._gone_BLT = torch.where(inside_BLT, baseline_BLT + START * (x_BLT - baseline_BLT), x_BLT)
+        self.logit_B = logits(self._model, x_BLT, lead_mask_BL)
+        self.baseline_logit_B = logits(self._model, self._gone_BLT, lead_mask_BL)
         self.direction_B = np.sign(self.logit_B - self.baseline_logit_B)
         """The sign of the change from the baseline: what speaks for the score is removed first."""
 
@@ -90,7 +87,7 @@ class Removal:
                 for n, (lead, piece) in enumerate(part_N2.tolist()):
                     gone_T = self.cells.piece_T == piece
                     x_NLT[n, lead, gone_T] = self._gone_BLT[b, lead, gone_T]
-                logit_N = self._logits(x_NLT, self._mask_BL[b].expand(len(part_N2), -1))
+                logit_N = logits(self._model, x_NLT, self._mask_BL[b].expand(len(part_N2), -1))
                 drop_N = torch.from_numpy(self.logit_B[b] - logit_N).to(effect_BLP)
                 effect_BLP[b, part_N2[:, 0], part_N2[:, 1]] = drop_N
             progress(1)
@@ -107,10 +104,5 @@ class Removal:
             first_BLP = rank_BLP < (share * count_B).round()[:, None, None]
             gone_BLP = first_BLP if kind == "deletion" else ~first_BLP
             x_BLT = torch.where(gone_BLP[..., self.cells.piece_T], self._gone_BLT, self._x_BLT)
-            logit_SB.append(self._logits(x_BLT, self._mask_BL))
+            logit_SB.append(logits(self._model, x_BLT, self._mask_BL))
         return ((np.stack(logit_SB) - self.baseline_logit_B) * self.direction_B).T
-
-    @torch.inference_mode()
-    def _logits(self, x_BLT: Tensor, lead_mask_BL: Tensor) -> np.ndarray:
-        parts = zip(x_BLT.split(PASS), lead_mask_BL.split(PASS), strict=True)
-        return np.concatenate([self._model.logit(x, mask).double().cpu().numpy() for x, mask in parts])

@@ -137,10 +137,10 @@ def test_absent_leads_and_padding_are_no_cells():
 
 def test_what_is_removed_is_replaced_by_the_baseline_of_the_explanation():
     x_BLT, mask_BL = recordings(3)
-    baseline_BLT = torch.full_like(x_BLT, 0.3)
-    removal = Removal(OneWave().eval(), x_BLT, mask_BL, baseline_BLT, 50)
+    two_RBLT = torch.stack([torch.full_like(x_BLT, 0.2), torch.full_like(x_BLT, 0.4)])
+    removal = Removal(OneWave().eval(), x_BLT, mask_BL, two_RBLT.mean(dim=0), 50)
     assert removal.baseline_logit_B == pytest.approx(60 * 0.3 + 0.25, rel=1e-3)
-    checks = run_checks(OneWave().eval(), x_BLT, mask_BL, RATE_HZ, FEW, baseline=baseline_BLT, effort=SMALL)
+    checks = run_checks(OneWave().eval(), x_BLT, mask_BL, RATE_HZ, FEW, baseline=two_RBLT, effort=SMALL)
     assert area(checks, "deletion", "attribution").against_occlusion == pytest.approx(0, abs=1e-6)
 
 
