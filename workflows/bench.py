@@ -46,6 +46,11 @@ CASES = {
     "feed": ("benchmarks.ingest", "bench_feed", "shards into batches against reading and NeuroKit2 lead by lead"),
     "pace": ("benchmarks.pace", "bench_pace", "whether the cache keeps up with a GPU's rate, without the GPU"),
     "waves": ("benchmarks.waves", "bench_waves", "edges of P, QRS and T against LUDB's experts, beside NeuroKit2's"),
+    "checks": (
+        "benchmarks.checks",
+        "bench_checks",
+        "deletion, insertion and random weights on held-out recordings, against random order",
+    ),
     "truth": ("benchmarks.truth", "bench_truth", "whether attributions find what simulated labels depend on"),
     "collapse": ("benchmarks.collapse", "bench_collapse", "how the reconstruction weight changes the posterior"),
 }

@@ -32,7 +32,8 @@ class Checks:
                    weights; absolute, absolute_low, absolute_high: of the sums of their absolute values
     curves         kind (deletion, insertion), order (attribution, occlusion, random), share, logit, low, high: `logit`
                    is how much of the difference between the logits of the recordings and of their baselines there is
-                   when so large a share of the cells is taken away, or is there: 1 all, 0 none
+                   when so large a share of the cells is taken away, or is there: 1 all, 0 none. Below 0 or above 1
+                   where what speaks against the score is all that is left, or not there yet
     areas          kind, order, area, low, high; against_random, against_low, against_high: the area under each curve
                    less that of the random order on the same recordings; against_occlusion, occlusion_low,
                    occlusion_high: the same for the order of occlusion. NaN for an order against itself
@@ -65,6 +66,7 @@ class Effort:
 
 
 RANDOMISATION_CELL_S = 0.1
+RANDOM_STEPS = 8  # ranks of cells need no exact integrals
 CHUNK = 16  # recordings at a time
 
 
@@ -182,7 +184,8 @@ def _randomised(
     steps: _Steps,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank correlations of signed and of absolute attributions, [layers, B] each, means over randomisations."""
-    once = replace(part.settings, most_steps=part.settings.steps)  # a random model needs no exact sums
+    few = min(part.settings.steps, RANDOM_STEPS)
+    once = replace(part.settings, steps=few, most_steps=few)
     own = [cells.sums(values).cpu().numpy() for values in (values_BLT, values_BLT.abs())]
     there_BLP = cells.there_BLP.cpu().numpy()
     found_NKSB = np.full((effort.randomisations, len(layers), 2, len(values_BLT)), np.nan)

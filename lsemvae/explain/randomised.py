@@ -53,8 +53,9 @@ def module_of(names: Sequence[str]) -> str:
     return names[-1].rpartition(".")[0] or names[-1]
 
 
-def rank_correlation(one_N: np.ndarray, other_N: np.ndarray) -> float:
-    """Spearman's; NaN where one of them is constant."""
-    one_N, other_N = (rankdata(values_N) - (len(values_N) + 1) / 2 for values_N in (one_N, other_N))
-    size = np.sqrt((one_N**2).sum() * (other_N**2).sum())
-    return float((one_N * other_N).sum() / size) if size > 0 else float("nan")
+def rank_correlation(one_DN: np.ndarray, other_DN: np.ndarray) -> np.ndarray:
+    """Spearman's over the last dimension; NaN where one of them is constant."""
+    middle = (one_DN.shape[-1] + 1) / 2
+    one_DN, other_DN = (rankdata(values_DN, axis=-1) - middle for values_DN in (one_DN, other_DN))
+    size_D = np.sqrt((one_DN**2).sum(axis=-1) * (other_DN**2).sum(axis=-1))
+    return np.where(size_D > 0, (one_DN * other_DN).sum(axis=-1) / np.where(size_D > 0, size_D, 1.0), np.nan)

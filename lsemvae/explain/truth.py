@@ -28,7 +28,6 @@ from lsemvae.cohorts.simulated import CohortConfig, draw_another_day, draw_heart
 from lsemvae.errors import LsemvaeError
 from lsemvae.explain import intervals
 from lsemvae.explain.attribution import Settings, attribute
-from lsemvae.explain.intervals import Interval
 from lsemvae.explain.randomised import rank_correlation
 from lsemvae.explain.waves import WAVES
 from lsemvae.leads import LEADS
@@ -160,25 +159,20 @@ class Found:
     def rows(self, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
         """what, correlation, low, high, records: Spearman's over cells, with 95 % intervals over hearts."""
         hearts = len(self.attribution_BLW)
-        times_DB = intervals.resampled(np.arange(hearts), draws, seed)
-        truth_N = self.truth_LW.ravel()
-
-        def of(one: Callable[[np.ndarray], np.ndarray], other: Callable[[np.ndarray], np.ndarray]) -> Interval:
-            drawn_D = np.array([rank_correlation(one(times_B), other(times_B)) for times_B in times_DB])
-            once_B = np.ones(hearts)
-            return intervals.interval(rank_correlation(one(once_B), other(once_B)), drawn_D)
-
-        def attribution(times_B: np.ndarray) -> np.ndarray:
-            return times_B @ self.attribution_BLW.reshape(hearts, -1)
-
-        def effect(times_B: np.ndarray) -> np.ndarray:
-            return times_B @ self.effect_BLW.reshape(hearts, -1)
-
-        found = {
-            ATTRIBUTION_TRUTH: of(attribution, lambda _: truth_N),
-            ATTRIBUTION_EFFECT: of(attribution, effect),
-            EFFECT_TRUTH: of(effect, lambda _: truth_N),
+        times_DB = np.vstack([np.ones(hearts), intervals.resampled(np.arange(hearts), draws, seed)])
+        attribution_DN, effect_DN = (
+            times_DB @ of_BLW.reshape(hearts, -1) for of_BLW in (self.attribution_BLW, self.effect_BLW)
+        )
+        truth_DN = np.broadcast_to(self.truth_LW.ravel(), attribution_DN.shape)
+        pairs = {
+            ATTRIBUTION_TRUTH: (attribution_DN, truth_DN),
+            ATTRIBUTION_EFFECT: (attribution_DN, effect_DN),
+            EFFECT_TRUTH: (effect_DN, truth_DN),
         }
+        found = {}
+        for what, pair in pairs.items():
+            value, *drawn_D = rank_correlation(*pair).tolist()  # the first with each heart once
+            found[what] = intervals.interval(value, np.array(drawn_D))
         lines = [(what, *spread, hearts) for what, spread in found.items()]
         return pd.DataFrame(lines, columns=["what", "correlation", "low", "high", "records"])
 

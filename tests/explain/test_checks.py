@@ -172,6 +172,8 @@ def test_rank_correlation_is_spearmans():
     assert rank_correlation(np.array([1.0, 2, 2, 5]), np.array([10.0, 20, 20, 21])) == pytest.approx(1)
     assert rank_correlation(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == pytest.approx(-1)
     assert np.isnan(rank_correlation(np.array([1.0, 2, 3]), np.zeros(3)))
+    several = rank_correlation(np.array([[1.0, 2, 3], [3.0, 2, 1]]), np.array([[1.0, 2, 4], [1.0, 2, 4]]))
+    assert several == pytest.approx([1, -1])
 
 
 ENCODERS = [config for config in CONFIGS if not isinstance(config, ClassifierConfig)]

@@ -66,6 +66,20 @@ def test_serve_is_measured_against_each_baseline(tmp_path):
 
 
 @pytest.mark.ray
+def test_checks_are_measured_against_a_random_order(shards, tmp_path):
+    path = tmp_path / "rows.json"
+    done = workflow(
+        "bench", "checks", "--size", "smoke", "--data", shards, "--task", "ph", "--checked", 2, "--cell-s", 5,
+        "--shuffle", 0, "--threads", 1, "--plot", tmp_path / "curves.png", "--json", path, alone=True,
+    )  # fmt: skip
+    rows = json.loads(path.read_text())["rows"]
+    orders = ("attribution", "occlusion")
+    assert [row["case"] for row in rows] == [f"ph: {kind}, {of}" for kind in ("deletion", "insertion") for of in orders]
+    assert all(math.isfinite(row["ratio"]) and row["case"] in done.stdout for row in rows)
+    assert "head.fc2" in done.stdout and (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.ray
 def test_score_is_measured_against_the_bare_loop(ray_cluster, tmp_path):
     path = tmp_path / "rows.json"
     workflow("bench", "score", "--records", 48, "--actors", 1, "--json", path, alone=True)

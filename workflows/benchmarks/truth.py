@@ -8,29 +8,24 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from benchmarks import trained
 from benchmarks.measure import Row
-from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS
 from lsemvae.preprocess import PreprocessConfig
+from lsemvae.training.finetune import Inputs
 
 OVERLOADS = {"all": (1.0, 1.0, 1.0), "P": (1.0, 0.0, 0.0), "QRS": (0.0, 1.0, 0.0), "T": (0.0, 0.0, 1.0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this case."""
-    parser.add_argument("--encoder", help="a pre-trained bundle; without one, untrained encoders of --size")
-    parser.add_argument("--size", default="cpu", choices=("cpu", "small", "smoke"))
+    trained.add_arguments(parser)
     parser.add_argument("--overload", default="all", choices=sorted(OVERLOADS), help="the waves that show the overload")
-    parser.add_argument("--trains", default="linear", choices=("linear", "all"), help="the head alone, or all weights")
-    parser.add_argument("--features", default="means", choices=("means", "pooled"), help="what a head alone reads")
-    parser.add_argument("--epochs", type=int, default=12, help="of all weights")
     parser.add_argument("--subjects", type=int, default=600, help="simulated subjects to train on, one recording each")
     parser.add_argument("--tested", type=int, default=200, help="other subjects, for the AUROC")
     parser.add_argument("--hearts", type=int, default=48, help="hearts that the attributions are compared on")
@@ -45,7 +40,7 @@ def bench_truth(args: argparse.Namespace) -> list[Row]:
 
     if args.shuffles < 2:
         raise LsemvaeError(f"--shuffles is {args.shuffles}: give 2 or more, their spread is the baseline")
-    encoder, config = _encoder(args)
+    encoder, config = trained.encoder_of(args)
     overload = OVERLOADS[args.overload]
     train = simulated(args.subjects, config, overload, seed=1)
     test = simulated(args.tested, config, overload, seed=2)
@@ -53,10 +48,9 @@ def bench_truth(args: argparse.Namespace) -> list[Row]:
     truth_LW = truth.truth_of(truth.draw_hearts(args.truth_hearts, LEADS, config, seed=1, overload=overload))
     figures: dict[str, list[float]] = {}
     for seed in (None, *range(args.shuffles)):
-        y_B = train.y_B if seed is None else np.random.default_rng(seed).permutation(train.y_B)
-        model = _trained(args, encoder, train._replace(y_B=y_B)).to(args.device)
+        model = trained.classifier(args, encoder, train if seed is None else trained.shuffled(train, seed))
         found = truth.look(model, hearts, truth_LW, Settings())
-        auroc = _auroc(model, test, args.device)
+        auroc = trained.auroc(model, test, args.device)
         print(f"{args.overload}, {'true labels' if seed is None else f'shuffled labels {seed}'}: AUROC {auroc:.3f}")
         figures.setdefault("AUROC above 0.5", []).append(auroc - 0.5)
         for name, *spread in [*_named(found.evidence(), "evidence in "), *_named(found.rows())]:
@@ -82,15 +76,7 @@ def _against_shuffled(case: str, values_N: np.ndarray) -> Row:
     return Row(case, ours, sd, ours / sd if sd > 0 else math.inf, "SD of shuffled")
 
 
-class Simulated(NamedTuple):
-    """Recordings of as many subjects, as model input, with their labels."""
-
-    x_BLT: np.ndarray
-    lead_mask_BL: np.ndarray
-    y_B: np.ndarray
-
-
-def simulated(count: int, config: PreprocessConfig, overload: Sequence[float], seed: int) -> Simulated:
+def simulated(count: int, config: PreprocessConfig, overload: Sequence[float], seed: int) -> Inputs:
     """Drawn as `workflows/simulate.py` draws them, without its faults."""
     from lsemvae.cohorts import simulated as cohort
     from lsemvae.preprocess import preprocess_signals
@@ -107,51 +93,4 @@ def simulated(count: int, config: PreprocessConfig, overload: Sequence[float], s
         parameters = replace(heart, severity=severity, overload=tuple(overload))
         signals.append(simulate_ecg(parameters, rng)[0].astype(np.float32))
     prepared = preprocess_signals(signals, [RATE_HZ] * count, LEADS, config)
-    return Simulated(prepared.x_BLT, prepared.lead_mask_BL, ph_B.astype(np.int64))
-
-
-def _encoder(args: argparse.Namespace) -> tuple[Any, PreprocessConfig]:
-    from lsemvae.evaluation.embedding import load_encoder
-    from lsemvae.models import build
-    from lsemvae.recipes import PRETRAIN
-
-    if args.encoder:
-        found = load_encoder(args.encoder, LEADS)
-        return found.model, found.preprocess
-    torch.manual_seed(0)
-    recipe = PRETRAIN[args.size]
-    return build(recipe.model, LEADS).eval(), recipe.preprocess
-
-
-def _trained(args: argparse.Namespace, encoder: Any, data: Simulated) -> Any:
-    from lsemvae.evaluation.linear import train_linear
-    from lsemvae.models.classifier import Classifier
-    from lsemvae.recipes import FINETUNE
-    from lsemvae.training.finetune import Inputs, new_head, train_all
-
-    if args.trains == "all":
-        recipe: FinetuneRecipe = FINETUNE["cpu"]
-        recipe = replace(recipe, optim=replace(recipe.optim, epochs=args.epochs))
-        head = new_head(encoder.embedder(LEADS).embedding_size, data.y_B, recipe)
-        start = Classifier.from_encoder(encoder, LEADS, head, shifts=recipe.shifts)
-        return train_all(start, Inputs(*data), recipe, device=args.device)
-    embedder = encoder.embedder(LEADS, args.features).eval()
-    with torch.inference_mode():
-        pairs = [(embedder.embed(x, mask), embedder.observed(mask)) for x, mask in _batches(data, "cpu")]
-    h_BF, observed_BF = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
-    recipe = replace(FINETUNE["linear"], strengths=(1e-3, 1e-2), inner_folds=3)
-    head = train_linear(h_BF, observed_BF, data.y_B, np.arange(len(data.y_B)).astype(str), recipe)
-    return Classifier.from_encoder(encoder, LEADS, head, args.features).eval()
-
-
-def _auroc(model: Any, data: Simulated, device: str) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    with torch.inference_mode():
-        logit_B = torch.cat([model.logit(x, mask).float().cpu() for x, mask in _batches(data, device)])
-    return float(roc_auc_score(data.y_B, logit_B.numpy()))
-
-
-def _batches(data: Simulated, device: str) -> list[tuple[Tensor, Tensor]]:
-    x_BLT, mask_BL = (torch.from_numpy(values).to(device) for values in (data.x_BLT, data.lead_mask_BL))
-    return list(zip(x_BLT.split(64), mask_BL.split(64), strict=True))
+    return Inputs(prepared.x_BLT, prepared.lead_mask_BL, ph_B.astype(np.int64))
