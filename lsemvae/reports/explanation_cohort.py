@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lsemvae.explain.cohort import AGES, DIFFERENCE
 from lsemvae.explain.waves import WAVES
 from lsemvae.plots.attribution import Picture
 from lsemvae.plots.shares import Cells, Panel, Values, bars, heat_maps
@@ -15,11 +16,14 @@ from lsemvae.reports.page import table
 
 IGAR_WEAKNESSES = (
     "The integrated-gradient attribution ratio (IGAR) is computed as its authors published it, so that tables can be "
-    "compared: 50 steps from zero, each lead scaled from its least to its largest attribution; of a lead, the share of "
-    "its samples at or above 0.7, divided by the sum over leads; of a wave, the same with 0.6 within 40 ms of its "
-    "peak. Its weaknesses: scaling takes away sign and size, so a lead with hardly any attribution can have a large "
-    "ratio; the windows of P, Q, R, S and T overlap, so samples count twice; the convergence delta is not looked at."
+    "compared: 50 steps from zero; each lead scaled from its least to its largest attribution; of a lead, the share of "
+    "its samples at or above 0.7, divided by the sum over leads; of a wave, the number of samples at or above 0.6 "
+    "within 40 ms of its peaks, divided by the sum over P, Q, R, S and T. Its weaknesses: scaling takes away sign and "
+    "size, so a lead with hardly any attribution can have a large ratio; the windows of Q, R and S overlap, so samples "
+    "count twice; ST and all else is left out of the waves; it is the same whether the attributions have converged or "
+    "not. The shares beside it have none of these."
 )
+SUBGROUPS = ("women", "men", *AGES)
 
 
 def spread(row: Mapping[str, Any] | pd.Series, kind: str, prefix: str | None = None) -> str:
@@ -32,32 +36,30 @@ def spread(row: Mapping[str, Any] | pd.Series, kind: str, prefix: str | None = N
 
 
 def cohort_section(summary: pd.DataFrame) -> list[str]:
-    """Bars and a heat map of lead and wave by label, and tables by every group."""
+    """Bars and maps of lead and wave by label, and tables by label and subgroup."""
     if summary.empty:
         return ["<p>No recording is explained, so there is no summary.</p>"]
     groups = [str(group) for group in summary.group.unique()]
-    sizes = summary.drop_duplicates("group").set_index("group")
-    text = "Means over subjects, with 95 % bootstrap intervals over subjects: " + "; ".join(
-        f"{group}: {sizes.records[group]:,.0f} recordings of {sizes.subjects[group]:,.0f} subjects" for group in groups
-    )
-    drawn = [group for group in groups if _is_label(group)] or groups[:1]
-    parts = [f"<p>{escape(text)}.</p>"]
+    labels: list[str] = [group for group in ("label 1", "label 0") if group in groups]
+    drawn = labels or ["all"]
+    parts = ["<p>Means over subjects, with 95 % bootstrap intervals over subjects.</p>", _sizes(summary)]
     for what, caption in (("lead", "By lead, all waves together"), ("wave", "By wave, all leads together")):
-        one = _bars(summary, what, drawn)
         which = f"{caption}; {', '.join(drawn)}. Black lines: 95 % intervals."
-        parts.append(figure(one, which))
-    parts += _difference(summary, groups)
-    for what in ("lead", "wave"):
-        parts += [_group_table(summary, groups, what, kind) for kind in ("signed", "absolute")]
+        parts.append(figure(_bars(summary, what, drawn), which))
+    parts.append(_maps(summary, [group for group in ("all", DIFFERENCE) if group in groups]))
+    parts += _tables(summary, ["all", *labels, *([DIFFERENCE] if DIFFERENCE in groups else [])])
+    subgroups = [group for group in SUBGROUPS if group in groups]
+    if subgroups:
+        parts += ["<h3>By sex and age</h3>", *_tables(summary, subgroups)]
+        if any(group.endswith(("label 1", "label 0")) for group in set(groups) - set(labels)):
+            parts.append("<p>The table of the run has each of these by label, too.</p>")
     return parts
 
 
-def _is_label(group: str) -> bool:
-    return group.startswith("label") and not _is_difference(group)
-
-
-def _is_difference(group: str) -> bool:
-    return " - " in group or "difference" in group
+def _sizes(summary: pd.DataFrame) -> str:
+    of = summary.drop_duplicates("group")
+    rows = [[escape(row.group), f"{row.records:,.0f}", f"{row.subjects:,.0f}"] for row in of.itertuples()]
+    return table("Groups", ["group", "recordings", "subjects"], rows)
 
 
 def _of(summary: pd.DataFrame, group: str, what: str) -> pd.DataFrame:
@@ -78,30 +80,24 @@ def _bars(summary: pd.DataFrame, what: str, groups: Sequence[str]) -> Picture:
     return bars(names, panels)
 
 
-def _difference(summary: pd.DataFrame, groups: Sequence[str]) -> list[str]:
-    """The heat map of leads and waves: of the difference between the labels where there are both, else of all."""
-    found = [group for group in groups if _is_difference(group)]
-    marked_LW = None
+def _maps(summary: pd.DataFrame, groups: Sequence[str]) -> str:
+    """Signed shares of each lead and wave: of all, and of the difference between the labels where there are both."""
     leads = list(_of(summary, groups[0], "lead").lead)
-    if found:
-        title, caption = f"{found[0]}, %", f"Signed shares, {found[0]}. *: its 95 % interval excludes 0."
-        value_LW = _grid(summary, found[0], leads, "signed")
-        marked_LW = (_grid(summary, found[0], leads, "signed_low") > 0) | (
-            _grid(summary, found[0], leads, "signed_high") < 0
-        )
-    elif {"label 1", "label 0"} <= set(groups):
-        title, caption = "label 1 - label 0, %", "Signed shares of label 1 less those of label 0."
-        value_LW = _grid(summary, "label 1", leads, "signed") - _grid(summary, "label 0", leads, "signed")
-    else:
-        title, caption = f"{groups[0]}, %", f"Signed shares, {groups[0]}."
-        value_LW = _grid(summary, groups[0], leads, "signed")
-    one = heat_maps(leads, WAVES, [Cells(title, value_LW, marked_RC=marked_LW)])
-    return [figure(one, caption)]
+    panels = []
+    for group in groups:
+        value_LW, low_LW, high_LW = (_grid(summary, group, leads, f"signed{end}") for end in ("", "_low", "_high"))
+        panels.append(Cells(f"{group}, %", value_LW, marked_RC=(low_LW > 0) | (high_LW < 0)))
+    caption = f"Signed shares by lead and wave, {' and '.join(groups)}. *: the 95 % interval excludes 0."
+    return figure(heat_maps(leads, WAVES, panels), caption)
 
 
 def _grid(summary: pd.DataFrame, group: str, leads: Sequence[str], column: str) -> np.ndarray:
     of = summary[summary.group == group].pivot(index="lead", columns="wave", values=column)
     return of.reindex(index=list(leads), columns=list(WAVES)).to_numpy(dtype=float)
+
+
+def _tables(summary: pd.DataFrame, groups: Sequence[str]) -> list[str]:
+    return [_group_table(summary, groups, what, kind) for what in ("lead", "wave") for kind in ("signed", "absolute")]
 
 
 def _group_table(summary: pd.DataFrame, groups: Sequence[str], what: str, kind: str) -> str:

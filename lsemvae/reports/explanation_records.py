@@ -81,7 +81,7 @@ def usual_spans(waves: Delineation) -> list[Span]:
 def _lead_bars(explanation: Explanation) -> Picture:
     assert explanation.shares is not None
     there_L = np.any([window.lead_mask_L for window in explanation.windows], axis=0)
-    signed_L, absolute_L = (np.where(there_L, of_LW.sum(axis=1), np.nan) for of_LW in explanation.shares)
+    signed_L, absolute_L = (np.where(there_L, np.nansum(of_LW, axis=1), np.nan) for of_LW in explanation.shares)
     panels = [
         Panel("signed share", {"": Values(signed_L)}),
         Panel("absolute share", {"": Values(absolute_L)}, signed=False),

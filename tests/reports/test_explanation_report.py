@@ -12,7 +12,7 @@ from support.browser import Browser, chromium
 from support.parsed import Parsed
 
 from lsemvae.explain.attribution import Settings
-from lsemvae.explain.cohort import COLUMNS
+from lsemvae.explain.cohort import COLUMNS, DIFFERENCE
 from lsemvae.explain.explainer import Explainer, Explanation
 from lsemvae.leads import LIMB_LEADS
 from lsemvae.reports.explanation import LIMITS, READING, explanation_report, record_pictures
@@ -45,7 +45,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
 
 @pytest.fixture(scope="module")
 def html(shown: Shown) -> str:
-    table = explained.summary(LIMB_LEADS, ["all", "label 1", "label 0", "women"])
+    table = explained.summary(LIMB_LEADS, ["all", "label 0", "label 1", "women", DIFFERENCE])
     igar = pd.DataFrame(
         [("lead", "aVR", 0.274, 0.2, 0.3), ("wave", "P", 0.1, np.nan, np.nan)],
         columns=["kind", "name", "ratio", "low", "high"],
@@ -160,15 +160,15 @@ def test_the_page_says_what_was_explained_and_how_to_read_it(html: str):
 
 def test_the_figures_are_those_of_the_tables(html: str):
     text = Parsed(html).text
-    # By lead, aVF is the sixth: 6 * 15 / 1000 of all, twice that of label 1; T is the fourth wave: 4 * 21 / 1000.
+    # By lead, aVF is the sixth: 6 * 15 / 1000 of all, thrice that of label 1; T is the fourth wave: 4 * 21 / 1000.
     assert "aVF (9.0 [8.9 to 9.1] %)" in text and "rest (10.5 [10.4 to 10.6] %), T (8.4 [8.3 to 8.5] %)" in text
-    rows = re.findall(r'<tr><th scope="row">aVF</th>(.*?)</tr>', html)
-    assert re.findall(r">([^<]+)</td>", rows[0])[:2] == ["-9.0 [-9.1 to -8.9]", "-18.0 [-18.1 to -17.9]"]
-    assert "label 0: 12 recordings of 7 subjects" in text
-    # The map is of label 1 less label 0: 2 - 3 times -lead * wave / 1000.
-    assert any(
-        "label 1 - label 0, %" in image["alt"] and "aVF rest +3.0 %" in image["alt"] for image in Parsed(html).images()
-    )
+    rows = [re.findall(r">([^<]+)</td>", row) for row in re.findall(r'<tr><th scope="row">aVF</th>(.*?)</tr>', html)]
+    assert [cell.split()[0] for cell in rows[0]] == ["-9.0", "-27.0", "-18.0", "-45.0"]  # all, labels, difference
+    assert [cell.split()[0] for cell in rows[1]] == ["9.0", "27.0", "18.0", "45.0"]
+    assert rows[2] == ["-36.0 [-36.1 to -35.9]"]  # women
+    assert re.search(r'<th scope="row">label 0</th><td class=n>11</td><td class=n>6</td>', html)
+    maps = [image["alt"] for image in Parsed(html).images() if f"{DIFFERENCE}, %" in image["alt"]]
+    assert len(maps) == 1 and "all, %" in maps[0] and "aVF rest −15.0 %" in maps[0]
 
 
 def test_the_published_ratio_is_beside_the_shares_with_its_weaknesses(html: str):
