@@ -139,22 +139,18 @@ class Found:
         healthy hearts: the part of the model's own effect size (Cohen's d) that the attributions place in that wave. A
         model that does not separate the groups has about 0 everywhere. "all" is the sum.
         """
-        times_DB = intervals.resampled(np.arange(len(self.healthy_logit_B)), draws, seed)
+        hearts = len(self.healthy_logit_B)
+        times_DB = np.vstack([np.ones(hearts), intervals.resampled(np.arange(hearts), draws, seed)])
+        mean_D, square_D = (times_DB @ of_B / hearts for of_B in (self.healthy_logit_B, self.healthy_logit_B**2))
+        variance_D = square_D - mean_D**2
+        deviation_D = np.sqrt(np.where(variance_D > 1e-12 * square_D, variance_D, np.nan))
+        by_wave_BW = self.attribution_BLW.sum(axis=1)
+        parts = dict(zip(CELL_WAVES, by_wave_BW.T, strict=True)) | {"all": by_wave_BW.sum(axis=1)}
         rows = []
-        for wave, part_B in [*zip(CELL_WAVES, self.attribution_BLW.sum(axis=1).T, strict=True), ("all", self.change_B)]:
-            value, *drawn_D = (self._evidence(part_B, times_B) for times_B in (np.ones_like(part_B), *times_DB))
-            rows.append((wave, *intervals.interval(value, np.array(drawn_D))))
+        for wave, part_B in parts.items():
+            evidence_D = times_DB @ part_B / hearts / deviation_D  # the first with each heart once
+            rows.append((wave, *intervals.interval(evidence_D[0], evidence_D[1:])))
         return pd.DataFrame(rows, columns=["wave", "evidence", "low", "high"])
-
-    @property
-    def change_B(self) -> np.ndarray:
-        """The differences of all cells together. That of the samples between the waves is not in it."""
-        return self.attribution_BLW.sum(axis=(1, 2))
-
-    def _evidence(self, part_B: np.ndarray, times_B: np.ndarray) -> float:
-        mean = np.average(self.healthy_logit_B, weights=times_B)
-        deviation = np.sqrt(np.average((self.healthy_logit_B - mean) ** 2, weights=times_B))
-        return float(np.average(part_B, weights=times_B) / deviation) if deviation > 0 else np.nan
 
     def rows(self, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
         """what, correlation, low, high, records: Spearman's over cells, with 95 % intervals over hearts."""
@@ -171,8 +167,8 @@ class Found:
         }
         found = {}
         for what, pair in pairs.items():
-            value, *drawn_D = rank_correlation(*pair).tolist()  # the first with each heart once
-            found[what] = intervals.interval(value, np.array(drawn_D))
+            correlation_D = rank_correlation(*pair)  # the first with each heart once
+            found[what] = intervals.interval(correlation_D[0], correlation_D[1:])
         lines = [(what, *spread, hearts) for what, spread in found.items()]
         return pd.DataFrame(lines, columns=["what", "correlation", "low", "high", "records"])
 

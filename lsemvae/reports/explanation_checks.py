@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lsemvae.explain.checks import Checks
+from lsemvae.explain.truth import ATTRIBUTION_EFFECT, EFFECT_TRUTH
 from lsemvae.plots.shares import Values, randomisation, removal_curves
 from lsemvae.reports.explanation_records import figure
 from lsemvae.reports.page import table
@@ -80,7 +81,13 @@ def _true(of: pd.DataFrame | None) -> list[Verdict]:
         does = "correlate" if finds else "do not clearly correlate"
         text = f"{row.what}: attributions {does} with what the label depends on ({numbers})"
         wrong = ", although the labels are random" if shuffled and finds else ""
-        found.append((finds != shuffled, f"{text}{wrong}."))
+        passes: bool | None = finds != shuffled
+        if row.what == ATTRIBUTION_EFFECT:
+            text = f"{row.what}: attributions {does} with how the score changes where a wave is exchanged ({numbers})"
+        elif row.what == EFFECT_TRUTH:  # it is the model's doing, not that of its explanation
+            text = f"{row.what}: the waves that change the score {does} with what the label depends on ({numbers})"
+            passes = True if finds else None
+        found.append((passes, f"{text}{wrong}."))
     return found
 
 

@@ -14,6 +14,7 @@ from support.parsed import Parsed
 from lsemvae.explain.attribution import Settings
 from lsemvae.explain.cohort import COLUMNS, DIFFERENCE
 from lsemvae.explain.explainer import Explainer, Explanation
+from lsemvae.explain.truth import ATTRIBUTION_EFFECT, EFFECT_TRUTH
 from lsemvae.leads import LIMB_LEADS
 from lsemvae.reports.explanation import LIMITS, READING, explanation_report, record_pictures
 from lsemvae.reports.explanation_checks import verdicts
@@ -138,6 +139,8 @@ def test_a_refused_recording_has_no_picture(shown: Shown):
         ({"truth": {"leads": (0.1, -0.2, 0.4)}}, 4, False, "leads: attributions do not clearly correlate"),
         ({"truth": {"leads, shuffled labels": (0.1, -0.2, 0.4)}}, 4, True, "do not clearly correlate"),
         ({"truth": {"leads, shuffled labels": (0.6, 0.4, 0.8)}}, 4, False, "although the labels are random"),
+        ({"truth": {ATTRIBUTION_EFFECT: (0.9, 0.8, 1.0)}}, 4, True, "with how the score changes where a wave is exch"),
+        ({"truth": {EFFECT_TRUTH: (0.1, -0.2, 0.4)}}, 4, None, "waves that change the score do not clearly correlate"),
     ],
 )  # fmt: skip
 def test_a_sentence_follows_from_the_numbers(changed: dict, which: int, passes: bool | None, words: str):
