@@ -149,7 +149,7 @@ class Explainer:
         rate_hz = bundle.preprocess.rate_hz
         x, mask = (torch.from_numpy(values).to(self._device) for values in (x_BLT, mask_BL))
         waves = [delineate(x_LT, mask_L, bundle.leads, rate_hz) for x_LT, mask_L in zip(x_BLT, mask_BL, strict=True)]
-        made = attribute(model, x, mask, self.settings, self._baseline(x_BLT, waves))
+        made = attribute(model, x, mask, self.settings, self.baseline(x_BLT, waves))
         lead_drop_BL = without_leads(model, x, mask)
         wave_drop_BLW = without_waves(model, x, mask, np.stack([one.wave_T for one in waves]))
         weights = experts(self._embedder, x, mask)
@@ -171,7 +171,7 @@ class Explainer:
             for b in range(len(x_BLT))
         ]
 
-    def _baseline(self, x_BLT: np.ndarray, waves: Sequence[Delineation]) -> torch.Tensor | None:
+    def baseline(self, x_BLT: np.ndarray, waves: Sequence[Delineation]) -> torch.Tensor | None:
         """What the settings ask for, as `attribute` takes it."""
         reference, settings = self._reference, self.settings
         if reference is None or settings.baseline == "zero":
