@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lsemvae.bundle import describe
 from lsemvae.errors import LsemvaeError, StorageError
-from lsemvae.scoring.inputs import CohortInput, open_recordings, open_shards
+from lsemvae.scoring.inputs import Recordings, Shards, open_recordings, open_shards
 from lsemvae.scoring.output import claim, finished
 from lsemvae.scoring.parts import Job, PartMaker
 from lsemvae.scoring.progress import Progress
@@ -69,7 +69,7 @@ class CohortArgs:
                 "and 1 or more"
             )
 
-    def open(self) -> CohortInput:
+    def open(self) -> Shards | Recordings:
         """The recordings. Raises LsemvaeError."""
         if self.data is not None:
             return open_shards(self.data, self.withdrawn)
@@ -85,7 +85,7 @@ class CohortArgs:
         )
 
 
-def describe_model(model: str, digest: str | None) -> tuple[str, dict[str, Any]]:
+def describe_model(model: str, digest: str | None, done: str = "scored") -> tuple[str, dict[str, Any]]:
     """The URI of exactly this version, and its description. Raises LsemvaeError unless the model can score."""
     with tempfile.TemporaryDirectory() as folder:
         fetched = fetch(model, Path(folder))
@@ -94,7 +94,7 @@ def describe_model(model: str, digest: str | None) -> tuple[str, dict[str, Any]]
     if bundle.task is None:
         raise LsemvaeError(f"{model} is a pre-trained encoder, it has no task: fine-tune it first")
     if digest is not None and digest != bundle.digest:
-        raise LsemvaeError(f"{model} has the digest {bundle.digest}, not {digest}: nothing is scored")
+        raise LsemvaeError(f"{model} has the digest {bundle.digest}, not {digest}: nothing is {done}")
     return f"models:/{fetched.name}/{fetched.version}" if fetched.name else model, {
         "model": name,
         "version": fetched.version,

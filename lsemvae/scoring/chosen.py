@@ -78,6 +78,12 @@ def _parts(data: ShardedDataset, rows: Sequence[int], part_records: int) -> tupl
     return tuple(parts)
 
 
+def read_all(source: CohortInput | None, leads: Sequence[str]) -> list[Read]:
+    """All recordings of a few, in memory; none of None."""
+    parts = range(len(source.parts)) if source else ()
+    return [read for number in parts for chunk in source.chunks(number, leads) for read in chunk] if source else []
+
+
 def rows_of(table: pd.DataFrame, record_ids: Sequence[str], where: str) -> list[int]:
     """The rows of `table_of` with these ids, in its order. Raises LsemvaeError that names absent ids."""
     there = set(table["record_id"])

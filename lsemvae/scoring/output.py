@@ -31,14 +31,26 @@ def claim(output: Storage, about: dict[str, Any]) -> None:
         except FileNotFoundError:
             continue
         if before.get("plan") != about["plan"]:
-            one, other = (_named(a) for a in (before, about))
             raise LsemvaeError(
-                f"{output.uri} holds scores of {one} on {before.get('input')}, "
-                + ("whose recordings were others" if one == other else f"this is {other}")
-                + ": choose another --output"
+                f"{output.uri} holds {before.get('holds', 'scores')} of {_named(before)} on {before.get('input')}, "
+                f"{_difference(before, about)}: choose another --output"
             )
         return
     output.write_bytes(JOB, json.dumps(about, indent=2).encode())
+
+
+def _difference(before: dict[str, Any], about: dict[str, Any]) -> str:
+    if before.get("holds") != about.get("holds"):
+        return f"and no {about.get('holds', 'scores')}"
+    if _named(before) != _named(about):
+        return f"this is {_named(about)}"
+    if before.get("input_digest") != about.get("input_digest") or "settings" not in about:
+        return "whose recordings were others"
+    one, other = before.get("settings", {}), about["settings"]
+    changed = [
+        f"{name} was {one.get(name)!s:.60}, is {other[name]!s:.60}" for name in other if one.get(name) != other[name]
+    ]
+    return f"with other settings ({'; '.join(changed)})"
 
 
 def _named(about: dict[str, Any]) -> str:

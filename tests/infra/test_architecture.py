@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "evaluation/lead_set.py": {"pandas"},
     "evaluation/plan.py": {"pandas"},
     "scoring": {"pyarrow", "pandas"},
+    "scoring/explaining.py": {"pyarrow", "torch"},
     "explain": {"torch"},
     "explain/attribution.py": {"torch", "captum"},
     "explain/beats.py": {"scipy"},
@@ -80,6 +81,7 @@ MAY_IMPORT = {
     "reports": {"pyarrow"},
     "reports/evaluation.py": {"pandas"},
     "reports/explanation": {"pandas"},
+    "reports/explained.py": {"pandas", "pyarrow"},
     "reports/model_card.py": {"pandas"},
 }
 

@@ -1,5 +1,6 @@
 """A small labelled data set written as shards without Ray."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ def write_labelled(folder: Path, subjects: int) -> Path:
         metadata = {"plan": "p", "rows": len(of_split), "unreadable": [], "flags": {}}
         content = shard_bytes(of_split, list(labels), metadata)
         place.write_bytes(f"{split}.parquet", content)
-        shards.append(Shard(f"{split}.parquet", split, len(of_split), len(content), f"labelled {split}"))
+        shards.append(
+            Shard(f"{split}.parquet", split, len(of_split), len(content), hashlib.sha256(content).hexdigest())
+        )
     counts = {name: label_counts(np.array([row[f"label.{name}"] for row in rows])) for name in labels}
     manifest = Manifest("made up", "folder", "p", len(rows), subjects, 0, counts, shards)
     place.write_bytes("manifest.json", manifest.to_json().encode())

@@ -1,12 +1,13 @@
 """Commands that write down what they do and wait where a test says: `python tests/support/watched.py NAME …`.
 
     pretrain, tune   each step's records; before the step that the limit names they wait
-    score            waits after the first finished part
+    score, explain   wait after the first finished part
 
 It is run as a program, so that Ray takes the feed's class along to the workers. A test decides how far a run gets by
 `Attempt.until`; it can then kill the run at that place, however busy the machine is.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -108,8 +109,8 @@ def _tune() -> None:
     tune.run_recipe_command(tune.main, tune.Args, PRETRAIN, storage=missing, grid=missing)
 
 
-def _score() -> None:
-    import score
+def _on_a_cohort(name: str) -> None:
+    command = importlib.import_module(name)
 
     from lsemvae.scoring.progress import Progress
 
@@ -121,9 +122,10 @@ def _score() -> None:
             time.sleep(1)
 
     Progress.add = add_and_wait
-    score.run_command(score.main, score.Args)
+    command.run_command(command.main, command.Args)
 
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "workflows")]
-    {"pretrain": _pretrain, "tune": _tune, "score": _score}[sys.argv.pop(1)]()
+    name = sys.argv.pop(1)
+    {"pretrain": _pretrain, "tune": _tune}.get(name, partial(_on_a_cohort, name))()
