@@ -50,6 +50,16 @@ def script() -> FileResponse:
     return _file("page.js")
 
 
+@router.get("/page/elements.js")
+def elements() -> FileResponse:
+    return _file("elements.js")
+
+
+@router.get("/page/explanation.js")
+def explanation() -> FileResponse:
+    return _file("explanation.js")
+
+
 @router.get("/page/paper.js")
 def paper() -> FileResponse:
     return _file("paper.js")

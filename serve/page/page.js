@@ -1,5 +1,7 @@
 // The page: sends recordings to this service and shows its answers. It stores nothing and sends nothing elsewhere.
 
+import { at, make, terms } from "./elements.js";
+import { showExplanation } from "./explanation.js";
 import { drawPaper, layouts, LEADS, MM_PER_MV, MOST_MM, PAGE_S, seconds } from "./paper.js";
 
 const MAIN_FILE = /\.(hea|xml|dcm|scp|atc|npy|csv|json)$/i;
@@ -10,11 +12,11 @@ const WRONG_TOKEN =
   "This service does not accept that access token. Check it, and enter it again in the field “Access token” above.";
 const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
-const at = (id) => document.getElementById(id);
-let items = []; // {name, simulated, result}, one for each recording
+let items = []; // {name, simulated, result, files, alone, explaining, explanation}, one for each recording
 let shown = null; // the item on display
 let page = 0; // which ten seconds of it
 let running = new AbortController();
+let asking = new AbortController(); // for an explanation
 let flagMeanings = {};
 
 at("files").addEventListener("change", () => send([...at("files").files]));
@@ -24,6 +26,9 @@ at("layout").addEventListener("change", () => draw());
 at("size").addEventListener("change", resize);
 at("earlier").addEventListener("click", () => turn(-1));
 at("later").addEventListener("click", () => turn(1));
+at("explain").addEventListener("click", explain);
+at("stop").addEventListener("click", () => asking.abort());
+at("band").addEventListener("change", () => draw());
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault(); // else the browser would open the file
@@ -145,6 +150,7 @@ function group(files) {
 
 async function send(files, simulated = false) {
   running.abort();
+  asking.abort();
   const { signal } = (running = new AbortController());
   items = [];
   shown = null;
@@ -167,7 +173,8 @@ async function send(files, simulated = false) {
     for (const file of members) form.append("files", file, file.name);
     try {
       const { results } = await ask("v1/score/file?signal=true", { method: "POST", body: form, signal });
-      for (const result of results) items.push({ name: result.id || name, simulated, result });
+      const alone = results.length === 1;
+      for (const result of results) items.push({ name: result.id || name, simulated, result, files: members, alone });
       list();
       if (!shown && items.length) show(items[0]);
     } catch (error) {
@@ -222,6 +229,7 @@ function list() {
 }
 
 function show(item) {
+  if (item !== shown) asking.abort();
   shown = item;
   page = 0;
   list();
@@ -252,6 +260,7 @@ function show(item) {
         })
       : terms({ Name: "none: no model could take this recording" })),
   );
+  offerExplanation();
   at("paper-section").hidden = !record;
   if (record) {
     at("layout").replaceChildren(
@@ -345,16 +354,82 @@ function showFlags(flags) {
   at("flags").replaceChildren(...(lines.length ? lines : [make("li", "None.")]));
 }
 
+// --- the explanation ------------------------------------------------------------------------------------------
+
+/** The explanation of the recording on display, or the button that asks for it. */
+function offerExplanation() {
+  const { explanation, explaining, result } = shown;
+  at("explain-about").textContent = result.refused
+    ? "There is no score to explain."
+    : "Which leads and waves this score depends on. It is computed when you ask for it, which takes seconds to a minute.";
+  at("explain").hidden = Boolean(result.refused || explanation || explaining);
+  at("stop").hidden = !explaining;
+  at("explain-status").textContent = explaining
+    ? "Explaining the score. You can go on reading; another recording ends it."
+    : "";
+  at("explain-error").replaceChildren();
+  at("explained").hidden = at("band-choice").hidden = !explanation;
+  if (explanation) showExplanation(explanation);
+}
+
+async function explain() {
+  const item = shown;
+  const { signal } = (asking = new AbortController());
+  item.explaining = true;
+  offerExplanation();
+  at("stop").focus();
+  const began = Date.now();
+  const clock = setInterval(() => {
+    at("clock").textContent = `${Math.round((Date.now() - began) / 1000)} s`;
+  }, 1000);
+  let said = "The score is explained below.";
+  let error = null;
+  try {
+    const form = new FormData();
+    for (const file of await filesOf(item)) form.append("files", file, file.name);
+    const body = await ask("v1/explain/file", { method: "POST", body: form, signal });
+    const [{ explanation, refused }] = body.results;
+    if (refused) throw new Answered(refused.reason, 422);
+    item.explanation = explanation;
+  } catch (caught) {
+    said = caught.name === "AbortError" ? "Stopped." : "The score was not explained.";
+    if (caught.name !== "AbortError") error = caught.message;
+  } finally {
+    clearInterval(clock);
+    item.explaining = false;
+  }
+  at("clock").textContent = "";
+  if (shown !== item) return; // another recording is on display
+  offerExplanation();
+  at("explain-status").textContent = said;
+  if (error) at("explain-error").append(make("p", error));
+  if (item.explanation) {
+    draw();
+    at("explanation-heading").focus();
+  } else {
+    at("explain").focus();
+  }
+}
+
+/** The files of one recording: of several that were sent together, its main file and those that it names. */
+async function filesOf({ name, files, alone }) {
+  const main = files.find((file) => file.name === name);
+  if (alone || !main) return files;
+  const text = await main.text();
+  return files.filter((file) => file === main || text.includes(file.name));
+}
+
 // --- the paper ------------------------------------------------------------------------------------------------
 
 function draw() {
   const { record } = shown.result;
+  const attributed = at("band").checked ? shown.explanation?.windows : null;
   const length_s = seconds(record);
   const pages = Math.max(1, Math.ceil(length_s / PAGE_S - 0.01)); // a few samples more make no page
   const start_s = page === 0 ? 0 : Math.min(page * PAGE_S, length_s - PAGE_S);
   const there = LEADS.filter((lead) => record.leads[lead]);
-  const label = `ECG of ${shown.name}${shown.simulated ? " (simulated)" : ""}: leads ${there.join(", ")}, from ${start_s.toFixed(0)} s, 25 mm/s and 10 mm/mV. The section Leads has a table.`;
-  const { svg, cut } = drawPaper(record, { layout: at("layout").value, start_s, label });
+  const label = `ECG of ${shown.name}${shown.simulated ? " (simulated)" : ""}: leads ${there.join(", ")}, from ${start_s.toFixed(0)} s, 25 mm/s and 10 mm/mV${attributed ? ", each with the attribution below it; the section Explanation has tables" : ""}. The section Leads has a table.`;
+  const { svg, cut } = drawPaper(record, { layout: at("layout").value, start_s, label, attributed });
   at("paper").replaceChildren(svg);
   resize();
   at("pages").hidden = pages === 1;
@@ -366,6 +441,10 @@ function draw() {
   if (record.derived.length) notes.push(`${record.derived.join(", ")}: derived from I and II.`);
   if (record.missing.length) notes.push(`${record.missing.join(", ")}: not recorded.`);
   if (cut.length) notes.push(`${cut.join(", ")}: beyond the paper, cut off here at ${MOST_MM / MM_PER_MV} mV.`);
+  if (attributed)
+    notes.push(
+      "Below each trace, up and filled: this part raises the score; down and hollow: it lowers it. One scale for all leads.",
+    );
   notes.push("At 100 % one square is 5 mm in print; on a screen it depends on the screen.");
   at("paper-caption").textContent = notes.join(" ");
 }
@@ -390,17 +469,6 @@ function number(value) {
 
 function modelName({ name, version }) {
   return version == null ? name : `${name} version ${version}`;
-}
-
-function make(tag, content, kind = "") {
-  const made = document.createElement(tag);
-  made.append(content);
-  if (kind) made.className = kind;
-  return made;
-}
-
-function terms(entries) {
-  return Object.entries(entries).flatMap(([term, value]) => [make("dt", term), make("dd", value)]);
 }
 
 flagMeanings = await ask("page/flags.json").catch(() => ({}));

@@ -20,6 +20,7 @@ export const LEADS = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "
 const LEFT_MM = 15; // room for the calibration pulse
 const RIGHT_MM = 5;
 const FOOT_MM = 10;
+const BAND_MM = 8; // below each row, where there is an attribution
 const LEAST_MM = 15; // above the baseline: the calibration pulse and the name
 export const MOST_MM = 40; // above or below the baseline; beyond it a trace is cut off, and the caption says so
 
@@ -37,8 +38,12 @@ export function seconds(record) {
   return Math.max(0, ...Object.values(record.leads).map((row) => row.length)) / record.rate_hz;
 }
 
-/** {svg, cut}: the paper from `start_s` on, and the leads that are cut off. Each lead is drawn around its median. */
-export function drawPaper(record, { layout, start_s, label }) {
+/**
+ * {svg, cut}: the paper from `start_s` on, and the leads that are cut off. Each lead is drawn around its median.
+ * `attributed` are the windows of an explanation, whose attributions are drawn in a band below each row; or null.
+ */
+export function drawPaper(record, { layout, start_s, label, attributed = null }) {
+  const sums = attributed && sumsOfLeads(attributed);
   const length_s = Math.min(PAGE_S, seconds(record) - start_s);
   const rows = layout === "rows" ? gridRows(record) : LEADS.filter((lead) => record.leads[lead]).map((lead) => [lead]);
   const width_mm = LEFT_MM + PAGE_S * MM_PER_S + RIGHT_MM;
@@ -60,8 +65,9 @@ export function drawPaper(record, { layout, start_s, label }) {
     for (const part of parts) {
       if (part.high_mv * MM_PER_MV > up_mm || -part.low_mv * MM_PER_MV > down_mm) cut.add(part.lead);
     }
-    bands.push({ parts, top_mm, up_mm, down_mm });
-    top_mm += up_mm + down_mm;
+    const height_mm = up_mm + down_mm + (sums ? BAND_MM : 0);
+    bands.push({ parts, top_mm, up_mm, down_mm, height_mm });
+    top_mm += height_mm;
   }
   const height_mm = top_mm + FOOT_MM;
 
@@ -76,13 +82,13 @@ export function drawPaper(record, { layout, start_s, label }) {
     element("path", { d: grid(width_mm, height_mm, 1), class: "fine" }),
     element("path", { d: grid(width_mm, height_mm, 5), class: "coarse" }),
   );
-  for (const { parts, top_mm, up_mm, down_mm } of bands) {
+  for (const { parts, top_mm, up_mm, down_mm, height_mm } of bands) {
     // An inner svg cuts off what is outside its row.
     const band = element("svg", {
       y: top_mm,
       width: width_mm,
-      height: up_mm + down_mm,
-      viewBox: `0 0 ${width_mm} ${up_mm + down_mm}`,
+      height: height_mm,
+      viewBox: `0 0 ${width_mm} ${height_mm}`,
       overflow: "hidden",
     });
     band.append(element("path", { d: `M2 ${up_mm}h3v${-MM_PER_MV}h5v${MM_PER_MV}h3`, class: "trace" }));
@@ -98,6 +104,10 @@ export function drawPaper(record, { layout, start_s, label }) {
           }),
         );
       band.append(text(x_mm + 1.5, 4.5, name(record, lead), "lead"));
+      if (sums?.byLead[lead]) {
+        const span_s = Math.min(PAGE_S / parts.length, length_s - from_s);
+        band.append(...attribution(sums, lead, start_s + from_s, span_s, x_mm, up_mm + down_mm + BAND_MM / 2));
+      }
     }
     svg.append(band);
   }
@@ -158,6 +168,42 @@ function trace(values_mv, rate_hz, x_mm, baseline_mm) {
     pen = "L";
   });
   return points.join("");
+}
+
+/** The sum of attributions in each millimetre of each lead, and the largest in size: {byLead: {lead: Map}, largest}. */
+function sumsOfLeads(windows) {
+  const byLead = {};
+  let largest = 0;
+  for (const { start_s, rate_hz, leads } of windows) {
+    for (const [lead, { attribution }] of Object.entries(leads)) {
+      const sums = (byLead[lead] ??= new Map());
+      attribution.forEach((value, i) => {
+        const at_mm = Math.floor((start_s + i / rate_hz) * MM_PER_S + 1e-6);
+        sums.set(at_mm, (sums.get(at_mm) ?? 0) + value);
+      });
+      for (const sum of sums.values()) largest = Math.max(largest, Math.abs(sum));
+    }
+  }
+  return { byLead, largest };
+}
+
+/** Two paths of bars, one a millimetre: above the middle what raises the score, below it what lowers it. */
+function attribution({ byLead, largest }, lead, from_s, span_s, x_mm, middle_mm) {
+  const paths = { raises: "", lowers: "" };
+  const first_mm = Math.round(from_s * MM_PER_S);
+  const width_mm = Math.round(span_s * MM_PER_S);
+  for (let i = 0; i < width_mm; i++) {
+    const share = largest ? (byLead[lead].get(first_mm + i) ?? 0) / largest : 0;
+    const height_mm = ((Math.abs(share) * BAND_MM) / 2) * 0.9;
+    if (height_mm < 0.02) continue;
+    const edge_mm = middle_mm - Math.sign(share) * height_mm;
+    paths[share > 0 ? "raises" : "lowers"] +=
+      `M${x_mm + i} ${middle_mm}V${edge_mm.toFixed(2)}h1V${middle_mm}z`;
+  }
+  return [
+    element("path", { d: `M${x_mm} ${middle_mm}h${width_mm}`, class: "middle" }),
+    ...Object.entries(paths).map(([kind, d]) => element("path", { d, class: kind, "data-attribution": lead })),
+  ];
 }
 
 function grid(width_mm, height_mm, step_mm) {

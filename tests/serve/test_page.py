@@ -1,8 +1,12 @@
 """The page at `/`: its files, and in a headless Chromium what a person sees of a recording and its score."""
 
 import json
+import os
 import re
+import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.quality import FLAGS, quality_flags
 from serve import page as page_module
 from serve.api import Service
+from serve.explaining import Explaining
 from serve.observed import Metrics
 from serve.registry import Registry
 
@@ -69,7 +74,8 @@ HTML = Parsed(STATIC["index.html"])
     ("path", "kind"),
     [
         ("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript"),
-        ("/page/paper.js", "text/javascript"), ("/page/flags.json", "application/json"),
+        ("/page/paper.js", "text/javascript"), ("/page/explanation.js", "text/javascript"),
+        ("/page/elements.js", "text/javascript"), ("/page/flags.json", "application/json"),
         ("/page/example.csv", "text/csv"),
     ],
 )  # fmt: skip
@@ -111,7 +117,7 @@ def test_every_id_is_there_once_and_every_field_has_a_label():
     ids = HTML.values("id")
     assert len(ids) == len(set(ids))
     named = [name for value in HTML.values("aria-labelledby", "aria-describedby", "for") for name in value.split()]
-    named += re.findall(r'\bat\("([^"]+)"\)', STATIC["page.js"])
+    named += [name for script in SCRIPTS for name in re.findall(r'\bat\("([^"]+)"\)', STATIC[script])]
     assert set(named) <= set(ids)
     labelled = set(HTML.values("for"))
     within_label = set(re.findall(r'<label>[^<]*<\w+ id="(\w+)"', STATIC["index.html"]))
@@ -119,10 +125,10 @@ def test_every_id_is_there_once_and_every_field_has_a_label():
     assert fields <= labelled | within_label
 
 
-def test_the_page_says_that_it_is_for_research_and_leaves_room_for_the_explanation():
+def test_the_page_says_that_it_is_for_research_and_that_an_explanation_is_no_diagnosis():
     text = " ".join(re.sub(r"<[^>]+>", "", STATIC["index.html"]).split())
     assert text.count("Research use only: not a medical device") >= 2
-    assert "Explanations are not yet part of this service" in text
+    assert "what the model’s score depends on, not a diagnosis" in text
 
 
 def luminance(colour: str) -> float:
@@ -165,8 +171,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registry, Metrics]
 
 
 @pytest.fixture(scope="module")
-def url(loaded: tuple[Registry, Metrics]) -> Iterator[str]:
-    with answering(Service(*loaded)) as address:
+def url(loaded: tuple[Registry, Metrics], explaining: Explaining) -> Iterator[str]:
+    with answering(Service(*loaded, explaining=explaining)) as address:
         yield address
 
 
@@ -255,7 +261,7 @@ def test_a_simulated_recording_is_drawn_to_scale_with_its_score(browser: Browser
     assert "A score is not a probability" in browser.text("#answer")
     model = browser.text("#model")
     assert all(str(expected["model"][key]) in model for key in ("name", "digest", "preprocess_digest"))
-    assert "not yet part of this service" in browser.text("#explanation")
+    assert browser.text("#explain") == "Explain this score" and browser.text("#explained") == ""
 
     traces = drawn(browser)
     assert [trace["lead"] for trace in traces] == [
@@ -360,6 +366,149 @@ def test_several_recordings_are_listed_and_one_is_shown_by_keyboard(
     assert refusals[1] in browser.text("#refused")
     assert browser.run("document.getElementById('details').hidden")  # nothing is said of what was not read
     assert browser.run("document.title").startswith("Score an ECG")
+
+
+# --- the explanation ----------------------------------------------------------------------------------------------
+
+
+def ask_for_explanation(browser: Browser) -> str:
+    """Presses the button by keyboard and waits -> what the page says."""
+    browser.run("document.getElementById('explain').focus()")
+    browser.press("Enter")
+    browser.wait("/explained/.test(document.getElementById('explain-status').textContent)")
+    return browser.text("#explain-status")
+
+
+def rows(browser: Browser, body: str) -> list[list[str]]:
+    found = browser.run(
+        f"[...document.querySelectorAll('#{body} tr')].map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    assert isinstance(found, list)
+    return found
+
+
+def percent(share: float) -> str:
+    size = f"{100 * abs(share):.1f}%"
+    return size if size == "0.0%" else f"{'−' if share < 0 else '+'}{size}"
+
+
+def bands(browser: Browser) -> dict[str, dict[str, str]]:
+    """The bars below the traces: lead -> kind -> path."""
+    found: dict[str, dict[str, str]] = {}
+    for lead, kind, d in browser.run(
+        "[...document.querySelectorAll('#paper [data-attribution]')].map(p => [p.dataset.attribution,"
+        " p.getAttribute('class'), p.getAttribute('d')])"
+    ):
+        found.setdefault(lead, {}).setdefault(kind, d)
+    return found
+
+
+def test_a_score_is_explained_on_demand(browser: Browser, url: str):
+    browser.run("document.getElementById('example').click()")
+    finished(browser)
+    assert ask_for_explanation(browser) == "The score is explained below."
+    assert browser.run("document.activeElement.id") == "explanation-heading"
+    files = [("files", ("simulated.csv", page_module.example_csv()))]
+    answer = httpx.post(f"{url}/v1/explain/file", files=files, timeout=600).json()["results"][0]["explanation"]
+    (window,) = answer["windows"]
+    leads = rows(browser, "explained-leads")
+    assert [row[0] for row in leads] == list(LEADS)
+    assert [row[1] for row in leads] == [percent(answer["leads"][lead]["signed"]) for lead in LEADS]
+    assert [row[2] for row in leads] == [f"{100 * answer['leads'][lead]['absolute']:.1f}%" for lead in LEADS]
+    assert float(leads[0][3].replace("−", "-")) == pytest.approx(-answer["leads"]["I"]["drop"], abs=6e-4)
+    waves = rows(browser, "explained-waves")
+    assert [row[1] for row in waves] == [percent(share["signed"]) for share in answer["waves"].values()]
+    assert waves[1][3] == f"{window['beats'] - window['failures'].get('QRS', 0)} of {window['beats']} beats"
+    kinds = browser.run("[...document.querySelectorAll('#explained-leads .bar > span')].map(bar => bar.className)")
+    assert kinds == ["lowers" if answer["leads"][lead]["signed"] < 0 else "raises" for lead in LEADS]
+    assert len(rows(browser, "explained-cells")) == 12
+    assert "not a diagnosis" in browser.text("#explained")
+    assert browser.text("#explain") == browser.text("#stop") == ""
+
+    select(browser, "layout", "full")
+    sums_LN = {
+        lead: np.array(drawn["attribution"]).reshape(-1, 20).sum(axis=1) for lead, drawn in window["leads"].items()
+    }
+    largest = max(np.abs(sums_N).max() for sums_N in sums_LN.values())
+    for lead, paths in bands(browser).items():
+        heights_N = np.zeros(250)
+        for kind, sign in (("raises", 1), ("lowers", -1)):
+            for x_mm, middle_mm, edge_mm in re.findall(r"M([\d.]+) ([\d.]+)V([\d.-]+)h1", paths[kind]):
+                heights_N[int(x_mm) - 15] = (float(middle_mm) - float(edge_mm)) / 3.6
+                assert np.sign(heights_N[int(x_mm) - 15]) == sign
+        np.testing.assert_allclose(heights_N, sums_LN[lead] / largest, atol=0.01)
+    assert list(bands(browser)) == list(LEADS)
+    assert "up and filled: this part raises the score" in browser.text("#paper-caption")
+    browser.run("document.getElementById('band').click()")
+    assert bands(browser) == {} and "raises" not in browser.text("#paper-caption")
+    browser.size(390)
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+
+
+def test_what_cannot_be_explained_is_said(
+    browser: Browser, loaded: tuple[Registry, Metrics], url: str, tmp_path: Path, signal_mv_LT: np.ndarray
+):
+    """No score; no beat; and a service that makes no explanations."""
+    choose(browser, write_csv(tmp_path / "flat.csv", LIMB_LEADS, np.zeros((6, 5000))))
+    assert browser.text("#explain") == "" and "There is no score to explain." in browser.text("#explanation")
+    hum_mv_LT = np.tile(0.2 * np.sin(2 * np.pi * 40 * np.arange(5000) / 500), (6, 1))
+    choose(browser, write_csv(tmp_path / "hum.csv", LIMB_LEADS, hum_mv_LT))
+    ask_for_explanation(browser)
+    assert len(rows(browser, "explained-leads")) == 6
+    assert "by lead only" in browser.text("#explained-notes")
+    assert browser.text("#explained-waves-table") == browser.text("#explained-cells-table") == ""
+    with answering(Service(*loaded)) as other:
+        enter(browser, other)
+        browser.run("document.getElementById('example').click()")
+        finished(browser)
+        assert ask_for_explanation(browser) == "The score was not explained."
+        assert "explanations are switched off" in browser.text("#explain-error")
+        assert browser.run("document.activeElement.id") == "explain"
+    browser.requested.clear()
+    enter(browser, url)
+
+
+def test_an_explanation_can_be_stopped_and_a_busy_service_says_so(browser: Browser, url: str, explaining: Explaining):
+    def post(_: int) -> int:
+        files = [("files", ("a.csv", page_module.example_csv()))]
+        return httpx.post(f"{url}/v1/explain/file?signal=false", files=files, timeout=600).status_code
+
+    def until_there_are(count: int) -> None:
+        while explaining.there != count:
+            time.sleep(0.01)
+
+    assert post(0) == 200
+    browser.run("document.getElementById('example').click()")
+    finished(browser)
+    with ThreadPoolExecutor() as others:
+        os.kill(explaining.pid, signal.SIGSTOP)
+        try:
+            waiting = [others.submit(post, 1)]
+            until_there_are(1)
+            browser.run("document.getElementById('explain').click()")
+            until_there_are(2)
+            assert browser.run("document.activeElement.id") == "stop"
+            assert "Explaining the score" in browser.text("#explain-status")
+            browser.press("Enter")
+            browser.wait("document.getElementById('explain-status').textContent === 'Stopped.'")
+            until_there_are(1)  # the service has noticed
+            browser.run("document.getElementById('explain').click()")
+            until_there_are(2)
+            browser.run("document.getElementById('status').textContent = ''")
+            browser.run("document.getElementById('example').click()")  # another recording ends it, too
+            assert finished(browser) == "1 scored, 0 refused."
+            assert browser.text("#explain") == "Explain this score" and browser.text("#explain-status") == ""
+            until_there_are(1)
+            waiting += [others.submit(post, 1) for _ in range(4)]
+            until_there_are(5)
+            assert ask_for_explanation(browser) == "The score was not explained."
+            said = browser.text("#explain-error")
+            assert said.startswith("too many explanations at once: try again later (HTTP 503) Try again in ")
+        finally:
+            os.kill(explaining.pid, signal.SIGCONT)
+        assert {one.result() for one in waiting} == {200}
+    assert ask_for_explanation(browser) == "The score is explained below."
+    assert browser.text("#explain-error") == ""
 
 
 def test_what_is_dropped_anywhere_is_scored(browser: Browser):

@@ -446,6 +446,9 @@ def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordi
         service.score(as_json(record, leads))
     service.score(as_json(record, ("I", "II")))
     service.score({"rate_hz": 500, "leads": {"V1": [1, 2]}})
+    asked = {"records": [as_json(record, LIMB_LEADS)]}
+    explained = service.client.post(f"{service.url}/v1/explain?signal=false", json=asked)
+    assert explained.status_code == 200, explained.text
     dashboard = json.loads((ROOT / "infra" / "grafana" / "dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     names = set(re.findall(r"\bray_\w+", " ".join(queries)))
