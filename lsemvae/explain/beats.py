@@ -6,8 +6,9 @@
    "Mexican hat") gives a vector over leads at each sample. Its length peaks at waves, and is small on slopes.
 3. Most beats of a recording look alike. So a second pass looks where most beats have the wave, for their median vector.
    There is no P where its distance from QRS differs from beat to beat, as in atrial fibrillation.
-4. The ends of P and T are corners of the largest trapezium under the wave, seen along its vector (Zhang, Manriquez,
-   Médigue, Papelier & Sorine 2006, Physiol Meas 27:1281, who do so for the end of T).
+4. In each lead where the wave is large, its ends are corners of the largest trapezium under it (Zhang, Manriquez,
+   Médigue, Papelier & Sorine 2006, Physiol Meas 27:1281, who do so for the end of T). Of T the medians over leads
+   count; of P, whose atria are seen by different leads, values somewhat further out.
 
 The constants were chosen on the odd-numbered recordings of LUDB (docs/explanations.md, "Waves").
 """
@@ -23,6 +24,7 @@ QRS_SHARE = 0.45  # of the recording's usual peak speed, which QRS must reach
 QRS_CONTRAST = 2.5  # peak speed over median speed of a recording with beats; noise of one lead has about 2
 T_AFTER_QRS_S, T_SHARE = 0.36, 0.5  # a peak so soon after QRS, and so much slower, is T
 ONSET_SHARE, OFFSET_SHARE = 0.06, 0.09  # of the peak speed: where QRS starts and ends
+QUIET_TIMES, MOST_SHARE = 1.5, 0.2  # at least so many times the median speed, which is noise; at most this share
 QUIET_S = 0.010  # for so long the speed must stay low
 
 
@@ -36,6 +38,7 @@ class Wave:
     foot    how far beyond the steepest slope the trapezium reaches
     nearby  how far from its usual distance to QRS the wave is looked for in the second pass
     share   of the usual vector, which the wave must have along it
+    outwards  how far from the median over leads, as a share of the leads, the onset and the offset are
     """
 
     width: float
@@ -45,10 +48,12 @@ class Wave:
     foot: float
     nearby: float
     share: float
+    outwards: float
 
 
-P = Wave(width=0.022, smooth=0.012, before=0.11, after=0.11, foot=0.06, nearby=0.05, share=0.4)
-T = Wave(width=0.045, smooth=0.020, before=0.16, after=0.22, foot=0.12, nearby=0.08, share=0.4)
+P = Wave(width=0.022, smooth=0.012, before=0.11, after=0.11, foot=0.05, nearby=0.05, share=0.4, outwards=0.25)
+T = Wave(width=0.045, smooth=0.020, before=0.16, after=0.22, foot=0.12, nearby=0.08, share=0.4, outwards=0.1)
+LARGE = 0.4  # of the largest lead, in the wave's vector: the leads whose onset and offset count
 P_REGULAR_S = 0.016  # largest median deviation of the distance from P to QRS
 
 
@@ -101,6 +106,7 @@ def _usual_peak(speed_T: np.ndarray, rate_hz: float) -> float:
 def _qrs(x_LT: np.ndarray, centres: list[int], rate_hz: float) -> np.ndarray:
     """Onset, peak and offset round each centre. The peak is the largest departure from the onset's level."""
     speed_T = _speed(x_LT, 0.012, rate_hz)
+    usual = float(np.median(speed_T))
     core, before, after = (_samples(seconds, rate_hz) for seconds in (0.08, 0.16, 0.22))
     rows: list[tuple[int, int, int]] = []
     for centre in centres:
@@ -108,13 +114,18 @@ def _qrs(x_LT: np.ndarray, centres: list[int], rate_hz: float) -> np.ndarray:
         top = speed_T[start : centre + core + 1].max()
         fast = start + np.flatnonzero(speed_T[start : centre + core + 1] > 0.4 * top)
         backwards = speed_T[max(centre - before, 0) : fast[0] + 1][::-1]
-        onset = fast[0] - _first_low(backwards, ONSET_SHARE * top, rate_hz)
-        offset = fast[-1] + _first_low(speed_T[fast[-1] : centre + after + 1], OFFSET_SHARE * top, rate_hz)
+        onset = fast[0] - _first_low(backwards, _limit(ONSET_SHARE, top, usual), rate_hz)
+        onwards = speed_T[fast[-1] : centre + after + 1]
+        offset = fast[-1] + _first_low(onwards, _limit(OFFSET_SHARE, top, usual), rate_hz)
         if rows:
             onset = max(onset, rows[-1][2])
         departure_T = np.sum((x_LT[:, onset : offset + 1] - x_LT[:, onset : onset + 1]) ** 2, axis=0)
         rows.append((onset, onset + int(departure_T.argmax()), offset))
     return np.array(rows, dtype=float)
+
+
+def _limit(share: float, top: float, usual: float) -> float:
+    return min(max(share * top, QUIET_TIMES * usual), MOST_SHARE * top)
 
 
 def _first_low(speed_T: np.ndarray, limit: float, rate_hz: float) -> int:
@@ -212,19 +223,25 @@ def _bounds(
     wave: Wave,
     rate_hz: float,
 ) -> np.ndarray:
-    """Onset, peak and offset of each wave, on the signal along the vector of its peak."""
+    """Onset, peak and offset of each wave: the peak along its vector; the others from the leads where it is large."""
     edges_N3 = np.full((len(peaks), 3), np.nan)
-    shift, foot = _samples(0.7 * wave.width, rate_hz), _samples(wave.foot, rate_hz)
+    shift, foot, smooth = (_samples(seconds, rate_hz) for seconds in (0.7 * wave.width, wave.foot, wave.smooth))
     for beat in np.flatnonzero(~np.isnan(peaks)):
         peak = int(peaks[beat])
         first = max(int(earliest[beat]), peak - _samples(wave.before, rate_hz), 0)
         last = min(int(latest[beat]), peak + _samples(wave.after, rate_hz), quiet_LT.shape[1])
-        along_T = uniform_filter1d(filtered_LT[:, peak] @ quiet_LT[:, first:last], _samples(wave.smooth, rate_hz))
-        start = max(peak - shift - first, 0)
-        top = start + int(along_T[start : peak + shift + 1 - first].argmax())
-        onset, offset = top - _foot(along_T[: top + 1][::-1], foot), top + _foot(along_T[top:], foot)
-        if onset < top < offset:
-            edges_N3[beat] = first + np.array([onset, top, offset])
+        near = slice(max(peak - shift - first, 0), peak + shift + 1 - first)
+        vector_L = filtered_LT[:, peak]
+        large = np.abs(vector_L) >= LARGE * np.abs(vector_L).max()
+        upright_LT = np.sign(vector_L[large, None]) * quiet_LT[large, first:last]
+        along_T = vector_L[large] @ quiet_LT[large, first:last]
+        curves_KT = uniform_filter1d(np.vstack([along_T, upright_LT]), smooth, axis=1)
+        tops = near.start + curves_KT[:, near].argmax(axis=1)
+        onsets = [top - _foot(curve_T[top::-1], foot) for curve_T, top in zip(curves_KT[1:], tops[1:], strict=True)]
+        offsets = [top + _foot(curve_T[top:], foot) for curve_T, top in zip(curves_KT[1:], tops[1:], strict=True)]
+        onset, offset = np.quantile(onsets, 0.5 - wave.outwards), np.quantile(offsets, 0.5 + wave.outwards)
+        if onset < tops[0] < offset:
+            edges_N3[beat] = first + np.round([onset, tops[0], offset])
     return edges_N3
 
 

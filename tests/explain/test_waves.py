@@ -5,6 +5,9 @@ import warnings
 import numpy as np
 import pytest
 from benchmarks.waves import found_beats, read_ludb, reference, score
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from lsemvae.explain.waves import WAVES, Delineation, delineate
 from lsemvae.leads import LEADS, LIMB_LEADS
@@ -153,6 +156,27 @@ def test_what_has_no_beat_says_so(name, x_LT, reason, capfd):
     assert (found.reason, found.beats) == (reason, 0)
     assert found.wave_T.shape == (x_LT.shape[1],) and (found.wave_T == REST).all()
     assert capfd.readouterr() == ("", "")
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    arrays.arrays(
+        np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=st.sampled_from([0.0, 1.0, -1.0, 50.0])
+    ),
+    st.integers(1, 40),
+    st.sampled_from([100, 250, 500]),
+)
+def test_whatever_the_signal_there_is_an_answer(steps_LK, length, rate_hz):
+    """Signals of steps and pulses, which look like no ECG: no error and no warning, and each sample has a wave."""
+    x_LT = np.repeat(steps_LK, length, axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = delineate(x_LT, np.ones(len(x_LT), dtype=bool), LEADS[: len(x_LT)], rate_hz)
+    assert (found.reason is None) == (found.beats > 0)
+    assert found.wave_T.shape == (x_LT.shape[1],) and np.isin(found.wave_T, range(len(WAVES))).all()
+    for edges_N3 in found.edges.values():
+        there_N3 = edges_N3[~np.isnan(edges_N3[:, 0])]
+        assert (there_N3 >= 0).all() and (there_N3 <= x_LT.shape[1]).all() and (np.diff(there_N3, axis=1) >= 0).all()
 
 
 @pytest.mark.shared_data
