@@ -213,10 +213,18 @@ def _pulse(axis: Axes, baseline_mm: float, gain: float) -> None:
     axis.plot(x_mm, y_mm, color=INK, linewidth=_points(0.25), zorder=5)
 
 
-def draw_band(axis: Axes, x_T: np.ndarray, height_T: np.ndarray, line: float, rate_hz: float, up: int) -> None:
+def draw_band(
+    axis: Axes,
+    x_T: np.ndarray,
+    height_T: np.ndarray,
+    line: float,
+    rate_hz: float,
+    up: int,
+    smoothed_s: float = SMOOTH_S,
+) -> None:
     """Heights about a line of the axis; `up` is 1 where the axis goes up, -1 where it goes down."""
     axis.plot(x_T[[0, -1]], [line, line], color="#555", linewidth=0.5, zorder=3)
-    every = max(1, int(rate_hz * SMOOTH_S / 4))  # what is smoothed needs no more points
+    every = max(1, int(rate_hz * smoothed_s / 4))  # what is smoothed needs no more points
     x_T, height_T = x_T[::every], height_T[::every]
     for kind, color, part_T in (
         ("raises", RAISES, np.maximum(height_T, 0)),

@@ -45,7 +45,7 @@ def median_beat(
     for row, (lead, (trace, band)) in enumerate(zip(leads, panels, strict=True)):
         there = there_L is None or bool(there_L[row])
         _beat(trace, time_ms_T, beats_NLT[:, row], lead if there else f"{lead} is missing", spans, unit_mv is not None)
-        draw_band(band, time_ms_T, band_LT[row], 0.0, rate_hz, up=1)
+        draw_band(band, time_ms_T, band_LT[row], 0.0, rate_hz, up=1, smoothed_s=BEAT_SMOOTH_S)
         band.set(ylim=ends, xlim=time_ms_T[[0, -1]], yticks=[])
         _edges(band, spans)
     unit = "mV" if unit_mv is not None else "standard deviations"
@@ -54,7 +54,8 @@ def median_beat(
     if explained:
         patches = [Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="#222") for color in (RAISES, LOWERS)]
         names = ["raises the score (above the line)", "lowers the score (below the line)"]
-        figure.legend(patches, names, loc="upper left", ncols=2, frameon=False, fontsize=8.5)
+        beside = 2 if len(leads) > 3 else 1
+        figure.legend(patches, names, loc="upper left", ncols=beside, frameon=False, fontsize=8.5)
     found = "; ".join(f"{one.wave} {1000 * one.onset_s:.0f} to {1000 * one.offset_s:.0f} ms" for one in spans)
     words = f"Median of {len(whole)} beats about R, {', '.join(leads)}; band: mean attribution of the beats."
     return Picture(figure, words + (f" {found}." if found else "") + most(leads, mean_LT))
@@ -64,10 +65,11 @@ def _panels(count: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """At most three panels below each other, columns first as on ECG paper: each for a trace and for its band."""
     down = min(3, count)
     across = -(-count // down)
-    width, height = 2.8 * across + 0.55, 2.5 * down + 0.85
+    top = 0.4 if across > 1 else 0.6  # the key has two lines where there is one column
+    width, height = 0.55 + (2.8 * across if across > 1 else 3.8), 2.5 * down + 0.45 + top
     figure = Figure(figsize=(width, height))
     outer = figure.add_gridspec(
-        down, across, left=0.75 / width, right=1 - 0.12 / width, bottom=0.5 / height, top=1 - 0.4 / height,
+        down, across, left=0.75 / width, right=1 - 0.12 / width, bottom=0.5 / height, top=1 - top / height,
         wspace=0.2, hspace=0.1,
     )  # fmt: skip
     panels = []

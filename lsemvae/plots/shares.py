@@ -21,9 +21,9 @@ _GROUPS: tuple[dict[str, Any], ...] = (
 )
 """Neighbouring bars differ in lightness and hatching."""
 _ORDERS: dict[str, dict[str, Any]] = {
-    "attribution": {"color": "#a63a00", "linestyle": "-", "marker": "o"},
-    "occlusion": {"color": "#0072b2", "linestyle": "--", "marker": "s"},
-    "random": {"color": "#555555", "linestyle": ":", "marker": "x"},
+    "attribution": {"color": "#a63a00", "linestyle": "-", "marker": "o", "linewidth": 2.6},
+    "occlusion": {"color": "#0072b2", "linestyle": "--", "marker": "s", "linewidth": 1.5},
+    "random": {"color": "#555555", "linestyle": ":", "marker": "x", "linewidth": 1.5},
 }
 _SIGNED = LinearSegmentedColormap.from_list("signed", ["#3d8fc7", "#ffffff", "#c4581c"])
 
@@ -46,10 +46,16 @@ class Panel(NamedTuple):
 
 
 def bars(names: Sequence[str], panels: Sequence[Panel]) -> Picture:
-    """A row for each name, a panel for each quantity."""
+    """A row for each name, a panel for each quantity, at most three beside each other."""
     most = max(len(panel.series) for panel in panels)
-    figure = Figure(figsize=(2.7 * len(panels) + 0.8, 0.17 * len(names) * (most + 0.6) + 1.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    height = 0.17 * len(names) * (most + 0.6) + 0.9
+    figure = Figure(figsize=(2.7 * across + 0.8, height * down + 0.3), layout="constrained")
+    grid = figure.subplots(down, across, sharey=True, squeeze=False)
+    axes = list(grid.flat)[: len(panels)]
+    for empty in list(grid.flat)[len(panels) :]:
+        empty.set_axis_off()
     for axis, panel in zip(axes, panels, strict=True):
         _panel(axis, panel, len(names))
     axes[0].set_yticks(range(len(names)), names)
@@ -120,8 +126,10 @@ def heat_maps(rows: Sequence[str], columns: Sequence[str], panels: Sequence[Cell
     figure = Figure(figsize=((0.62 * (len(columns) + 1) + 0.9) * len(panels), 0.3 * (len(rows) + 1) + 1.0))
     figure.set_layout_engine("constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    sums = len(rows) > 1 and any(panel.sums for panel in panels)
     for axis, panel in zip(axes, panels, strict=True):
         _cells(axis, rows, columns, panel)
+        axis.set_ylim(len(rows) + sums - 0.5, -0.5)  # rows of all panels are at the same height
     return Picture(figure, " ".join(_cell_words(rows, columns, panel) for panel in panels))
 
 
@@ -152,7 +160,7 @@ def _cells(axis: Axes, rows: Sequence[str], columns: Sequence[str], panel: Cells
         names.append("all")
         for column, value in enumerate([*value_RC.sum(axis=0), value_RC.sum()]):
             _number_in(axis, len(rows), column, _signed(value, panel.percent))
-    axis.set(xlim=(-0.5, len(headers) - 0.5), ylim=(len(names) - 0.5, -0.5))
+    axis.set_xlim(-0.5, len(headers) - 0.5)
     axis.set_xticks(range(len(headers)), headers)
     axis.set_yticks(range(len(names)), names)
     axis.xaxis.tick_top()
@@ -197,11 +205,9 @@ def removal_curves(of: Mapping[str, Mapping[str, tuple[np.ndarray, Values]]], la
     axes = figure.subplots(1, max(len(of), 1), sharey=True, squeeze=False)[0]
     for axis, (kind, orders) in zip(axes, of.items(), strict=False):
         for order, (share_N, values) in orders.items():
-            style = _ORDERS.get(order, {"color": "black", "linestyle": "-.", "marker": "^"})
+            style = _ORDERS.get(order, {"color": "black", "linestyle": "-.", "marker": "^", "linewidth": 1.5})
             every = max(1, len(share_N) // 8)
-            axis.plot(
-                100 * share_N, values.value_N, label=order, markersize=4.5, linewidth=1.5, markevery=every, **style
-            )
+            axis.plot(100 * share_N, values.value_N, label=order, markersize=4.5, markevery=every, **style)
             if values.low_N is not None and values.high_N is not None:
                 axis.fill_between(100 * share_N, values.low_N, values.high_N, color=style["color"], alpha=0.15)
         done = "taken away" if kind == "deletion" else "there"

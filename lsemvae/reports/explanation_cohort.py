@@ -30,6 +30,7 @@ def spread(row: Mapping[str, Any] | pd.Series, kind: str, prefix: str | None = N
     """A share in percent with its interval, where it has one: columns KIND, KIND_low and KIND_high, or low and high."""
     prefix = f"{kind}_" if prefix is None else prefix
     value, low, high = (100 * float(row[name]) for name in (kind, f"{prefix}low", f"{prefix}high"))
+    value, low, high = (round(of, 1) + 0.0 for of in (value, low, high))  # no -0.0
     if not np.isfinite(value):
         return "–"
     return f"{value:.1f}" + (f" [{low:.1f} to {high:.1f}]" if np.isfinite([low, high]).all() else "")
@@ -42,7 +43,10 @@ def cohort_section(summary: pd.DataFrame) -> list[str]:
     groups = [str(group) for group in summary.group.unique()]
     labels: list[str] = [group for group in ("label 1", "label 0") if group in groups]
     drawn = labels or ["all"]
-    parts = ["<p>Means over subjects, with 95 % bootstrap intervals over subjects.</p>", _sizes(summary)]
+    parts = [
+        "<p>Means over subjects, with 95 % bootstrap intervals over subjects.</p>",
+        _sizes(summary, [*drawn, *SUBGROUPS]),
+    ]
     for what, caption in (("lead", "By lead, all waves together"), ("wave", "By wave, all leads together")):
         which = f"{caption}; {', '.join(drawn)}. Black lines: 95 % intervals."
         parts.append(figure(_bars(summary, what, drawn), which))
@@ -56,8 +60,8 @@ def cohort_section(summary: pd.DataFrame) -> list[str]:
     return parts
 
 
-def _sizes(summary: pd.DataFrame) -> str:
-    of = summary.drop_duplicates("group")
+def _sizes(summary: pd.DataFrame, groups: Sequence[str]) -> str:
+    of = summary[summary.group.isin(["all", *groups])].drop_duplicates("group")
     rows = [[escape(row.group), f"{row.records:,.0f}", f"{row.subjects:,.0f}"] for row in of.itertuples()]
     return table("Groups", ["group", "recordings", "subjects"], rows)
 

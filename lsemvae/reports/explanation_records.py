@@ -19,7 +19,8 @@ _CAPTIONS = {
     "paper": "ECG paper. Below each trace the attribution: above its line what raises the score, below what lowers it.",
     "beat": "Median beat about R, in black, and single beats in grey. Dashed: median onset and offset of the waves. "
     "Below: the mean attribution of the beats.",
-    "leads": "By lead. Shares of the recording's attribution; occlusion: how far the logit falls without the lead.",
+    "leads": "By lead. Shares of the recording's attribution; occlusion: how far the logit falls without the lead. Of "
+    "LS-EMVAE also the weight of the lead's expert, and its share of the fused precision.",
     "waves": "By wave, all leads together. ST is from the end of QRS to the onset of T; rest is what is left.",
     "cells": "By lead and wave, in percent of the recording's absolute attribution; occlusion: how far the logit falls "
     "when a straight line replaces the wave.",
@@ -128,14 +129,13 @@ def record_section(record_id: str, explanation: Explanation, row: Mapping[str, A
         notes.append(row["reliability_reasons"])
     parts += ["<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"] if notes else []
     drawn = record_pictures(explanation)
-    return "".join(
-        [*parts, *(figure(one, _CAPTIONS[name], paper=name in ("paper", "beat")) for name, one in drawn.items())]
-    )
+    return "".join([*parts, *(figure(one, _CAPTIONS[name]) for name, one in drawn.items())])
 
 
-def figure(one: Picture, caption: str, *, paper: bool = False) -> str:
-    """A picture on the page; `paper` is as wide as the page."""
-    return picture(one.png(), one.words, caption=caption, large=bool(one.figure.get_figwidth() > 6), paper=paper)
+def figure(one: Picture, caption: str) -> str:
+    """A picture on the page, as wide as the page where it would otherwise be too small to read."""
+    wide_in = float(one.figure.get_figwidth())
+    return picture(one.png(), one.words, caption=caption, large=wide_in > 6, paper=wide_in > 8)
 
 
 def _facts(explanation: Explanation, row: Mapping[str, Any]) -> dict[str, str]:
