@@ -64,6 +64,8 @@ class Args(CohortArgs):
     """The largest convergence delta, as a share of the explained difference: more steps are taken to meet it."""
     steps: int = Settings.steps
     """Points between the baseline and the recording, at least."""
+    most_steps: int = Settings.most_steps
+    """Where the bound does not hold with so many, the recording's notes say what is left."""
     encoder: str | None = None
     """The pre-trained encoder of the model, as models:/NAME@candidate: the rows then have each lead's gate weight and
     share of the precision. A model with the features `fused` needs none."""
@@ -108,7 +110,7 @@ def planned(args: Args, cohort: Shards | Recordings) -> tuple[Job, dict[str, Any
     rows = rows[: args.limit]
     label = label_of(table.iloc[rows], args.task, description["task"], cohort.uri)
     reference, which = reference_of(args, cohort, label)
-    settings = Settings(args.baseline, args.steps, args.bound)
+    settings = Settings(args.baseline, args.steps, args.bound, args.most_steps)
     encoder, encoder_digest = encoder_of(args.encoder)
     people = explaining.people_in(table.columns)
     asked = explaining.Asked(settings, label, people, reference, encoder, args.igar, args.effort, args.simulated)

@@ -212,6 +212,11 @@ def test_recordings_are_explained_again_for_pictures_and_checks(model: Path, lab
     assert "does not exist" in explaining.explain_again(broken, asked, None, None)
 
 
+def test_records_are_listed_on_the_command_line_or_in_a_file(tmp_path: Path):
+    (tmp_path / "ids.txt").write_text("r2\n\n r1,r3\nr2\n")
+    assert explain.record_ids(str(tmp_path / "ids.txt")) == explain.record_ids(" r2 ,r1,r3,,r2") == ["r2", "r1", "r3"]
+
+
 def test_recordings_are_drawn_and_checked_as_asked():
     rows = pd.DataFrame({"record_id": ["a", "b", "c", "d"], "score": [0.1, 0.9, 0.9, 0.4]})
     assert drawn(rows, [], 3) == ["b", "c", "d"] and drawn(rows, [], 0) == []
@@ -357,6 +362,7 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(whole: tuple[Storage
         (("--data", "{unknown}", "--task", "ph"), "is known of none of them"),
         (("--data", "{data}", "--reference", "{data}"), "--reference is for --baseline mean-beat and expected"),
         (("--data", "{data}", "--checks", "-1"), "give 0 or more"),
+        (("--data", "{data}", "--steps", "99", "--most-steps", "9"), "most_steps no smaller than steps"),
         (("--data", "{data}", "--checks", "0", "--simulated"), "is one of the --checks"),
         (("--data", "{data}", "--encoder", "{model}"), "is a classifier (ph): give the pre-trained encoder"),
         (("--data", "{data}", "--limit", "0"), "a limit of at least 1"),
