@@ -18,6 +18,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -176,11 +177,13 @@ def require_sense(args: Args) -> None:
 
 def record_ids(records: str) -> list[str]:
     """The ids of --records, each once. Raises LsemvaeError."""
-    text = records
-    if records.startswith(("s3://", "file://")) or ("," not in records and Path(records).is_file()):
+    text, is_file = records, records.startswith(("s3://", "file://"))
+    with suppress(OSError):  # an id can be longer than any name of a file
+        is_file = is_file or ("," not in records and Path(records).is_file())
+    if is_file:
         try:
             text = Storage.open(records).read_bytes("").decode()
-        except (FileNotFoundError, UnicodeDecodeError):
+        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
             raise LsemvaeError(f"--records {records} is no text file: give one with an id on each line") from None
     found = dict.fromkeys(part.strip() for part in text.replace("\n", ",").split(","))
     found.pop("", None)

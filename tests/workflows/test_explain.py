@@ -215,6 +215,7 @@ def test_recordings_are_explained_again_for_pictures_and_checks(model: Path, lab
 def test_records_are_listed_on_the_command_line_or_in_a_file(tmp_path: Path):
     (tmp_path / "ids.txt").write_text("r2\n\n r1,r3\nr2\n")
     assert explain.record_ids(str(tmp_path / "ids.txt")) == explain.record_ids(" r2 ,r1,r3,,r2") == ["r2", "r1", "r3"]
+    assert explain.record_ids("x" * 5000) == ["x" * 5000]
 
 
 def test_recordings_are_drawn_and_checked_as_asked():
@@ -357,6 +358,7 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(whole: tuple[Storage
         (("--data", "{data}", "--records", " , "), "names no recording"),
         (("--data", "{data}", "--records", "{data}/empty.txt"), "names no recording"),
         (("--data", "{data}", "--records", "{data}/train.parquet"), "is no text file"),
+        (("--data", "{data}", "--records", "file://{data}"), "is no text file"),
         (("--data", "{data}", "--task", "mi"), "has no label 'mi': it has age_years, female, ph, torn"),
         (("--data", "{data}", "--task", "torn"), "other values than 0 and 1"),
         (("--data", "{unknown}", "--task", "ph"), "is known of none of them"),
