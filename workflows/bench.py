@@ -38,6 +38,7 @@ CASES = {
         "bench_finetune",
         "five folds on recordings embedded once, against the encoder in every epoch",
     ),
+    "explain": ("benchmarks.explain", "bench_explain", "attributions of a batch against captum's loop over recordings"),
     "infer": ("benchmarks.infer", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
     "train": ("benchmarks.train", "bench_train", "training from shards against the bare step on a batch in memory"),
     "score": ("benchmarks.score", "bench_score", "a whole cohort against the bare model in a loop in one process"),

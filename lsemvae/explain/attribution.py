@@ -10,8 +10,8 @@ only the pieces with the largest deltas are halved. Worked example with 32 point
 2: the whole path is 0.05 off, more than 0.02. Its halves are 0.002 and 0.03 off: the second is halved again. Its
 quarters are 0.001 and 0.004 off, so 0.007 in all is left, after 32 x 5 = 160 points.
 
-A model that standardises its own input (ECG-FM, TimesFM) hardly depends on the amplitude, so that from a zero baseline
-all of its change lies next to zero. Such models are better explained with the baseline "expected".
+A model that standardises its own input (TimesFM, and ECG-FM except for weak signals) does not depend on the amplitude.
+From a zero baseline its attributions sum to almost nothing. The baseline "expected" explains it better.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +31,10 @@ Baseline = Literal["zero", "mean-beat", "expected"]
 """zero: no signal. mean-beat: the mean beat of reference recordings at each beat of the recording. expected: the mean
 over reference recordings as baselines (expected gradients, Erion et al. 2021)."""
 
-START = 1e-5
-"""A path begins so far from its baseline. The zeros that pad a short recording can then still be told from it: at a
-baseline of zeros alone, models would take the padding for signal and give another logit than next to it."""
+START = 1e-4
+"""The logit of a baseline is extrapolated from those after this share of its path and after twice as much. There the
+zeros that pad a short recording can be told from it. At zeros alone models take the padding for signal, and the logit
+jumps."""
 LEAST, LEAST_SHARE = 0.1, 0.1
 """The bound is relative to the logit's difference from the baseline. Where the difference is small it is relative to
 0.1, or to a tenth of the sum of all absolute attributions if that is more. So with a bound of 0.01 the missing part is
@@ -58,7 +59,7 @@ class Settings:
     """
 
     baseline: Baseline = "zero"
-    steps: int = 32
+    steps: int = 16
     bound: float = 0.01
     most_steps: int = 512
     references: int = 16
@@ -158,16 +159,19 @@ class _Paths:
         at_T = torch.arange(x_BLT.shape[2], device=x_BLT.device)
         recorded_BLT = self.mask_BL.unsqueeze(2) & (at_T < recorded_samples(self.x_BLT)[:, None])[:, None]
         start_RBLT = torch.zeros_like(self.x_BLT) if baseline is None else torch.where(recorded_BLT, baseline, 0.0)
-        start_RBLT = start_RBLT if start_RBLT.ndim == 4 else start_RBLT.unsqueeze(0)
-        self.start_RBLT = start_RBLT + START * (self.x_BLT - start_RBLT)
+        self.start_RBLT = start_RBLT if start_RBLT.ndim == 4 else start_RBLT.unsqueeze(0)
         self._method = IntegratedGradients(model.logit)
         self._method.gradient_func = _gradient
         self._size = _points_at_once(model, self.x_BLT[:1], self.mask_BL[:1])
         self.logit_B = logits(model, self.x_BLT, self.mask_BL)
-        start_logit_RB = np.stack([logits(model, start_BLT, self.mask_BL) for start_BLT in self.start_RBLT])
+        start_logit_RB = np.stack([self._start_logit(model, start_BLT) for start_BLT in self.start_RBLT])
         self.start_logit_B = start_logit_RB.mean(axis=0)
         self._logit = {(row, r, 0.0): value for (r, row), value in np.ndenumerate(start_logit_RB)}
         self._logit |= {(row, r, 1.0): self.logit_B[row] for r, row in np.ndindex(start_logit_RB.shape)}
+
+    def _start_logit(self, model: Any, start_BLT: Tensor) -> np.ndarray:
+        near_B, far_B = (logits(model, start_BLT.lerp(self.x_BLT, share), self.mask_BL) for share in (START, 2 * START))
+        return 2 * near_B - far_B
 
     def difference(self, piece: _Piece) -> float:
         """How much the logit rises along the piece."""

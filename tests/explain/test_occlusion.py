@@ -37,7 +37,7 @@ def test_the_only_lead_counts_against_almost_no_signal():
     x_BLT = torch.randn(2, 2, 20, generator=torch.Generator().manual_seed(1))
     kept_BLT, mask_BL = x_BLT.clone(), torch.tensor([[False, True], [True, True]])
     drop_BL = without_leads(model, x_BLT, mask_BL)
-    np.testing.assert_allclose(drop_BL[0, 1], (x_BLT[0, 1] * model.weight_LT[1]).sum(), rtol=1e-4)
+    np.testing.assert_allclose(drop_BL[0, 1], (x_BLT[0, 1] * model.weight_LT[1]).sum(), rtol=1e-3)
     assert np.isnan(drop_BL[0, 0])
     assert torch.equal(x_BLT, kept_BLT)
 

@@ -43,6 +43,18 @@ def test_truth_is_measured_against_shuffled_labels(tmp_path):
     assert done.stdout.count("shuffled labels, mean over seeds") == len(rows)
 
 
+def test_explain_is_measured_against_captums_loop(tmp_path):
+    """It checks that both give the same attributions."""
+    path = tmp_path / "rows.json"
+    done = workflow(
+        "bench", "explain", "--size", "smoke", "--batch", 2, "--looped", 1, "--rounds", 1, "--json", path, alone=True
+    )
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["explain smoke b2, 50 points", "explain smoke b2, default settings"]
+    assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 and row["case"] in done.stdout for row in rows)
+    assert done.stdout.count("points a recording") == 2
+
+
 @pytest.mark.ray
 def test_serve_is_measured_against_each_baseline(tmp_path):
     path = tmp_path / "rows.json"
