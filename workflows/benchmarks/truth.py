@@ -56,7 +56,25 @@ def bench_truth(args: argparse.Namespace) -> list[Row]:
         for name, *spread in [*_named(found.evidence(), "evidence in "), *_named(found.rows())]:
             print("  {}: {:.2f} [{:.2f}, {:.2f}]".format(name, *spread), flush=True)
             figures.setdefault(name, []).append(spread[0])
+        if seed is None:
+            print(_cells(found), flush=True)
     return [_against_shuffled(f"{args.overload}: {name}", np.array(of)) for name, of in figures.items()]
+
+
+def _cells(found: Any) -> str:
+    """Truth, effect and attribution of each lead and wave; the latter two in standard deviations of healthy logits."""
+    import pandas as pd
+
+    from lsemvae.explain.truth import CELL_WAVES
+
+    deviation = found.healthy_logit_B.std()
+    tables = {
+        "truth": found.truth_LW,
+        "effect": found.effect_BLW.mean(axis=0) / deviation,
+        "attribution": found.attribution_BLW.mean(axis=0) / deviation,
+    }
+    columns = [pd.DataFrame(of_LW, index=LEADS, columns=CELL_WAVES) for of_LW in tables.values()]
+    return pd.concat(columns, axis=1, keys=list(tables)).round(2).to_string()
 
 
 def _named(table: Any, prefix: str = "") -> list[tuple[str, float, float, float]]:
