@@ -197,7 +197,10 @@ def _randomised(
                 for b, there_LP in enumerate(there_BLP):
                     found_NKSB[n, layer, s, b] = rank_correlation(own[s][b][there_LP], sums_BLP[b][there_LP])
             steps.done(len(values_BLT))
-    mean_KSB = found_NKSB.mean(axis=0)
+    there_NKSB = np.isfinite(found_NKSB)  # random weights may ignore the input: then nothing correlates
+    count_KSB = there_NKSB.sum(axis=0)
+    sum_KSB = np.where(there_NKSB, found_NKSB, 0.0).sum(axis=0)
+    mean_KSB = np.where(count_KSB > 0, sum_KSB / np.maximum(count_KSB, 1), np.nan)
     return mean_KSB[:, 0], mean_KSB[:, 1]
 
 

@@ -15,9 +15,14 @@ class Interval(NamedTuple):
 
 
 def resampled(subject_B: Sequence[str] | np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """times_DB: how often each recording counts in each resampling of subjects with replacement."""
+    """times_DB: how often each recording counts in each resampling of subjects with replacement.
+
+    NaN for a single subject, of whom there is no interval.
+    """
     _, subject_of_B = np.unique(np.asarray(subject_B), return_inverse=True)
     subjects = int(subject_of_B.max()) + 1
+    if subjects < 2:
+        return np.full((draws, len(subject_of_B)), np.nan)
     rng = np.random.default_rng(seed)
     times_DS = rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws)
     return times_DS[:, subject_of_B].astype(float)

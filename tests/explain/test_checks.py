@@ -168,6 +168,15 @@ def test_recordings_of_one_subject_do_not_narrow_an_interval():
     assert each.high - each.low == pytest.approx(2 * 1.96 * values_B.std() / np.sqrt(30), rel=0.15)
 
 
+def test_a_single_subject_has_figures_and_no_interval():
+    model = OneWave().eval()
+    with torch.no_grad():
+        model.head.weight.fill_(1.0)
+    checks = run_checks(model, *recordings(3), RATE_HZ, FEW, subject_B=["a"] * 3, effort=SMALL)
+    for table, value in ((checks.areas, "area"), (checks.curves, "logit"), (checks.randomisation, "correlation")):
+        assert table[value].notna().all() and table[["low", "high"]].isna().all(axis=None)
+
+
 def test_rank_correlation_is_spearmans():
     assert rank_correlation(np.array([1.0, 2, 2, 5]), np.array([10.0, 20, 20, 21])) == pytest.approx(1)
     assert rank_correlation(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == pytest.approx(-1)
