@@ -140,6 +140,7 @@ def explained_again(
             if isinstance(made, dict):
                 bar.total = made["of"]
                 bar.update(made["done"] - bar.n)
+        bar.update((bar.total or 0) - bar.n)
     if isinstance(made, str):
         raise StorageError(f"{made}; finished parts are kept: give the same command again to continue")
     return made
