@@ -38,6 +38,8 @@ class Checks:
                    less that of the random order on the same recordings; against_occlusion, occlusion_low,
                    occlusion_high: the same for the order of occlusion. NaN for an order against itself
     truth          what, correlation, low, high, records: see `lsemvae.explain.truth`; None where the cohort is real
+    evidence       wave, evidence, low, high: how far the overload of simulated hearts moves the logit through each
+                   wave, in standard deviations of the logit of healthy ones; None where the cohort is real
     """
 
     randomisation: pd.DataFrame
@@ -45,6 +47,7 @@ class Checks:
     areas: pd.DataFrame
     records: int
     truth: pd.DataFrame | None = None
+    evidence: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)

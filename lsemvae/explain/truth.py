@@ -17,7 +17,7 @@ models that learned shuffled labels their rank correlation with the truth is 0 o
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -178,6 +178,13 @@ ATTRIBUTION_EFFECT = "attribution and effect on the score"
 EFFECT_TRUTH = "effect on the score and truth"
 
 
+class OnHearts(NamedTuple):
+    """`Checks.truth` and `Checks.evidence`: see `Found.rows` and `Found.evidence`."""
+
+    truth: pd.DataFrame
+    evidence: pd.DataFrame
+
+
 def truth_check(
     model: Any,
     leads: Sequence[str],
@@ -188,15 +195,16 @@ def truth_check(
     draws: int = 1000,
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
-) -> pd.DataFrame:
-    """`Checks.truth` for a model whose task is `ph` of a simulated cohort; explained from a baseline of zeros.
+) -> OnHearts:
+    """Check a model whose task is `ph` of a simulated cohort; explained from a baseline of zeros.
 
     `model` is the bundle's, in evaluation mode, for these leads and this preprocessing; it is not changed. `progress`
     is told how many hearts are done, and of how many.
     """
     truth_LW = truth_of(draw_hearts(TRUTH_HEARTS, leads, config, seed=2 * seed + 1))
     checked = draw_hearts(hearts, leads, config, seed=2 * seed)
-    return look(model, checked, truth_LW, settings, progress=progress).rows(draws=draws, seed=seed)
+    found = look(model, checked, truth_LW, settings, progress=progress)
+    return OnHearts(found.rows(draws=draws, seed=seed), found.evidence(draws=draws, seed=seed))
 
 
 def look(

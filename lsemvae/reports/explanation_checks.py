@@ -25,7 +25,12 @@ Verdict = tuple[bool | None, str]
 
 
 def verdicts(checks: Checks) -> list[Verdict]:
-    return [*_randomised(checks.randomisation), *_removed(checks.areas), *_true(checks.truth)]
+    return [
+        *_randomised(checks.randomisation),
+        *_removed(checks.areas),
+        *_true(checks.truth),
+        *_evident(checks.evidence),
+    ]
 
 
 def _randomised(of: pd.DataFrame) -> list[Verdict]:
@@ -91,6 +96,16 @@ def _true(of: pd.DataFrame | None) -> list[Verdict]:
     return found
 
 
+def _evident(of: pd.DataFrame | None) -> list[Verdict]:
+    found: list[Verdict] = []
+    for row in () if of is None else of[of.wave == "all"].itertuples():
+        finds = bool(row.low > 0)
+        does = "find" if finds else "do not clearly find"
+        numbers = f"{_spread(row.evidence, row.low, row.high)} standard deviations of the logit"
+        found.append((True if finds else None, f"Attributions {does} evidence for the label in the waves ({numbers})."))
+    return found
+
+
 def _spread(value: float, low: float, high: float) -> str:
     return f"{value:.3f} [{low:.3f} to {high:.3f}]"
 
@@ -134,6 +149,13 @@ def checks_section(checks: Checks | None) -> str:
         ]
         caption = "Simulated cohort: rank correlation with the leads and waves that the label depends on"
         parts.append(_escaped(caption, ["what", "correlation", "recordings"], rows))
+    if checks.evidence is not None and len(checks.evidence):
+        caption = (
+            "Simulated cohort: how far the overload moves the logit through each wave, by the attributions, in "
+            "standard deviations of the logit of healthy hearts"
+        )
+        rows = [[str(row.wave), _spread(row.evidence, row.low, row.high)] for row in checks.evidence.itertuples()]
+        parts.append(_escaped(caption, ["wave", "evidence"], rows))
     return "".join(parts)
 
 

@@ -171,7 +171,7 @@ class ExplanationRows:
         )
         if not self._asked.simulated:
             return checks
-        truth = truth_check(
+        hearts = truth_check(
             model,
             self.bundle.leads,
             self.bundle.preprocess,
@@ -179,7 +179,7 @@ class ExplanationRows:
             draws=self._asked.effort.draws,
             progress=progress,
         )
-        return replace(checks, truth=truth)
+        return replace(checks, truth=hearts.truth, evidence=hearts.evidence)
 
     def _igar(self, explanation: Explanation) -> dict[str, float | None]:
         """The mean over windows of the authors' ratio, toward the class of the decision."""

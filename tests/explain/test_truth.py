@@ -120,5 +120,6 @@ def test_a_model_that_ignores_its_input_has_no_correlation():
     found = truth_check(
         TallestR(0.0).eval(), CHEST[:2], CONFIG, FEW, hearts=3, draws=20, progress=lambda *done: steps.append(done)
     )
-    assert found[["correlation", "low", "high"]].isna().all(axis=None)
+    assert found.truth[["correlation", "low", "high"]].isna().all(axis=None)
+    assert found.evidence[["evidence", "low", "high"]].isna().all(axis=None)
     assert steps == [(3, 3)]

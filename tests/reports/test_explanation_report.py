@@ -17,7 +17,7 @@ from lsemvae.explain.explainer import Explainer, Explanation
 from lsemvae.explain.truth import ATTRIBUTION_EFFECT, EFFECT_TRUTH
 from lsemvae.leads import LIMB_LEADS
 from lsemvae.reports.explanation import LIMITS, READING, explanation_report, record_pictures
-from lsemvae.reports.explanation_checks import verdicts
+from lsemvae.reports.explanation_checks import checks_section, verdicts
 
 ABOUT = {
     "model": "models:/ph-6L@champion",
@@ -140,12 +140,19 @@ def test_a_refused_recording_has_no_picture(shown: Shown):
         ({"truth": {"leads, shuffled labels": (0.1, -0.2, 0.4)}}, 4, True, "do not clearly correlate"),
         ({"truth": {"leads, shuffled labels": (0.6, 0.4, 0.8)}}, 4, False, "although the labels are random"),
         ({"truth": {ATTRIBUTION_EFFECT: (0.9, 0.8, 1.0)}}, 4, True, "with how the score changes where a wave is exch"),
+        ({"evidence": (1.4, 1.1, 2.3)}, 4, True, "Attributions find evidence for the label in the waves (1.400 [1.100"),
+        ({"evidence": (0.1, -0.3, 0.5)}, 4, None, "Attributions do not clearly find evidence"),
         ({"truth": {EFFECT_TRUTH: (0.1, -0.2, 0.4)}}, 4, None, "waves that change the score do not clearly correlate"),
     ],
 )  # fmt: skip
 def test_a_sentence_follows_from_the_numbers(changed: dict, which: int, passes: bool | None, words: str):
     found, text = verdicts(explained.checks(**changed))[which]
     assert found is passes and words in text
+
+
+def test_the_page_shows_the_evidence_of_each_wave():
+    page = checks_section(explained.checks(evidence=(1.4, 1.1, 2.3)))
+    assert "how far the overload moves the logit" in page and "1.400 [1.100 to 2.300]" in page
 
 
 # --- the page -------------------------------------------------------------------------------------------------

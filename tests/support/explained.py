@@ -52,6 +52,7 @@ def checks(
     deletion: tuple[float, float, float] = (-0.2, -0.3, -0.1),
     insertion: tuple[float, float, float] = (0.2, 0.1, 0.3),
     truth: dict[str, tuple[float, float, float]] | None = None,
+    evidence: tuple[float, float, float] | None = None,
 ) -> Checks:
     """Good ones by default: each is a value with its interval, of deletion and insertion the area less random's."""
     random = pd.DataFrame(
@@ -88,4 +89,5 @@ def checks(
         pd.DataFrame(areas, columns=["kind", "order", "area", "low", "high", *against_both]),
         32,
         found,
+        None if evidence is None else pd.DataFrame([("all", *evidence)], columns=["wave", "evidence", "low", "high"]),
     )
