@@ -6,9 +6,9 @@
    "Mexican hat") gives a vector over leads at each sample. Its length peaks at waves, and is small on slopes.
 3. Most beats of a recording look alike. So a second pass looks where most beats have the wave, for their median vector.
    There is no P where its distance from QRS differs from beat to beat, as in atrial fibrillation.
-4. In each lead where the wave is large, its ends are corners of the largest trapezium under it (Zhang, Manriquez,
-   Médigue, Papelier & Sorine 2006, Physiol Meas 27:1281, who do so for the end of T). Of T the medians over leads
-   count; of P, whose atria are seen by different leads, values somewhat further out.
+4. In each lead where the wave is large, its ends are corners of the largest trapezium under it (Vázquez-Seisdedos et
+   al. 2011, BioMed Eng OnLine 10:77, who do so for the end of T). Over leads, values somewhat outside of the median
+   count, more so for P, whose two atria are seen by different leads.
 
 The constants were chosen on the odd-numbered recordings of LUDB (docs/explanations.md, "Waves").
 """

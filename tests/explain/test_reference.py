@@ -57,7 +57,6 @@ def test_the_mean_beat_is_laid_at_each_beat_and_cut_where_beats_are_close(refere
 
 
 def test_the_mean_beat_of_recordings_looks_like_a_beat():
-    pytest.importorskip("neurokit2")
     config = PreprocessConfig()
     reference = Reference.of(records(2), LEADS, config)
     beat_T = reference.mean_beat_LT[1]
