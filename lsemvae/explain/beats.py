@@ -10,7 +10,8 @@
    al. 2011, BioMed Eng OnLine 10:77, who do so for the end of T). Over leads, values somewhat outside of the median
    count, more so for P, whose two atria are seen by different leads.
 
-The constants were chosen on the odd-numbered recordings of LUDB (docs/explanations.md, "Waves").
+The constants were chosen on LUDB: those of onsets and offsets on its odd-numbered recordings, that of QRS on all
+(docs/explanations.md, "Waves").
 """
 
 from dataclasses import dataclass
