@@ -1,8 +1,8 @@
 """How far the edges of waves are from LUDB's expert annotations, beside NeuroKit2's.
 
 Only beats within the stretch that LUDB annotates are counted; a wave is found if its peak is within 150 ms of the
-annotated one. The constants of onsets and offsets in `lsemvae.explain.beats` were chosen on the odd-numbered recordings,
-the threshold of QRS on all.
+annotated one. In `lsemvae.explain.beats`, the constants of onsets and offsets were chosen on the odd-numbered
+recordings, the threshold of QRS on all.
 """
 
 import argparse
