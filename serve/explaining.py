@@ -1,10 +1,10 @@
 """Explains scores in a process of its own, one recording at a time, with a short queue: scores never wait for it.
 
-The process (`explain_process.py`) runs at the lowest priority, so that it computes only while no score wants its core,
-and on the CPU also where scores are computed on a GPU. It is started by the first request. `concurrent.futures` has
-pools of processes, too, but it pickles what it sends, cannot end a task that takes too long, and its processes outlive
-a killed parent. Here the two exchange JSON and arrays through pipes: the process ends when its input does, and is
-killed and started again when it takes too long.
+The process (`explain_process.py`) computes only while no score wants its core, and on the CPU also where scores are
+computed on a GPU. It is started by the first request. `concurrent.futures` has pools of processes, too, but it pickles
+what it sends, cannot end a task that takes too long, and its processes may outlive a killed parent. Here the two
+exchange JSON and arrays through pipes: the process ends when its input does, and is killed and started again when it
+takes too long.
 """
 
 import asyncio
@@ -174,8 +174,18 @@ class Explaining:
                 env=environment,
                 cwd=ROOT,
             )
-            os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # before it imports anything
+            _yield_to_others(process.pid)  # before it imports anything
         return process
+
+
+def _yield_to_others(pid: int) -> None:
+    """Lets the process compute only while nothing else wants its core.
+
+    Ray gives its workers a niceness of 15. Beside them one of 19 still gets a third of a core; `SCHED_IDLE` does not.
+    """
+    os.setpriority(os.PRIO_PROCESS, pid, 19)
+    if hasattr(os, "SCHED_IDLE"):  # on Linux
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _body(header: dict[str, Any], body: bytes) -> bytes:

@@ -43,6 +43,7 @@ CASES = {
     "train": ("benchmarks.train", "bench_train", "training from shards against the bare step on a batch in memory"),
     "score": ("benchmarks.score", "bench_score", "a whole cohort against the bare model in a loop in one process"),
     "serve": ("benchmarks.serve", "bench_serve", "the endpoint against a bare loop, FastAPI and mlflow models serve"),
+    "beside": ("benchmarks.beside", "bench_beside", "scores with explanations beside them, against without"),
     "ingest": ("benchmarks.ingest", "bench_ingest", "recordings into shards and model input, against NeuroKit2"),
     "feed": ("benchmarks.ingest", "bench_feed", "shards into batches against reading and NeuroKit2 lead by lead"),
     "pace": ("benchmarks.pace", "bench_pace", "whether the cache keeps up with a GPU's rate, without the GPU"),

@@ -374,6 +374,22 @@ def test_who_goes_away_loses_the_place(
 # --- the process ------------------------------------------------------------------------------------------------
 
 
+def test_the_process_yields_to_all_others_and_knows_no_secret(monkeypatch: pytest.MonkeyPatch):
+    secrets = {"LSEMVAE_TOKENS": TOKEN, "MLFLOW_TRACKING_PASSWORD": "a-password", "AWS_SECRET_ACCESS_KEY": "a-key"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    explaining = Explaining(1, 600, threads=1)
+    process = explaining._running()
+    try:
+        assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        environment = Path(f"/proc/{process.pid}/environ").read_text()
+        assert "PYTHONPATH=" in environment
+        assert not [secret for secret in secrets.values() if secret in environment]
+    finally:
+        explaining.close()
+
+
 def test_a_killed_process_costs_one_503_and_a_slow_one_is_ended(
     counted, metrics: Counted, warm: int, explaining: Explaining, record: Record, monkeypatch: pytest.MonkeyPatch
 ):
