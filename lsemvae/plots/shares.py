@@ -138,7 +138,7 @@ def _cell_words(rows: Sequence[str], columns: Sequence[str], panel: Cells) -> st
     largest = []
     for _, (row, column) in sorted(known, reverse=True)[:5]:
         number = _signed(float(panel.value_RC[row, column]), panel.percent)
-        largest.append(f"{rows[row]} {columns[column]} {number}{' %' * panel.percent}")
+        largest.append(f"{rows[row]} {columns[column]} {number}{' %' * panel.percent}{_mark(panel, row, column)}")
     of = f"{panel.title}: {', '.join(rows)} by {', '.join(columns)}."
     return f"{of} Largest: {', '.join(largest) or 'none'}."
 
@@ -150,8 +150,7 @@ def _cells(axis: Axes, rows: Sequence[str], columns: Sequence[str], panel: Cells
     corners = (np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5)
     axis.pcolormesh(*corners, np.ma.masked_invalid(value_RC), cmap=_SIGNED, vmin=-largest, vmax=largest)
     for (row, column), value in np.ndenumerate(value_RC):
-        mark = "*" if panel.marked_RC is not None and panel.marked_RC[row, column] else ""
-        _number_in(axis, row, column, _signed(value, panel.percent) + mark)
+        _number_in(axis, row, column, _signed(value, panel.percent) + _mark(panel, row, column))
     if panel.sums:
         headers.append("all")
         for row, value in enumerate(value_RC.sum(axis=1)):
@@ -167,6 +166,10 @@ def _cells(axis: Axes, rows: Sequence[str], columns: Sequence[str], panel: Cells
     axis.tick_params(length=0, labelsize=9)
     axis.set_title(panel.title, fontsize=9.5, loc="left")
     axis.spines[:].set(color="0.6", linewidth=0.6)
+
+
+def _mark(panel: Cells, row: int, column: int) -> str:
+    return "*" if panel.marked_RC is not None and panel.marked_RC[row, column] else ""
 
 
 def _number_in(axis: Axes, row: int, column: int, text: str) -> None:

@@ -195,7 +195,7 @@ def test_cells_have_signed_numbers_and_sums():
     value_RC = np.array([[0.1, -0.2], [0.0, 0.3]])
     picture = heat_maps(["I", "II"], ["P", "T"], [Cells("shares", value_RC, marked_RC=value_RC > 0.2)])
     assert texts(picture) == ["+10.0", "−20.0", "0.0", "+30.0*", "−10.0", "+30.0", "+10.0", "+10.0", "+20.0"]
-    assert "Largest: II T +30.0 %, I T −20.0 %, I P +10.0 %." in picture.words
+    assert "Largest: II T +30.0 %*, I T −20.0 %, I P +10.0 %." in picture.words
     drops = heat_maps(["I"], ["P", "T"], [Cells("logit", np.array([[1.5, np.nan]]), percent=False, sums=False)])
     assert texts(drops) == ["+1.50", "–"]
 
