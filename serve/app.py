@@ -79,13 +79,20 @@ def make_service(config: Config) -> Service:
         metrics=Metrics(),
         reconstructor=reconstructor,
         reconstructor_problem=problem,
-        explaining=Explaining(config.explain_queue, config.explain_timeout_s) if config.explain_queue else None,
+        explaining=_explaining(config),
         tokens=tokens,
         cors_origins=config.cors_origins,
         max_body=config.max_body_mb * 2**20,
         max_held=config.max_held_mb * 2**20,
         body_timeout_s=config.body_timeout_s,
     )
+
+
+def _explaining(config: Config) -> Explaining | None:
+    """With as many threads as the replica has; None where explanations are switched off."""
+    if not config.explain_queue:
+        return None
+    return Explaining(config.explain_queue, config.explain_timeout_s, torch.get_num_threads())
 
 
 @ray_serve.deployment(name="ecg")

@@ -181,7 +181,8 @@ class Explaining:
 def _yield_to_others(pid: int) -> None:
     """Lets the process compute only while nothing else wants its core.
 
-    Ray gives its workers a niceness of 15. Beside them one of 19 still gets a third of a core; `SCHED_IDLE` does not.
+    Ray gives its workers a niceness of 15, beside which one of 19 still gets a third of a core. `SCHED_IDLE` gets less,
+    and gives its core up as soon as another process wants it.
     """
     os.setpriority(os.PRIO_PROCESS, pid, 19)
     if hasattr(os, "SCHED_IDLE"):  # on Linux

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from support.bundles import SMALL
 from support.bundles import save as save_classifier
 from support.serving import TOKEN, Client, as_json, ask, npy, only, score, score_files
@@ -30,6 +31,7 @@ from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.record import Record
 from serve import explaining as explaining_module
 from serve.api import make_api
+from serve.app import Config, make_service
 from serve.explaining import Explaining
 from serve.explanation import Answers, explained
 from serve.observed import Metrics
@@ -238,6 +240,14 @@ def test_switched_off_it_says_how_to_switch_it_on(service: Service, record: Reco
     answer = explain(api, as_json(record))
     assert (answer.status_code, "explain_queue" in answer.json()["detail"]) == (404, True)
     assert score(api, as_json(record)).status_code == 200
+
+
+def test_the_configuration_limits_the_queue_or_switches_it_off(models: Path, tmp_path: Path):
+    config = Config(models=[str(models / "ph-6L")], bundles=tmp_path, allow_anonymous=True)
+    assert make_service(config).explaining is not None
+    assert make_service(config.model_copy(update={"explain_queue": 0})).explaining is None
+    with pytest.raises(ValidationError):
+        Config(models=["x"], explain_queue=-1)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------
