@@ -118,7 +118,7 @@ def _asked(about: Mapping[str, Any]) -> str:
 
 def _in_short(records: pd.DataFrame, summary: pd.DataFrame, checks: Checks | None) -> str:
     explained = int(records.refused.isna().sum())
-    texts = [f"{explained:,} of {len(records):,} recordings are explained; {len(records) - explained:,} are refused."]
+    texts = [f"Explained: {explained:,} of {len(records):,} recordings. Refused: {len(records) - explained:,}."]
     every = summary[summary.group == "all"]
     for what, other in (("lead", "wave"), ("wave", "lead")):
         of = every[(every[other] == "all") & (every[what] != "all")].sort_values("absolute", ascending=False)[:3]

@@ -160,7 +160,7 @@ def test_the_page_shows_the_evidence_of_each_wave():
 
 def test_the_page_says_what_was_explained_and_how_to_read_it(html: str):
     text = Parsed(html).text
-    assert "ph: 2 recordings explained" in text and "2 of 3 recordings are explained; 1 are refused." in text
+    assert "ph: 2 recordings explained" in text and "Explained: 2 of 3 recordings. Refused: 1." in text
     assert all(sentence in text for sentence in (*READING, *LIMITS))
     for value in ("models:/ph-6L@champion", "refused: ", "The bound is 0.01", "Recordings by steps:"):
         assert value in text
