@@ -293,6 +293,21 @@ def test_of_two_models_that_take_an_output_at_the_same_moment_one_has_it(tmp_pat
         claim(output, second)
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"digest": "d2"}, "holds scores of m version 1 .* this is m version 1 .digest d2"),
+        ({"input_digest": "i2"}, "whose recordings were others"),
+        ({"holds": "explanations", "settings": {}}, "holds scores of .* and no explanations"),
+    ],
+)
+def test_a_refusal_says_what_differs(changed: dict, says: str, tmp_path: Path):
+    about = {"plan": "a", "model": "m", "version": 1, "digest": "d1", "input": "x", "input_digest": "i1"}
+    claim(Storage.open(tmp_path), about)
+    with pytest.raises(LsemvaeError, match=f"{says}.*choose another --output"):
+        claim(Storage.open(tmp_path), about | {"plan": "b"} | changed)
+
+
 def test_a_file_is_whole_or_not_there(tmp_path: Path):
     output = Storage.open(tmp_path)
     with contextlib.suppress(KeyError), output.writing("scores.csv") as stream:
