@@ -21,6 +21,8 @@ from lsemvae.record import Record
 
 CHUNK = 16  # windows explained in one pass: more would only cost memory
 REST = WAVES.index("rest")
+NOT_CONVERGED = "The attributions do not add up to within the bound"
+"""How the note of such a recording begins; reports count it."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Explainer:
         if over:
             worst = max(over, key=lambda one: abs(one.delta))
             notes.append(
-                f"The attributions do not add up to within the bound after {worst.steps} steps: {abs(worst.delta):.2g} "
+                f"{NOT_CONVERGED} after {worst.steps} steps: {abs(worst.delta):.2g} "
                 f"of a difference of {abs(worst.logit - worst.baseline_logit):.2g} is missing."
             )
         return tuple(notes)

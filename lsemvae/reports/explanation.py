@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from lsemvae.explain.attribution import LEAST
 from lsemvae.explain.checks import Checks
-from lsemvae.explain.explainer import Explanation
+from lsemvae.explain.explainer import NOT_CONVERGED, Explanation
 from lsemvae.reports.explanation_checks import checks_section, verdict_list, verdicts
 from lsemvae.reports.explanation_cohort import cohort_section, igar_section, spread
 from lsemvae.reports.explanation_records import DRAWN, record_pictures, record_section
@@ -57,7 +58,7 @@ def explanation_report(
     about    facts in the order in which the page shows them, such as model, version, digest, task, leads, threshold,
              baseline, bound, data; a value may be a mapping or a list
     records  a row for each recording that was asked for: record_id, refused (the code) and reason; and where it was
-             explained score, decision, logit, baseline_logit, delta, steps, beats, failures.P, .QRS and .T, no_waves
+             explained score, decision, logit, baseline_logit, delta, steps, beats, failures.P, .QRS and .T, notes
     summary  see `lsemvae.explain.cohort`
     shown    record ids with their explanations, which are drawn
     igar     the published ratio, means over recordings: kind (lead, wave), name, ratio, low, high
@@ -161,24 +162,18 @@ def _delineation(explained: pd.DataFrame) -> str:
 def _convergence(explained: pd.DataFrame, about: Mapping[str, Any]) -> str:
     if explained.empty or "delta" not in explained:
         return "<p>Nothing is explained.</p>"
-    part = explained.delta.abs() / (explained.logit - explained.baseline_logit).abs().clip(lower=1)
+    part = explained.delta.abs() / (explained.logit - explained.baseline_logit).abs().clip(lower=LEAST)
     counts = explained.steps.value_counts().sort_index()
     steps = ", ".join(f"{int(count):,} with {int(of)}" for of, count in counts.items())
     text = (
         "The convergence delta is what the sum of a recording's attributions lacks of the difference between its "
-        "logit and the baseline's. Its largest share of that difference (of 1, where the difference is smaller) is "
-        f"{part.max():.3g}, its median {part.median():.3g}. Recordings by steps: {steps}."
+        f"logit and the baseline's. Its largest share of that difference (of {LEAST:g}, where the difference is "
+        f"smaller) is {part.max():.3g}, its median {part.median():.3g}. Recordings by steps: {steps}."
     )
-    bound = _bound(about, explained)
-    if bound is not None:
-        over = int((part > bound).sum())
-        text += f" The bound is {bound:g}: " + (
-            f"{over:,} recordings exceed it, even with the most steps." if over else "no recording exceeds it."
+    if "notes" in explained and "bound" in about:
+        over = sum(NOT_CONVERGED in notes for notes in explained.notes if isinstance(notes, str))
+        text += (
+            f" The bound is {about['bound']:g} of the difference, or of a tenth of the sum of the recording's absolute "
+            f"attributions where that is more. Recordings that exceed it with the most steps: {over or 'none'}."
         )
     return f"<p>{escape(text)}</p>"
-
-
-def _bound(about: Mapping[str, Any], explained: pd.DataFrame) -> float | None:
-    if "bound" in explained and explained.bound.notna().any():
-        return float(explained.bound.dropna().iloc[0])
-    return float(about["bound"]) if "bound" in about else None

@@ -13,7 +13,7 @@ from support.parsed import Parsed
 
 from lsemvae.explain.attribution import Settings
 from lsemvae.explain.cohort import COLUMNS, DIFFERENCE
-from lsemvae.explain.explainer import Explainer, Explanation
+from lsemvae.explain.explainer import NOT_CONVERGED, Explainer, Explanation
 from lsemvae.explain.truth import ATTRIBUTION_EFFECT, EFFECT_TRUTH
 from lsemvae.leads import LIMB_LEADS
 from lsemvae.reports.explanation import LIMITS, READING, explanation_report, record_pictures
@@ -162,10 +162,17 @@ def test_the_page_says_what_was_explained_and_how_to_read_it(html: str):
     text = Parsed(html).text
     assert "ph: 2 recordings explained" in text and "Explained: 2 of 3 recordings. Refused: 1." in text
     assert all(sentence in text for sentence in (*READING, *LIMITS))
-    for value in ("models:/ph-6L@champion", "refused: ", "The bound is 0.01", "Recordings by steps:"):
+    for value in ("models:/ph-6L@champion", "refused: ", "The bound is 0.01 of the difference", "Recordings by steps:"):
         assert value in text
     section = html.split("<h2>Are the explanations true?</h2>")[1].split("<h2>")[0]
     assert section.count("<b>Passes.</b>") == 3 and section.count("<b>Fails.</b>") == 1
+
+
+def test_recordings_that_miss_the_bound_are_counted(shown: Shown):
+    table = explained.records(shown)
+    for notes, count in (([None, None, None], "none"), ([None, f"{NOT_CONVERGED} after 8 steps.", None], "1")):
+        page = explanation_report(ABOUT, table.assign(notes=notes), explained.summary(LIMB_LEADS, ["all"]), None, [])
+        assert f"Recordings that exceed it with the most steps: {count}." in page
 
 
 def test_the_figures_are_those_of_the_tables(html: str):

@@ -26,7 +26,7 @@ def records(of: Sequence[tuple[str, Explanation]]) -> pd.DataFrame:
                 "delta": window.delta,
                 "steps": window.steps,
                 "beats": window.waves.beats,
-                "bound": 0.01,
+                "notes": " ".join(explanation.notes) or None,
             } | {f"failures.{wave}": window.waves.failures.get(wave, 0) for wave in ("P", "QRS", "T")}
         rows.append(row)
     return pd.DataFrame(rows)
