@@ -1,10 +1,13 @@
 """Sex and age of subjects as `female` (1, 0 or NaN) and `age_years` (NaN where unknown), to report subgroups by."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+AGES = {"under 50": (0.0, 50.0), "50 to 64": (50.0, 65.0), "65 to 74": (65.0, 75.0), "75 and over": (75.0, math.inf)}
+"""Age groups of reports: from the first age in years to below the second."""
 OLDER_THAN_89 = 90.0
 """Stands for ">89": data sets hide the exact age of the very old."""
 _MAX_AGE = 120.0

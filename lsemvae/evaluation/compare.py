@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from lsemvae.cohorts.demographics import AGES
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import abstention
 from lsemvae.evaluation.cells import MAIN
@@ -25,8 +26,6 @@ from lsemvae.storage import Storage
 
 REFERENCE = "LS-EMVAE"
 CELL = ["analysis", "setting", "leads", "method"]
-AGES = {"under 50": (0, 50), "50 to 64": (50, 65), "65 to 74": (65, 75), "75 and over": (75, np.inf)}
-"""Years of life, the upper bound excluded."""
 MIN_SUBGROUP = 20
 """Recordings. A smaller subgroup gets no metrics."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
+from lsemvae.cohorts.demographics import AGES
 from lsemvae.explain.igar import PEAKS
 from lsemvae.explain.waves import WAVES
 
@@ -13,8 +14,6 @@ COLUMNS = ("group", "lead", "wave", "signed", "signed_low", "signed_high", "abso
 """Of `summary`; `records` and `subjects` follow. `lead` and `wave` are "all" for sums over leads and over waves."""
 DIFFERENCE = "label 1 - label 0"
 """The group whose values are differences of the means of two groups."""
-AGES = {"under 50": (0, 50), "50 to 64": (50, 65), "65 to 74": (65, 75), "75 and over": (75, np.inf)}
-"""Years, the upper bound excluded: those of `lsemvae.evaluation`."""
 _CELLS = 2_000_000  # draws times subjects in one pass, for the memory
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lsemvae.explain.cohort import AGES, DIFFERENCE
+from lsemvae.cohorts.demographics import AGES
+from lsemvae.explain.cohort import DIFFERENCE
 from lsemvae.explain.waves import WAVES
 from lsemvae.plots.attribution import Picture
 from lsemvae.plots.shares import Cells, Panel, Values, bars, heat_maps

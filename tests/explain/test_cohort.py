@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsemvae.explain.cohort import AGES, COLUMNS, DIFFERENCE, igar_summary, summary
+from lsemvae.cohorts.demographics import AGES
+from lsemvae.explain.cohort import COLUMNS, DIFFERENCE, igar_summary, summary
 from lsemvae.explain.igar import PEAKS
 from lsemvae.explain.waves import WAVES
 
