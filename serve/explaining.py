@@ -1,10 +1,10 @@
-"""Explains scores in a process of its own, one recording at a time, with a short queue: scores never wait for it.
+"""Explains scores in a process of its own, one recording at a time, with a short queue.
 
-The process (`explain_process.py`) computes only while no score wants its core, and on the CPU also where scores are
-computed on a GPU. It is started by the first request. `concurrent.futures` has pools of processes, too, but it pickles
-what it sends, cannot end a task that takes too long, and its processes may outlive a killed parent. Here the two
-exchange JSON and arrays through pipes: the process ends when its input does, and is killed and started again when it
-takes too long.
+The process (`explain_process.py`) has the lowest priority; docs/performance.md says what it still costs the scores
+beside it. It computes on the CPU also where scores are computed on a GPU. It is started by the first request.
+`concurrent.futures` has pools of processes, too, but it pickles what it sends, cannot end a task that takes too long,
+and its processes may outlive a killed parent. Here the two exchange JSON and arrays through pipes: the process ends
+when its input does, and is killed and started again when it takes too long.
 """
 
 import asyncio
