@@ -57,9 +57,9 @@ def train_heads(
     if recipe.optim.accumulate > 1:  # each part of a batch has dropout masks of its own
         return [alone(training) for training in trainings]
     tables = _Tables(
-        torch.tensor(h_BF, device=device),  # a copy: tables of Ray's object store cannot be written to
+        torch.tensor(h_BF, device=device),  # copies: arrays of Ray's object store cannot be written to
         None if observed_BF.all() else torch.tensor(observed_BF, device=device),
-        torch.from_numpy(y_B).float().to(device),
+        torch.tensor(y_B, dtype=torch.float32, device=device),
     )
     found: dict[int, Head] = {}
     for places in _together(trainings, h_BF.shape[1], recipe):
