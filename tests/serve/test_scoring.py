@@ -333,7 +333,8 @@ def test_connections_without_a_token_hold_up_nobody(service: Service, recordings
             path = ("/healthz", "/v1/score")[k % 2]
             lines = [f"POST {path} HTTP/1.1", "Host: x", "Transfer-Encoding: chunked", "", "1", "{", ""]
             connection.sendall("\r\n".join(lines).encode())
-        assert service.score(as_json(record, LIMB_LEADS)).status_code == 200
+        # A burst of 80 may fill Serve's own queue for a moment: then a user's client is told 503 and asks again.
+        until(lambda: service.score(as_json(record, LIMB_LEADS)).status_code == 200, "a user is answered")
         statuses = [connection.recv(4096).split()[1] for connection in idle]  # at once, not after a time limit
     # 503 where so many arrive at once that Serve's own queue is full: also a refusal, and also at once.
     assert set(statuses[::2]) <= {b"405", b"503"} and set(statuses[1::2]) <= {b"401", b"503"}
