@@ -70,7 +70,7 @@ def explained(explainer: Explainer, signal_mv_LT: np.ndarray, rate_hz: float, *,
     assert explanation.windows and explanation.shares is not None
     leads = [explanation.leads[row] for row in _used(explanation)]
     views = _views(explainer, signal_mv_LT, rate_hz)
-    has_beat = any(window.waves.reason is None for window in explanation.windows)
+    has_beat = explanation.beats > 0
     return ExplanationOut(
         baseline=explainer.settings.baseline,
         leads=_by_lead(explanation),
@@ -89,20 +89,13 @@ def explained(explainer: Explainer, signal_mv_LT: np.ndarray, rate_hz: float, *,
 
 def _used(explanation: Explanation) -> list[int]:
     """Rows of the leads that some window has."""
-    return [int(row) for row in np.flatnonzero(np.any([window.lead_mask_L for window in explanation.windows], axis=0))]
+    return [int(row) for row in np.flatnonzero(explanation.there_L)]
 
 
 def _by_lead(explanation: Explanation) -> dict[str, LeadShareOut]:
     assert explanation.shares is not None
     signed_L, absolute_L = (shares_LW.sum(axis=1) for shares_LW in explanation.shares)
-    drop_L = _mean([window.lead_drop_L for window in explanation.windows])
-    gate_L, precision_L = (
-        None if any(found is None for found in of_windows) else _mean(of_windows)
-        for of_windows in (
-            [window.gate_L for window in explanation.windows],
-            [window.precision_L for window in explanation.windows],
-        )
-    )
+    drop_L, gate_L, precision_L = explanation.lead_drop_L, explanation.gate_L, explanation.precision_L
     return {
         explanation.leads[row]: LeadShareOut(
             signed=_rounded(signed_L[row]),
@@ -126,7 +119,7 @@ def _by_wave(explanation: Explanation) -> dict[str, ShareOut]:
 def _cells(explanation: Explanation) -> dict[str, dict[str, CellOut]]:
     assert explanation.shares is not None
     signed_LW, absolute_LW = explanation.shares
-    drop_LW = _mean([window.wave_drop_LW for window in explanation.windows])
+    drop_LW = explanation.wave_drop_LW
     return {
         explanation.leads[row]: {
             wave: CellOut(
@@ -138,14 +131,6 @@ def _cells(explanation: Explanation) -> dict[str, dict[str, CellOut]]:
         }
         for row in _used(explanation)
     }
-
-
-def _mean(of_windows: list[Any]) -> np.ndarray:
-    """The mean over the windows that have a number; NaN where none has one."""
-    stack = np.stack(of_windows).astype(np.float64)
-    there = np.isfinite(stack)
-    total, count = np.where(there, stack, 0.0).sum(axis=0), there.sum(axis=0)
-    return np.divide(total, count, where=count > 0, out=np.full(total.shape, np.nan))
 
 
 def _rounded(value: float) -> float:

@@ -15,7 +15,7 @@ from lsemvae.explain.experts import encoder_for, experts
 from lsemvae.explain.occlusion import without_leads, without_waves
 from lsemvae.explain.reference import Reference
 from lsemvae.explain.shares import Shares, shares
-from lsemvae.explain.waves import WAVES, Delineation, delineate
+from lsemvae.explain.waves import DELINEATED, WAVES, Delineation, delineate
 from lsemvae.preprocess import Prepared, preprocess_signals, windows
 from lsemvae.record import Record
 
@@ -69,6 +69,50 @@ class Explanation:
     shares: Shares | None = None
     notes: tuple[str, ...] = ()
     unit_mv: float | None = None
+
+    @property
+    def there_L(self) -> np.ndarray:
+        """Which leads some window has."""
+        return np.any([window.lead_mask_L for window in self.windows], axis=0)
+
+    @property
+    def lead_drop_L(self) -> np.ndarray:
+        """The mean over the windows in which it is known; NaN where it is known in none. So, too, of the following."""
+        return mean_over_windows([window.lead_drop_L for window in self.windows])
+
+    @property
+    def wave_drop_LW(self) -> np.ndarray:
+        return mean_over_windows([window.wave_drop_LW for window in self.windows])
+
+    @property
+    def gate_L(self) -> np.ndarray | None:
+        """None where the model has no such weights."""
+        known = [window.gate_L for window in self.windows if window.gate_L is not None]
+        return mean_over_windows(known) if known else None
+
+    @property
+    def precision_L(self) -> np.ndarray | None:
+        """None where the model has no such weights."""
+        known = [window.precision_L for window in self.windows if window.precision_L is not None]
+        return mean_over_windows(known) if known else None
+
+    @property
+    def beats(self) -> int:
+        """Of all windows."""
+        return sum(window.waves.beats for window in self.windows)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many of the beats lack each wave."""
+        return {wave: sum(window.waves.failures.get(wave, 0) for window in self.windows) for wave in DELINEATED}
+
+
+def mean_over_windows(of_windows: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over the windows in which the value is known, in float64; NaN where it is known in none."""
+    values = np.stack(of_windows).astype(np.float64)
+    known = ~np.isnan(values)
+    total, count = np.where(known, values, 0.0).sum(axis=0), known.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 class Explainer:

@@ -10,6 +10,8 @@ from lsemvae.explain.beats import find_beats
 WAVES = ("P", "QRS", "ST", "T", "rest")
 """The parts of time that attributions are summed over. ST is from the end of QRS to the onset of T. Each sample belongs
 to exactly one of them."""
+DELINEATED = ("P", "QRS", "T")
+"""Those whose onset, peak and offset are found. The others are what lies between them."""
 
 
 @dataclass(frozen=True)

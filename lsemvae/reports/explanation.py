@@ -12,9 +12,10 @@ import pandas as pd
 from lsemvae.explain.attribution import LEAST
 from lsemvae.explain.checks import Checks
 from lsemvae.explain.explainer import NOT_CONVERGED, Explanation
+from lsemvae.explain.waves import DELINEATED
 from lsemvae.reports.explanation_checks import checks_section, verdict_list, verdicts
 from lsemvae.reports.explanation_cohort import cohort_section, igar_section, spread
-from lsemvae.reports.explanation_records import DRAWN, record_pictures, record_section
+from lsemvae.reports.explanation_records import record_pictures, record_section
 from lsemvae.reports.page import page, share, table
 from lsemvae.tracking import shown as without_password
 
@@ -148,7 +149,7 @@ def _counts(records: pd.DataFrame) -> str:
 
 
 def _delineation(explained: pd.DataFrame) -> str:
-    known = [wave for wave in DRAWN if f"failures.{wave}" in explained]
+    known = [wave for wave in DELINEATED if f"failures.{wave}" in explained]
     if "beats" not in explained or not known:
         return ""
     beats = int(explained.beats.fillna(0).sum())

@@ -1,20 +1,18 @@
 """One explained recording: its pictures, and its part of the page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from lsemvae.explain.explainer import Explanation, Window
-from lsemvae.explain.waves import WAVES, Delineation
+from lsemvae.explain.explainer import Explanation
+from lsemvae.explain.waves import DELINEATED, WAVES, Delineation
 from lsemvae.plots.attribution import Picture, Span, attribution_paper
 from lsemvae.plots.median_beat import median_beat
 from lsemvae.plots.shares import Cells, Panel, Values, bars, heat_maps
 from lsemvae.reports.page import picture, table
 
-DRAWN = ("P", "QRS", "T")
-"""Waves that pictures mark: the others are what lies between them."""
 _CAPTIONS = {
     "paper": "ECG paper. Below each trace the attribution: above its line what raises the score, below what lowers it.",
     "beat": "Median beat about R, in black, and single beats in grey. Dashed: median onset and offset of the waves. "
@@ -48,7 +46,7 @@ def record_pictures(explanation: Explanation) -> dict[str, Picture]:
         beat = median_beat(*signal, peaks_N[np.isfinite(peaks_N)], spans=usual_spans(drawn.waves), **common)
         found |= {"beat": beat} if beat else {}
     found["leads"] = _lead_bars(explanation)
-    if any(window.waves.beats for window in windows):
+    if explanation.beats:
         signed_LW, absolute_LW = explanation.shares
         shares = [Panel("signed share", {"": Values(signed_LW.sum(axis=0))})]
         shares += [Panel("absolute share", {"": Values(absolute_LW.sum(axis=0))}, signed=False)]
@@ -60,7 +58,7 @@ def record_pictures(explanation: Explanation) -> dict[str, Picture]:
 def spans(waves: Delineation) -> list[Span]:
     """Each wave of which onset and offset were found."""
     found = []
-    for wave in DRAWN:
+    for wave in DELINEATED:
         for onset, _, offset in waves.edges.get(wave, np.empty((0, 3))):
             if np.isfinite(onset) and offset > onset:
                 found.append(Span(wave, onset / waves.rate_hz, offset / waves.rate_hz))
@@ -70,7 +68,7 @@ def spans(waves: Delineation) -> list[Span]:
 def usual_spans(waves: Delineation) -> list[Span]:
     """The median onset and offset of each wave, in seconds after R."""
     found = []
-    for wave in DRAWN:
+    for wave in DELINEATED:
         after_N2 = waves.edges.get(wave, np.empty((0, 3)))[:, ::2] - waves.edges["QRS"][:, 1:2]
         known_N2 = after_N2[np.isfinite(after_N2).all(axis=1)]
         if len(known_N2):
@@ -81,38 +79,28 @@ def usual_spans(waves: Delineation) -> list[Span]:
 
 def _lead_bars(explanation: Explanation) -> Picture:
     assert explanation.shares is not None
-    there_L = np.any([window.lead_mask_L for window in explanation.windows], axis=0)
+    there_L = explanation.there_L
     signed_L, absolute_L = (np.where(there_L, np.nansum(of_LW, axis=1), np.nan) for of_LW in explanation.shares)
     panels = [
         Panel("signed share", {"": Values(signed_L)}),
         Panel("absolute share", {"": Values(absolute_L)}, signed=False),
-        Panel("occlusion", {"": Values(_mean(explanation.windows, lambda window: window.lead_drop_L))}, percent=False),
+        Panel("occlusion", {"": Values(explanation.lead_drop_L)}, percent=False),
     ]
-    more: tuple[tuple[str, Callable[[Window], np.ndarray | None]], ...] = (
-        ("gate weight", lambda window: window.gate_L),
-        ("share of the precision", lambda window: window.precision_L),
-    )
-    for title, of in more:
-        if all(of(window) is not None for window in explanation.windows):
-            panels.append(Panel(title, {"": Values(_mean(explanation.windows, of))}, signed=False))
+    for title, weight_L in (
+        ("gate weight", explanation.gate_L), ("share of the precision", explanation.precision_L),
+    ):  # fmt: skip
+        if weight_L is not None:
+            panels.append(Panel(title, {"": Values(weight_L)}, signed=False))
     return bars(explanation.leads, panels)
 
 
 def _cells(explanation: Explanation) -> Picture:
     assert explanation.shares is not None
     panels = [Cells("attribution, %", explanation.shares.signed_LW)]
-    drop_LW = _mean(explanation.windows, lambda window: window.wave_drop_LW)
+    drop_LW = explanation.wave_drop_LW
     if np.isfinite(drop_LW).any():
         panels.append(Cells("occlusion, fall of the logit", drop_LW, percent=False, sums=False))
     return heat_maps(explanation.leads, WAVES, panels)
-
-
-def _mean(windows: Sequence[Window], of: Callable[[Window], np.ndarray | None]) -> np.ndarray:
-    """The mean over the windows in which there is a number; NaN where there is none."""
-    values = np.stack([np.asarray(of(window), dtype=float) for window in windows])
-    there = np.isfinite(values)
-    total, count = np.where(there, values, 0.0).sum(axis=0), there.sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 # --- its part of the page -------------------------------------------------------------------------------------
@@ -152,10 +140,8 @@ def _facts(explanation: Explanation, row: Mapping[str, Any]) -> dict[str, str]:
     facts["logit of the baseline"] = _each([one.baseline_logit for one in windows])
     worst = max(windows, key=lambda window: abs(window.delta))
     facts["largest convergence delta"] = f"{worst.delta:+.4f} with {worst.steps} steps"
-    beats = sum(window.waves.beats for window in windows)
-    lacking = {wave: sum(window.waves.failures.get(wave, 0) for window in windows) for wave in DRAWN}
-    without = ", ".join(f"{wave} of {count}" for wave, count in lacking.items() if count)
-    facts["beats"] = f"{beats}" + (f"; not found: {without}" if without else "")
+    without = ", ".join(f"{wave} of {count}" for wave, count in explanation.failures.items() if count)
+    facts["beats"] = f"{explanation.beats}" + (f"; not found: {without}" if without else "")
     return facts
 
 
@@ -164,8 +150,7 @@ def _each(values: Sequence[float]) -> str:
 
 
 def _missing(explanation: Explanation) -> list[str]:
-    there_L = np.any([window.lead_mask_L for window in explanation.windows], axis=0)
-    missing = [lead for lead, there in zip(explanation.leads, there_L, strict=True) if not there]
+    missing = [lead for lead, there in zip(explanation.leads, explanation.there_L, strict=True) if not there]
     return [f"Missing or unusable: {', '.join(missing)}. An absent lead has no attribution."] if missing else []
 
 

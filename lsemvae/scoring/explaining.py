@@ -16,12 +16,12 @@ from lsemvae.data.shards import LABEL_PREFIX
 from lsemvae.errors import LsemvaeError
 from lsemvae.explain.attribution import Settings, attribute
 from lsemvae.explain.checks import Checks, Effort, run_checks
-from lsemvae.explain.explainer import Explainer, Explanation
+from lsemvae.explain.explainer import Explainer, Explanation, mean_over_windows
 from lsemvae.explain.igar import PEAKS, igar, peaks
 from lsemvae.explain.igar import SETTINGS as IGAR_SETTINGS
 from lsemvae.explain.reference import Reference
 from lsemvae.explain.truth import truth_check
-from lsemvae.explain.waves import WAVES
+from lsemvae.explain.waves import DELINEATED, WAVES
 from lsemvae.preprocess import preprocess_signals
 from lsemvae.scoring.chosen import read_all
 from lsemvae.scoring.inputs import CohortInput, Read
@@ -30,7 +30,6 @@ from lsemvae.tracking import fetch
 
 Progress = Callable[[int, int], object]
 """It is told how many steps are done, and of how many."""
-DELINEATED = ("P", "QRS", "T")
 PART_RECORDS = 32
 
 
@@ -191,7 +190,7 @@ class ExplanationRows:
             found = peaks(window.x_LT, window.waves)
             ratios.append(igar(values_LT, window.lead_mask_L, found, explanation.rate_hz))
         names = [*explanation.leads, *(f"{lead}.{peak}" for lead in explanation.leads for peak in PEAKS)]
-        ratio_N = _mean([np.concatenate([ratio.lead_L, ratio.wave_LP.ravel()]) for ratio in ratios])
+        ratio_N = mean_over_windows([np.concatenate([ratio.lead_L, ratio.wave_LP.ravel()]) for ratio in ratios])
         return {f"igar.{name}": value for name, value in zip(names, _known(ratio_N), strict=True)}
 
     def _about(self, read: Read) -> dict[str, Any]:
@@ -262,39 +261,31 @@ def values_of(explanation: Explanation) -> dict[str, Any]:
         "baseline_logit": float(np.mean([window.baseline_logit for window in windows])),
         "delta": max((window.delta for window in windows), key=abs),
         "steps": max(window.steps for window in windows),
-        "beats": sum(window.waves.beats for window in windows),
+        "beats": explanation.beats,
         "no_waves": "; ".join(reasons) or None,
         "notes": " ".join(explanation.notes) or None,
     }
-    row |= {f"failures.{wave}": sum(window.waves.failures.get(wave, 0) for window in windows) for wave in DELINEATED}
+    row |= {f"failures.{wave}": count for wave, count in explanation.failures.items()}
     return row | _by_lead_and_wave(explanation)
 
 
 def _by_lead_and_wave(explanation: Explanation) -> dict[str, float | None]:
-    windows, leads, shares = explanation.windows, explanation.leads, explanation.shares
+    leads, shares = explanation.leads, explanation.shares
     assert shares is not None  # there are windows
     row = _cells("signed", leads, shares.signed_LW) | _cells("absolute", leads, shares.absolute_LW)
-    row |= _cells("wave_drop", leads, _mean([window.wave_drop_LW for window in windows]))
-    of_leads = {"lead_drop": [window.lead_drop_L for window in windows]}
-    of_leads["gate"] = [window.gate_L for window in windows if window.gate_L is not None]
-    of_leads["precision"] = [window.precision_L for window in windows if window.precision_L is not None]
-    for kind, values in of_leads.items():
-        if values:
-            row |= {f"{kind}.{lead}": value for lead, value in zip(leads, _known(_mean(values)), strict=True)}
+    row |= _cells("wave_drop", leads, explanation.wave_drop_LW)
+    of_leads = {
+        "lead_drop": explanation.lead_drop_L, "gate": explanation.gate_L, "precision": explanation.precision_L,
+    }  # fmt: skip
+    for kind, values_L in of_leads.items():
+        if values_L is not None:
+            row |= {f"{kind}.{lead}": value for lead, value in zip(leads, _known(values_L), strict=True)}
     return row
 
 
 def _cells(kind: str, leads: Sequence[str], values_LW: np.ndarray) -> dict[str, float | None]:
     names = [f"{kind}.{lead}.{wave}" for lead in leads for wave in WAVES]
     return dict(zip(names, _known(values_LW.ravel()), strict=True))
-
-
-def _mean(of_windows: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over windows in which the value is known; NaN where it is known in none."""
-    values = np.stack(of_windows).astype(np.float64)
-    known = ~np.isnan(values)
-    total, count = np.where(known, values, 0.0).sum(axis=0), known.sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _known(values_N: np.ndarray) -> list[float | None]:
