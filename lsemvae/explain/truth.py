@@ -27,7 +27,7 @@ from torch import Tensor
 from lsemvae.cohorts.simulated import CohortConfig, draw_another_day, draw_heart, severity_of
 from lsemvae.errors import LsemvaeError
 from lsemvae.explain import intervals
-from lsemvae.explain.attribution import Settings, attribute
+from lsemvae.explain.attribution import Settings, attribute, logits
 from lsemvae.explain.randomised import rank_correlation
 from lsemvae.explain.waves import WAVES
 from lsemvae.leads import LEADS
@@ -216,16 +216,16 @@ def look(
     progress: Callable[[int, int], object] | None = None,
 ) -> Found:
     """What `truth_check` correlates, of these hearts and the truth of others like them."""
-    attributions, effects, logits = [], [], []
+    attributions, effects, healthy = [], [], []
     count = len(hearts.wave_BT)
     for start in range(0, count, _PASS):
         part = hearts.of(slice(start, start + _PASS))
         attributions.append(_attribution(model, part, settings))
         effects.append(_effect(model, part))
-        logits.append(_logit(model, part, part.healthy_BLT))
+        healthy.append(_logit(model, part, part.healthy_BLT))
         if progress:
             progress(min(start + _PASS, count), count)
-    return Found(np.concatenate(attributions), np.concatenate(effects), truth_LW, np.concatenate(logits))
+    return Found(np.concatenate(attributions), np.concatenate(effects), truth_LW, np.concatenate(healthy))
 
 
 def _attribution(model: Any, hearts: Hearts, settings: Settings) -> np.ndarray:
@@ -252,9 +252,8 @@ def _effect(model: Any, hearts: Hearts) -> np.ndarray:
     return effect_BLW
 
 
-@torch.inference_mode()
 def _logit(model: Any, hearts: Hearts, x_BLT: np.ndarray) -> np.ndarray:
-    return model.logit(*_tensors(model, x_BLT, hearts.lead_mask_BL)).double().cpu().numpy()
+    return logits(model, *_tensors(model, x_BLT, hearts.lead_mask_BL))
 
 
 def _tensors(model: Any, x_BLT: np.ndarray, lead_mask_BL: np.ndarray) -> tuple[Tensor, Tensor]:

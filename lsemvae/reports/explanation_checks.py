@@ -8,6 +8,7 @@ import pandas as pd
 
 from lsemvae.explain.checks import Checks
 from lsemvae.explain.truth import ATTRIBUTION_EFFECT, EFFECT_TRUTH
+from lsemvae.plots.attribution import Picture
 from lsemvae.plots.shares import Values, randomisation, removal_curves
 from lsemvae.reports.explanation_records import figure
 from lsemvae.reports.page import table
@@ -140,8 +141,7 @@ def checks_section(checks: Checks | None) -> str:
             "baseline there is while parts of the recording are taken away, or put back, the most important first. "
             "True attributions are below random order in deletion, and above it in insertion."
         )
-        drawn = removal_curves(_curves(checks.curves), "share of the difference")
-        parts += [figure(drawn, words), _areas(checks.areas)]
+        parts += [figure(curves_picture(checks.curves), words), _areas(checks.areas)]
     if checks.truth is not None and len(checks.truth):
         rows = [
             [str(row.what), _spread(row.correlation, row.low, row.high), f"{row.records:,}"]
@@ -163,12 +163,13 @@ def _values(of: pd.DataFrame, columns: Sequence[str]) -> Values:
     return Values(*(of[name].to_numpy(dtype=float) for name in columns))
 
 
-def _curves(of: pd.DataFrame) -> dict[str, dict[str, tuple[np.ndarray, Values]]]:
+def curves_picture(of: pd.DataFrame) -> Picture:
+    """The curves of `lsemvae.explain.checks.Checks`."""
     found: dict[str, dict[str, tuple[np.ndarray, Values]]] = {}
     for (kind, order), rows in of.groupby(["kind", "order"], sort=False):
         values = _values(rows, ("logit", "low", "high"))
         found.setdefault(str(kind), {})[str(order)] = (rows.share.to_numpy(dtype=float), values)
-    return found
+    return removal_curves(found, "share of the difference")
 
 
 def _areas(of: pd.DataFrame) -> str:

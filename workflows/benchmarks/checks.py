@@ -33,6 +33,7 @@ def bench_checks(args: argparse.Namespace) -> list[Row]:
     from lsemvae.evaluation.folds import make_folds
     from lsemvae.explain.attribution import Settings
     from lsemvae.explain.checks import Effort, run_checks
+    from lsemvae.reports.explanation_checks import curves_picture
 
     encoder, config = trained.encoder_of(args)
     data, subject_B = labelled(args.data, args.task, config)
@@ -49,7 +50,8 @@ def bench_checks(args: argparse.Namespace) -> list[Row]:
     for table in (found.randomisation, found.areas):
         print(table.round(3).to_string(index=False))
     if args.plot:
-        _draw(found.curves, args.plot)
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        args.plot.write_bytes(curves_picture(found.curves).png())
     rows = []
     for kind in ("deletion", "insertion"):
         random = _moved(found.areas, kind, "random")
@@ -87,19 +89,3 @@ def _half_positive(rows: np.ndarray, y_B: np.ndarray, count: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     halves = [rng.permutation(rows[y_B[rows] == label]) for label in (0, 1)]
     return np.concatenate([half[: count // 2] for half in halves])
-
-
-def _draw(curves: pd.DataFrame, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, (kind, of_kind) in zip(figure.subplots(1, 2, sharey=True), curves.groupby("kind"), strict=True):
-        styles = zip(of_kind.groupby("order"), ("-", "--", ":"), strict=True)
-        for (order, of), style in styles:
-            axis.plot(of.share, of.logit, style, label=order)
-            axis.fill_between(of.share, of.low, of.high, alpha=0.15)
-        axis.set(title=kind, xlabel="share of the cells")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)

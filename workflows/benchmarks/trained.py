@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lsemvae.leads import LEADS
 from lsemvae.preprocess import PreprocessConfig
@@ -55,7 +54,8 @@ def classifier(args: argparse.Namespace, encoder: Any, data: Inputs) -> Any:
         return train_all(start, data, recipe, device=args.device).to(args.device)
     embedder = encoder.embedder(LEADS, args.features).eval()
     with torch.inference_mode():
-        pairs = [(embedder.embed(x, mask), embedder.observed(mask)) for x, mask in batches(data, "cpu")]
+        batches = zip(*(torch.from_numpy(values).split(64) for values in (data.x_BLT, data.lead_mask_BL)), strict=True)
+        pairs = [(embedder.embed(x, mask), embedder.observed(mask)) for x, mask in batches]
     h_BF, observed_BF = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
     recipe = replace(FINETUNE["linear"], strengths=(1e-3, 1e-2), inner_folds=3)
     head = train_linear(h_BF, observed_BF, data.y_B, np.arange(len(data.y_B)).astype(str), recipe)
@@ -66,12 +66,7 @@ def auroc(model: Any, data: Inputs, device: str) -> float:
     """AUROC on these recordings."""
     from sklearn.metrics import roc_auc_score
 
-    with torch.inference_mode():
-        logit_B = torch.cat([model.logit(x, mask).float().cpu() for x, mask in batches(data, device)])
-    return float(roc_auc_score(data.y_B, logit_B.numpy()))
+    from lsemvae.explain.attribution import logits
 
-
-def batches(data: Inputs, device: str) -> list[tuple[Tensor, Tensor]]:
-    """x_BLT and lead_mask_BL in parts."""
     x_BLT, mask_BL = (torch.from_numpy(values).to(device) for values in (data.x_BLT, data.lead_mask_BL))
-    return list(zip(x_BLT.split(64), mask_BL.split(64), strict=True))
+    return float(roc_auc_score(data.y_B, logits(model, x_BLT, mask_BL)))
