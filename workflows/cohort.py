@@ -16,13 +16,13 @@ from lsemvae.bundle import describe
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.scoring.inputs import Recordings, Shards, open_recordings, open_shards
 from lsemvae.scoring.output import claim, finished
-from lsemvae.scoring.parts import Job, PartMaker
+from lsemvae.scoring.parts import MODEL_FIELDS, Job, PartMaker
 from lsemvae.scoring.progress import Progress
 from lsemvae.storage import Storage
 from lsemvae.tracking import fetch
 
 TOO_MANY_UNREADABLE = 3  # exit status
-MODEL_COLUMNS = ("model", "version", "digest", "preprocess_digest")
+MODEL_COLUMNS = tuple(field.name for field in MODEL_FIELDS)
 
 
 @dataclass(frozen=True)

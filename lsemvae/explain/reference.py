@@ -13,7 +13,7 @@ import numpy as np
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.explain.waves import Delineation, delineate
-from lsemvae.preprocess import PreprocessConfig, preprocess
+from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 from lsemvae.record import Record
 
 BEFORE_S, AFTER_S = 0.25, 0.45
@@ -38,7 +38,14 @@ class Reference:
     @classmethod
     def of(cls, records: Sequence[Record], leads: Sequence[str], config: PreprocessConfig) -> Self:
         """From recordings; those that preprocessing refuses are left out. Raises LsemvaeError where none is left."""
-        prepared = preprocess(records, leads, config)
+        return cls.of_signals([r.signal_for(leads) for r in records], [r.rate_hz for r in records], leads, config)
+
+    @classmethod
+    def of_signals(
+        cls, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float], leads: Sequence[str], config: PreprocessConfig
+    ) -> Self:
+        """The same from arrays [L, T] in mV of these leads, NaN where a sample is missing."""
+        prepared = preprocess_signals(signals_mv, rates_hz, leads, config)
         accepted_B = prepared.accepted_B
         x_RLT, lead_mask_RL = prepared.x_BLT[accepted_B], prepared.lead_mask_BL[accepted_B]
         return cls(x_RLT, lead_mask_RL, tuple(leads), config.rate_hz)

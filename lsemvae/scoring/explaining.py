@@ -22,10 +22,9 @@ from lsemvae.explain.igar import SETTINGS as IGAR_SETTINGS
 from lsemvae.explain.reference import Reference
 from lsemvae.explain.truth import truth_check
 from lsemvae.explain.waves import DELINEATED, WAVES
-from lsemvae.preprocess import preprocess_signals
 from lsemvae.scoring.chosen import read_all
-from lsemvae.scoring.inputs import CohortInput, Read
-from lsemvae.scoring.parts import Job, Product
+from lsemvae.scoring.inputs import CohortInput, Read, signals_of
+from lsemvae.scoring.parts import MODEL_FIELDS, Job, Product
 from lsemvae.tracking import fetch
 
 Progress = Callable[[int, int], object]
@@ -98,10 +97,7 @@ def schema(leads: Sequence[str], asked: Asked) -> pa.Schema:
             ("decision", pa.bool_()),
             ("refused", pa.string()),
             ("reason", pa.string()),
-            ("model", pa.string()),
-            ("version", pa.int64()),
-            ("digest", pa.string()),
-            ("preprocess_digest", pa.string()),
+            *MODEL_FIELDS,
             ("baseline", pa.string()),
             ("bound", pa.float64()),
             ("windows", pa.int64()),
@@ -129,7 +125,7 @@ class ExplanationRows:
                 folder,
                 asked.settings,
                 device,
-                reference=reference_of(reads, bundle) if reads else None,
+                reference=Reference.of_signals(*signals_of(reads), bundle.leads, bundle.preprocess) if reads else None,
                 encoder=fetch(asked.encoder, Path(place)).folder if asked.encoder else None,
             )
         self._asked, self._device = asked, device
@@ -227,20 +223,9 @@ def explain_again(
         return " ".join(str(error).split())
 
 
-def reference_of(reads: Sequence[Read], bundle: Bundle) -> Reference:
-    """The model's input of those that preprocessing accepts. Raises LsemvaeError where there are none."""
-    readable = [(read.signal_mv_LT, read.rate_hz) for read in reads if read.signal_mv_LT is not None]
-    signals, rates_hz = [mv_LT for mv_LT, _ in readable], [hz for _, hz in readable]
-    prepared = preprocess_signals(signals, rates_hz, bundle.leads, bundle.preprocess)
-    accepted_B = prepared.accepted_B
-    x_RLT, mask_RL = prepared.x_BLT[accepted_B], prepared.lead_mask_BL[accepted_B]
-    return Reference(x_RLT, mask_RL, bundle.leads, bundle.preprocess.rate_hz)
-
-
 def explained(explainer: Explainer, reads: Sequence[Read]) -> list[Explanation]:
     """The explanations of those that are readable."""
-    readable = [(read.signal_mv_LT, read.rate_hz) for read in reads if read.signal_mv_LT is not None]
-    return explainer.explain_signals([mv_LT for mv_LT, _ in readable], [hz for _, hz in readable])
+    return explainer.explain_signals(*signals_of(reads))
 
 
 def values_of(explanation: Explanation) -> dict[str, Any]:

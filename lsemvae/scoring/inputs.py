@@ -55,6 +55,12 @@ class Read:
     """Those asked for that are known."""
 
 
+def signals_of(reads: Sequence[Read]) -> tuple[list[np.ndarray], list[float]]:
+    """The signals and rates of those that are readable, in order."""
+    readable = [(read.signal_mv_LT, read.rate_hz) for read in reads if read.signal_mv_LT is not None]
+    return [signal_mv_LT for signal_mv_LT, _ in readable], [rate_hz for _, rate_hz in readable]
+
+
 class CohortInput(Protocol):
     """A cohort in parts. It is sent to other processes. `digest` identifies the recordings and their division."""
 

@@ -20,6 +20,14 @@ from lsemvae.scoring.inputs import CohortInput, Read
 from lsemvae.storage import Storage
 from lsemvae.tracking import fetch
 
+MODEL_FIELDS = [
+    pa.field("model", pa.string()),
+    pa.field("version", pa.int64()),
+    pa.field("digest", pa.string()),
+    pa.field("preprocess_digest", pa.string()),
+]
+"""The columns that name the model, in every row."""
+
 
 class Rows(Protocol):
     """Makes the rows of recordings with the model of one bundle."""
@@ -52,7 +60,7 @@ class Job:
     plan: str
     uri: str
     model: dict[str, Any]
-    """The columns that name the model: model, version, digest, preprocess_digest."""
+    """The values of `MODEL_FIELDS`."""
     source: CohortInput
     output: Storage
     use_gpu: bool

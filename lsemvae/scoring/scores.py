@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from lsemvae.bundle import Bundle, Score, Scorer
-from lsemvae.scoring.inputs import Read
-from lsemvae.scoring.parts import Product
+from lsemvae.scoring.inputs import Read, signals_of
+from lsemvae.scoring.parts import MODEL_FIELDS, Product
 from lsemvae.scoring.reliability import reliability
 
 SCHEMA = pa.schema(
@@ -26,10 +26,7 @@ SCHEMA = pa.schema(
         ("reliability_reasons", pa.string()),
         ("refused", pa.string()),
         ("reason", pa.string()),
-        ("model", pa.string()),
-        ("version", pa.int64()),
-        ("digest", pa.string()),
-        ("preprocess_digest", pa.string()),
+        *MODEL_FIELDS,
     ]
 )
 
@@ -45,8 +42,7 @@ class ScoreRows:
         return self._scorer.bundle
 
     def __call__(self, reads: Sequence[Read]) -> list[dict[str, Any]]:
-        readable = [(read.signal_mv_LT, read.rate_hz) for read in reads if read.signal_mv_LT is not None]
-        answers = iter(self._scorer.score_signals([mv_LT for mv_LT, _ in readable], [hz for _, hz in readable]))
+        answers = iter(self._scorer.score_signals(*signals_of(reads)))
         return [
             {"flags": ",".join(read.flags)}
             | (

@@ -30,6 +30,7 @@ from lsemvae.data.shards import MANIFEST, SCHEMA, unpack
 from lsemvae.explain.attribution import Settings
 from lsemvae.explain.checks import Effort
 from lsemvae.explain.explainer import Explainer
+from lsemvae.explain.reference import Reference
 from lsemvae.explain.waves import WAVES
 from lsemvae.leads import LIMB_LEADS
 from lsemvae.models import build
@@ -37,7 +38,7 @@ from lsemvae.models.classifier import ClassifierConfig
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.reports.explained import checked, commit, drawn, file_name
 from lsemvae.scoring import chosen, explaining
-from lsemvae.scoring.inputs import open_recordings, open_shards
+from lsemvae.scoring.inputs import open_recordings, open_shards, signals_of
 from lsemvae.scoring.output import SUMMARY
 from lsemvae.scoring.parts import Job, PartMaker, part_path
 from lsemvae.scoring.progress import PROGRESS
@@ -186,7 +187,7 @@ def test_the_reference_is_a_sample_of_recordings_without_the_label(model: Path, 
     job = job_for(model, chosen.choose(whole, [1], (), 32), tmp_path / "out", asked)
     ((row,), _) = made(job)
     (read,) = chosen.read_all(job.source, LIMB_LEADS)
-    known = explaining.reference_of(reads, bundles.describe(model))
+    known = Reference.of_signals(*signals_of(reads), LIMB_LEADS, bundles.describe(model).preprocess)
     explainer = Explainer(model, asked.settings, reference=known)
     (direct,) = explainer.explain_signals([read.signal_mv_LT], [read.rate_hz])
     assert row["baseline"] == "expected"
