@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from lsemvae.explain.checks import Checks
 from lsemvae.explain.cohort import igar_summary, summary
 from lsemvae.explain.explainer import Explanation
-from lsemvae.reports.explanation import explanation_report, record_pictures
+from lsemvae.reports.explanation import Image, Shown, explanation_report, record_pictures
 from lsemvae.scoring import chosen
 from lsemvae.scoring.explaining import PART_RECORDS, Again
 from lsemvae.scoring.inputs import CohortInput, Recordings, Shards
@@ -43,15 +43,19 @@ def commit(
         means = summary(rows, about["leads"])
         to_draw, to_check = drawn(rows, told["records"], told["pictures"]), checked(rows, told["checks"])
         made = again(some_of(cohort, to_draw), some_of(cohort, to_check))
-        shown = [(record_id, made.shown[record_id]) for record_id in to_draw if record_id in made.shown]
         names.append(write(job.output, SUMMARY_TABLE, csv(means)))
         names += [write(job.output, f"checks-{name}.csv", csv(table)) for name, table in tables_of(made.checks).items()]
-        names += [name for record_id, explanation in shown for name in draw(job.output, record_id, explanation)]
+        drawings = [
+            draw(job.output, record_id, made.shown[record_id]) for record_id in to_draw if record_id in made.shown
+        ]
+        names += [name for _, files in drawings for name in files]
         igar = igar_summary(rows, about["leads"]) if told["igar"] else None
         names += [write(job.output, "igar.csv", csv(igar))] if igar is not None else []
-        report = explanation_report(facts_of(about), records, means, made.checks, shown, igar)
+        report = explanation_report(
+            facts_of(about), records, means, made.checks, [shown for shown, _ in drawings], igar
+        )
         names.append(write(job.output, REPORT, report.encode()))
-        facts |= {"drawn": len(shown), "checked": made.checks.records if made.checks else 0}
+        facts |= {"drawn": len(drawings), "checked": made.checks.records if made.checks else 0}
         facts["matters"] = what_matters(means)
     return write_summary(job.output, about | counts | facts, names)
 
@@ -90,14 +94,15 @@ def csv(table: pd.DataFrame) -> bytes:
     return table.to_csv(index=False).encode()
 
 
-def draw(output: Storage, record_id: str, explanation: Explanation) -> list[str]:
-    """Writes the pictures of one recording -> their names."""
-    names = []
+def draw(output: Storage, record_id: str, explanation: Explanation) -> tuple[Shown, list[str]]:
+    """Writes the pictures of one recording -> what the page shows of it, and the names of the files."""
+    images, names = {}, []
     for kind, picture in record_pictures(explanation).items():
         name = f"pictures/{file_name(record_id)}-{kind}"
-        names.append(write(output, f"{name}.png", picture.png()))
+        images[kind] = Image.of(picture)
+        names.append(write(output, f"{name}.png", images[kind].png))
         names.append(write(output, f"{name}.svg", picture.svg().encode()))
-    return names
+    return Shown(record_id, explanation, images), names
 
 
 def file_name(record_id: str) -> str:

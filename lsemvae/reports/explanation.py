@@ -11,15 +11,15 @@ import pandas as pd
 
 from lsemvae.explain.attribution import LEAST
 from lsemvae.explain.checks import Checks
-from lsemvae.explain.explainer import NOT_CONVERGED, Explanation
+from lsemvae.explain.explainer import NOT_CONVERGED
 from lsemvae.explain.waves import DELINEATED
 from lsemvae.reports.explanation_checks import checks_section, verdict_list, verdicts
 from lsemvae.reports.explanation_cohort import cohort_section, igar_section, spread
-from lsemvae.reports.explanation_records import record_pictures, record_section
+from lsemvae.reports.explanation_records import Image, Shown, record_pictures, record_section
 from lsemvae.reports.page import page, share, table
 from lsemvae.tracking import shown as without_password
 
-__all__ = ["explanation_report", "record_pictures"]
+__all__ = ["Image", "Shown", "explanation_report", "record_pictures"]
 
 READING = (
     "An attribution says how much a sample of a lead raises the score (above the line) or lowers it (below), compared "
@@ -51,7 +51,7 @@ def explanation_report(
     records: pd.DataFrame,
     summary: pd.DataFrame,
     checks: Checks | None,
-    shown: Sequence[tuple[str, Explanation]],
+    shown: Sequence[Shown],
     igar: pd.DataFrame | None = None,
 ) -> str:
     """A run of explanations -> HTML.
@@ -61,7 +61,7 @@ def explanation_report(
     records  a row for each recording that was asked for: record_id, refused (the code) and reason; and where it was
              explained score, decision, logit, baseline_logit, delta, steps, beats, failures.P, .QRS and .T, notes
     summary  see `lsemvae.explain.cohort`
-    shown    record ids with their explanations, which are drawn
+    shown    the recordings that are drawn
     igar     the published ratio, means over recordings: kind (lead, wave), name, ratio, low, high
     """
     task = str(about.get("task", "score"))
@@ -86,7 +86,7 @@ def explanation_report(
         "<h2>Convergence</h2>",
         _convergence(explained, about),
         "<h2>Some recordings</h2>",
-        *([record_section(name, one, rows.get(name, {})) for name, one in shown] or ["<p>None is drawn.</p>"]),
+        *([record_section(one, rows.get(one.record_id, {})) for one in shown] or ["<p>None is drawn.</p>"]),
         "<h2>What this does not show</h2>",
         _list(LIMITS),
         "<h2>What was asked</h2>",

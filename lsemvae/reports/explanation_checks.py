@@ -10,7 +10,7 @@ from lsemvae.explain.checks import Checks
 from lsemvae.explain.truth import ATTRIBUTION_EFFECT, EFFECT_TRUTH
 from lsemvae.plots.attribution import Picture
 from lsemvae.plots.shares import Values, randomisation, removal_curves
-from lsemvae.reports.explanation_records import figure
+from lsemvae.reports.explanation_records import Image, figure
 from lsemvae.reports.page import table
 
 ALIKE = 0.5
@@ -134,14 +134,14 @@ def checks_section(checks: Checks | None) -> str:
         series = {"signed": _values(of, ("correlation", "low", "high"))}
         if "absolute" in of:
             series["absolute"] = _values(of, ("absolute", "absolute_low", "absolute_high"))
-        parts.append(figure(randomisation(list(of.layers), series), words))
+        parts.append(figure(Image.of(randomisation(list(of.layers), series)), words))
     if len(checks.curves):
         words = (
             "Deletion and insertion: how much of the difference between the logits of the recording and of the "
             "baseline there is while parts of the recording are taken away, or put back, the most important first. "
             "True attributions are below random order in deletion, and above it in insertion."
         )
-        parts += [figure(curves_picture(checks.curves), words), _areas(checks.areas)]
+        parts += [figure(Image.of(curves_picture(checks.curves)), words), _areas(checks.areas)]
     if checks.truth is not None and len(checks.truth):
         rows = [
             [str(row.what), _spread(row.correlation, row.low, row.high), f"{row.records:,}"]

@@ -12,7 +12,7 @@ from lsemvae.explain.cohort import DIFFERENCE
 from lsemvae.explain.waves import WAVES
 from lsemvae.plots.attribution import Picture
 from lsemvae.plots.shares import Cells, Panel, Values, bars, heat_maps
-from lsemvae.reports.explanation_records import figure
+from lsemvae.reports.explanation_records import Image, figure
 from lsemvae.reports.page import table
 
 IGAR_WEAKNESSES = (
@@ -50,7 +50,7 @@ def cohort_section(summary: pd.DataFrame) -> list[str]:
     ]
     for what, caption in (("lead", "By lead, all waves together"), ("wave", "By wave, all leads together")):
         which = f"{caption}; {', '.join(drawn)}. Black lines: 95 % intervals."
-        parts.append(figure(_bars(summary, what, drawn), which))
+        parts.append(figure(Image.of(_bars(summary, what, drawn)), which))
     parts.append(_maps(summary, [group for group in ("all", DIFFERENCE) if group in groups]))
     parts += _tables(summary, ["all", *labels, *([DIFFERENCE] if DIFFERENCE in groups else [])])
     subgroups = [group for group in SUBGROUPS if group in groups]
@@ -93,7 +93,7 @@ def _maps(summary: pd.DataFrame, groups: Sequence[str]) -> str:
         value_LW, low_LW, high_LW = (_grid(summary, group, leads, f"signed{end}") for end in ("", "_low", "_high"))
         panels.append(Cells(f"{group}, %", value_LW, marked_RC=(low_LW > 0) | (high_LW < 0)))
     caption = f"Signed shares by lead and wave, {' and '.join(groups)}. *: the 95 % interval excludes 0."
-    return figure(heat_maps(leads, WAVES, panels), caption)
+    return figure(Image.of(heat_maps(leads, WAVES, panels)), caption)
 
 
 def _grid(summary: pd.DataFrame, group: str, leads: Sequence[str], column: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -106,8 +106,29 @@ def _cells(explanation: Explanation) -> Picture:
 # --- its part of the page -------------------------------------------------------------------------------------
 
 
-def record_section(record_id: str, explanation: Explanation, row: Mapping[str, Any]) -> str:
+class Image(NamedTuple):
+    """A picture for the page. It takes a second to draw: a run draws each once, for its file and for the page."""
+
+    png: bytes
+    words: str
+    wide_in: float
+
+    @classmethod
+    def of(cls, one: Picture) -> Self:
+        return cls(one.png(), one.words, float(one.figure.get_figwidth()))
+
+
+class Shown(NamedTuple):
+    """A recording on the page; `images` are those of `record_pictures`, by name."""
+
+    record_id: str
+    explanation: Explanation
+    images: Mapping[str, Image]
+
+
+def record_section(shown: Shown, row: Mapping[str, Any]) -> str:
     """`row` is the recording's in the table of records; `reliability` and its reasons are shown where it has them."""
+    record_id, explanation, images = shown
     parts = [f"<h3>Recording {escape(record_id)}</h3>"]
     if explanation.score.refused is not None:
         return parts[0] + f"<p>Refused, as for scoring: {escape(str(explanation.score.refused))}.</p>"
@@ -116,14 +137,12 @@ def record_section(record_id: str, explanation: Explanation, row: Mapping[str, A
     if isinstance(row.get("reliability_reasons"), str) and row["reliability_reasons"]:
         notes.append(row["reliability_reasons"])
     parts += ["<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"] if notes else []
-    drawn = record_pictures(explanation)
-    return "".join([*parts, *(figure(one, _CAPTIONS[name]) for name, one in drawn.items())])
+    return "".join([*parts, *(figure(one, _CAPTIONS[name]) for name, one in images.items())])
 
 
-def figure(one: Picture, caption: str) -> str:
+def figure(one: Image, caption: str) -> str:
     """A picture on the page, as wide as the page where it would otherwise be too small to read."""
-    wide_in = float(one.figure.get_figwidth())
-    return picture(one.png(), one.words, caption=caption, large=wide_in > 6, paper=wide_in > 8)
+    return picture(one.png, one.words, caption=caption, large=one.wide_in > 6, paper=one.wide_in > 8)
 
 
 def _facts(explanation: Explanation, row: Mapping[str, Any]) -> dict[str, str]:

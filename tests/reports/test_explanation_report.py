@@ -16,7 +16,7 @@ from lsemvae.explain.cohort import COLUMNS, DIFFERENCE
 from lsemvae.explain.explainer import NOT_CONVERGED, Explainer, Explanation
 from lsemvae.explain.truth import ATTRIBUTION_EFFECT, EFFECT_TRUTH
 from lsemvae.leads import LIMB_LEADS
-from lsemvae.reports.explanation import LIMITS, READING, explanation_report, record_pictures
+from lsemvae.reports.explanation import LIMITS, READING, Image, Shown, explanation_report, record_pictures
 from lsemvae.reports.explanation_checks import checks_section, verdicts
 
 ABOUT = {
@@ -28,11 +28,11 @@ ABOUT = {
     "bound": 0.01,
     "data": "s3://user:secret@bucket/<b>",
 }
-Shown = list[tuple[str, Explanation]]
+Explained = list[tuple[str, Explanation]]
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Explained:
     """Two explanations, one of a recording without V leads or II, and a refusal."""
     folder = tmp_path_factory.mktemp("bundle")
     bundles.save(folder / "ph")
@@ -44,14 +44,22 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     return list(zip(["r-1", "<r>2", "r-3"], explainer.explain_signals([first, second, flat], [500] * 3), strict=True))
 
 
+def drawn(of: Explained) -> list[Shown]:
+    """What the page shows of them."""
+    return [
+        Shown(record_id, one, {name: Image.of(picture) for name, picture in record_pictures(one).items()})
+        for record_id, one in of
+    ]
+
+
 @pytest.fixture(scope="module")
-def html(shown: Shown) -> str:
+def html(shown: Explained) -> str:
     table = explained.summary(LIMB_LEADS, ["all", "label 0", "label 1", "women", DIFFERENCE])
     igar = pd.DataFrame(
         [("lead", "aVR", 0.274, 0.2, 0.3), ("wave", "P", 0.1, np.nan, np.nan)],
         columns=["kind", "name", "ratio", "low", "high"],
     )
-    return explanation_report(ABOUT, explained.records(shown), table, explained.checks(), shown, igar)
+    return explanation_report(ABOUT, explained.records(shown), table, explained.checks(), drawn(shown), igar)
 
 
 def without_beats(explanation: Explanation) -> Explanation:
@@ -64,7 +72,7 @@ def without_beats(explanation: Explanation) -> Explanation:
 # --- the pictures of a recording ------------------------------------------------------------------------------
 
 
-def test_a_recording_has_all_pictures_and_they_name_its_leads(shown: Shown):
+def test_a_recording_has_all_pictures_and_they_name_its_leads(shown: Explained):
     pictures = record_pictures(shown[0][1])
     assert list(pictures) == ["paper", "beat", "leads", "waves", "cells"]
     for name in ("paper", "beat", "leads", "cells"):
@@ -76,7 +84,7 @@ def test_a_recording_has_all_pictures_and_they_name_its_leads(shown: Shown):
     assert "standard deviation" in unknown.words and "mV" not in unknown.words
 
 
-def test_bars_are_the_shares_of_the_explanation_and_its_occlusion(shown: Shown):
+def test_bars_are_the_shares_of_the_explanation_and_its_occlusion(shown: Explained):
     _, explanation = shown[0]
     signed, absolute, occlusion, *_ = record_pictures(explanation)["leads"].figure.axes
     assert explanation.shares is not None
@@ -91,22 +99,22 @@ def test_bars_are_the_shares_of_the_explanation_and_its_occlusion(shown: Shown):
     np.testing.assert_allclose([bar.get_width() for bar in occlusion.patches], drops, rtol=1e-6)
 
 
-def test_a_lead_that_is_missing_has_no_bar_and_is_said_to_be_missing(shown: Shown):
+def test_a_lead_that_is_missing_has_no_bar_and_is_said_to_be_missing(shown: Explained):
     pictures = record_pictures(shown[1][1])
     assert "Missing: II." in pictures["paper"].words and "II –" in pictures["leads"].words
 
 
-def test_without_a_beat_there_are_leads_only(shown: Shown):
+def test_without_a_beat_there_are_leads_only(shown: Explained):
     found = without_beats(shown[0][1])
     assert list(record_pictures(found)) == ["paper", "leads"]
     page = explanation_report(
-        ABOUT, explained.records([("r", found)]), explained.summary(LIMB_LEADS, ["all"]), None, [("r", found)]
+        ABOUT, explained.records([("r", found)]), explained.summary(LIMB_LEADS, ["all"]), None, drawn([("r", found)])
     )
     assert "<li>Explained by lead only: no beat was found.</li>" in page
     assert '<tr><th scope="row">without a beat, so explained by lead only</th><td class=n>1</td>' in page
 
 
-def test_of_several_windows_the_one_with_most_attribution_is_drawn(shown: Shown):
+def test_of_several_windows_the_one_with_most_attribution_is_drawn(shown: Explained):
     (window,) = shown[0][1].windows
     quiet = replace(window, values_LT=window.values_LT / 10)
     paper = record_pictures(replace(shown[0][1], windows=(quiet, window, quiet)))["paper"]
@@ -114,7 +122,7 @@ def test_of_several_windows_the_one_with_most_attribution_is_drawn(shown: Shown)
     assert "Window 2 of 3, the one with most attribution" in texts
 
 
-def test_a_refused_recording_has_no_picture(shown: Shown):
+def test_a_refused_recording_has_no_picture(shown: Explained):
     assert record_pictures(shown[2][1]) == {}
 
 
@@ -168,7 +176,7 @@ def test_the_page_says_what_was_explained_and_how_to_read_it(html: str):
     assert section.count("<b>Passes.</b>") == 3 and section.count("<b>Fails.</b>") == 1
 
 
-def test_recordings_that_miss_the_bound_are_counted(shown: Shown):
+def test_recordings_that_miss_the_bound_are_counted(shown: Explained):
     table = explained.records(shown)
     for notes, count in (([None, None, None], "none"), ([None, f"{NOT_CONVERGED} after 8 steps.", None], "1")):
         page = explanation_report(ABOUT, table.assign(notes=notes), explained.summary(LIMB_LEADS, ["all"]), None, [])
@@ -194,7 +202,7 @@ def test_the_published_ratio_is_beside_the_shares_with_its_weaknesses(html: str)
     assert "6.0 [5.9 to 6.1]" in section  # of aVR, the fourth lead
 
 
-def test_recordings_are_named_and_drawn_and_subjects_are_not(html: str, shown: Shown):
+def test_recordings_are_named_and_drawn_and_subjects_are_not(html: str, shown: Explained):
     text = Parsed(html).text
     assert "Recording r-1" in text and "Recording <r>2" in text and "<r>" not in html
     assert "patient-" not in html
@@ -211,7 +219,7 @@ def test_the_page_needs_nothing_else_and_shows_no_password(html: str):
     assert "secret" not in html and "<b>" not in Parsed(html).text.replace("bucket/<b>", "")
 
 
-def test_a_run_without_checks_summary_or_pictures_has_a_page(shown: Shown):
+def test_a_run_without_checks_summary_or_pictures_has_a_page(shown: Explained):
     refused = explained.records(shown)[2:].astype({"score": float})
     empty = pd.DataFrame(columns=[*COLUMNS, "records", "subjects"])
     page = explanation_report({"task": "ph"}, refused, empty, None, [])
