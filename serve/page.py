@@ -4,7 +4,7 @@ The page loads nothing from other sites, and `SECURITY_HEADERS` forbid it to.
 """
 
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,34 +35,17 @@ EXAMPLE_SEED = 7
 router = APIRouter(include_in_schema=False)
 
 
+def _file(name: str) -> FileResponse:
+    return FileResponse(FOLDER / name, media_type=MEDIA_TYPES[name.rsplit(".")[-1]], headers=SECURITY_HEADERS)
+
+
 @router.get("/")
 def index() -> FileResponse:
     return _file("index.html")
 
 
-@router.get("/page/page.css")
-def style() -> FileResponse:
-    return _file("page.css")
-
-
-@router.get("/page/page.js")
-def script() -> FileResponse:
-    return _file("page.js")
-
-
-@router.get("/page/elements.js")
-def elements() -> FileResponse:
-    return _file("elements.js")
-
-
-@router.get("/page/explanation.js")
-def explanation() -> FileResponse:
-    return _file("explanation.js")
-
-
-@router.get("/page/paper.js")
-def paper() -> FileResponse:
-    return _file("paper.js")
+for _name in ("page.css", "page.js", "elements.js", "explanation.js", "paper.js"):
+    router.add_api_route(f"/page/{_name}", partial(_file, _name), name=_name)
 
 
 @router.get("/page/flags.json")
@@ -84,7 +67,3 @@ def example_csv() -> str:
     signal_mv_LT, _ = simulate_ecg(parameters, np.random.default_rng(EXAMPLE_SEED))
     rows = "\n".join(",".join(f"{value:.3f}" for value in row) for row in signal_mv_LT.T)
     return f"# simulated: nobody's heart\n# rate_hz: {RATE_HZ}\n# unit: mV\n{','.join(LEADS)}\n{rows}\n"
-
-
-def _file(name: str) -> FileResponse:
-    return FileResponse(FOLDER / name, media_type=MEDIA_TYPES[name.rsplit(".")[-1]], headers=SECURITY_HEADERS)

@@ -1,8 +1,7 @@
 // Shows what a score depends on: tables with bars, and what the numbers are.
 
-import { at, make, terms } from "./elements.js";
+import { at, make, PERCENT, terms } from "./elements.js";
 
-const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const WAVES = { P: "P", QRS: "QRS", ST: "ST, from QRS to T", T: "T", rest: "Between the waves" };
 const BASELINES = {
   zero: "no signal",

@@ -1,6 +1,6 @@
 // The page: sends recordings to this service and shows its answers. It stores nothing and sends nothing elsewhere.
 
-import { at, make, terms } from "./elements.js";
+import { at, make, PERCENT, terms } from "./elements.js";
 import { showExplanation } from "./explanation.js";
 import { drawPaper, layouts, LEADS, MM_PER_MV, MOST_MM, PAGE_S, seconds } from "./paper.js";
 
@@ -10,7 +10,6 @@ const UNREACHED =
 const NO_TOKEN = "This service asks for an access token. Enter it in the field “Access token” above.";
 const WRONG_TOKEN =
   "This service does not accept that access token. Check it, and enter it again in the field “Access token” above.";
-const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 let items = []; // {name, simulated, result, files, alone, explaining, explanation}, one for each recording
 let shown = null; // the item on display
