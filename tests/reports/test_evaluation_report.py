@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support import scored
-from support.browser import Browser, chromium
+from support.browser import browsing
 from support.parsed import Parsed
 
 from lsemvae.evaluation import abstention
@@ -113,16 +113,11 @@ def test_a_small_cohort_with_one_subject_each_and_one_fold_has_a_page(small: Sco
 
 @pytest.mark.server
 def test_the_page_does_not_scroll_sideways_on_a_phone(html: str, tmp_path: Path):
-    if not chromium():
-        pytest.skip("no Chromium is here: install the package chromium to see the page tested in it")
     path = tmp_path / "report.html"
     path.write_text(html)
-    browser = Browser(tmp_path)
-    try:
+    with browsing(tmp_path) as browser:
         for width in (390, 1280):
-            browser.size(width)
-            browser.open(path.as_uri(), "document.querySelector('h1')")
-            assert browser.run("document.documentElement.scrollWidth") <= width
+            browser.open_report(path, width)
             widest = (
                 "Math.max(...[...document.querySelectorAll('.wide')].map(box => box.getBoundingClientRect().right))"
             )
@@ -130,8 +125,6 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(html: str, tmp_path: Path)
         broken = "[...document.querySelectorAll('img')].filter(image => !image.naturalWidth).length"
         assert browser.run(broken) == 1  # the reconstructions of this test are no picture
         assert browser.logged == []
-    finally:
-        browser.close()
 
 
 def test_the_page_says_what_setting_doubtful_recordings_aside_is_worth(html: str, comparison: Comparison):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support import bundles, explained
-from support.browser import Browser, chromium
+from support.browser import browsing
 from support.parsed import Parsed
 
 from lsemvae.explain.attribution import Settings
@@ -231,18 +231,11 @@ def test_a_run_without_checks_summary_or_pictures_has_a_page(shown: Explained):
 
 @pytest.mark.server
 def test_the_page_does_not_scroll_sideways_on_a_phone(html: str, tmp_path: Path):
-    if not chromium():
-        pytest.skip("no Chromium is here: install the package chromium to see the page tested in it")
     path = tmp_path / "report.html"
     path.write_text(html)
-    browser = Browser(tmp_path)
-    try:
+    with browsing(tmp_path) as browser:
         for width in (390, 1200):
-            browser.size(width)
-            browser.open(path.as_uri(), "document.querySelector('h1')")
-            assert browser.run("document.documentElement.scrollWidth") <= width
+            browser.open_report(path, width)
         assert browser.run("[...document.querySelectorAll('img')].filter(image => !image.naturalWidth).length") == 0
         assert [url for url in browser.requested if not url.startswith(("data:", "file:", "about:"))] == []
         assert browser.logged == []
-    finally:
-        browser.close()

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ import servers
 import yaml
 from cohort import TOO_MANY_UNREADABLE, describe_model
 from fastapi import HTTPException
+from support import parts
 from support.bundles import save
 from support.cardiosoft_files import document, strip
 from support.session import ROOT, Cluster, end_serve, wait_for, workflow
@@ -38,7 +40,7 @@ from lsemvae.quality import quality_flags
 from lsemvae.scoring import inputs, progress
 from lsemvae.scoring.inputs import open_recordings, open_shards
 from lsemvae.scoring.output import JOB, SUMMARY, claim, commit, finished
-from lsemvae.scoring.parts import Job, PartMaker, finished_part, part_path
+from lsemvae.scoring.parts import PartMaker, finished_part
 from lsemvae.scoring.progress import Progress
 from lsemvae.scoring.scores import SCORES
 from lsemvae.simulate import EcgParameters, simulate_ecg
@@ -94,18 +96,8 @@ def few(ukb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def job_for(bundle: Path, source: inputs.CohortInput, output: Path) -> Job:
-    uri, about = describe_model(str(bundle), None)
-    columns = {key: about[key] for key in ("model", "version", "digest", "preprocess_digest")}
-    return Job("plan", uri, columns, source, Storage.open(output), False, SCORES)
-
-
-def made(job: Job) -> tuple[list[dict], list[dict]]:
-    """All rows, and what the actor said of each part, without Ray."""
-    scorer = PartMaker(job)
-    said = [json.loads(scorer({"number": n})["result"]) for n in range(len(job.source.parts))]
-    paths = [job.output.path(part_path(job.plan, n)) for n in range(len(said))]
-    return [row for path in paths for row in pq.read_table(path).to_pylist()], said
+job_for = partial(parts.job_for, product=SCORES)
+made = parts.made
 
 
 def ukb_source(folder: Path) -> inputs.Recordings:

@@ -16,7 +16,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from support import bundles as small_bundles
-from support.browser import Browser, chromium
+from support.browser import Browser, browsing
 from support.serving import answering
 
 from lsemvae.formats import read_record
@@ -178,11 +178,8 @@ def url(loaded: tuple[Registry, Metrics], explaining: Explaining) -> Iterator[st
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if not chromium():
-        pytest.skip("no Chromium is here: install the package chromium to see the page tested in it")
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
+    with browsing(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
 
 
 @pytest.fixture

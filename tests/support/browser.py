@@ -7,7 +7,11 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -19,6 +23,18 @@ KEYS = {"Tab": 9, "Enter": 13}
 def chromium() -> str | None:
     """Where a Chromium is, if there is one."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@contextmanager
+def browsing(folder: Path) -> Iterator["Browser"]:
+    """A browser whose files are in the folder. Skips the test where there is no Chromium."""
+    if not chromium():
+        pytest.skip("no Chromium is here: install the package chromium to see the page tested in it")
+    browser = Browser(folder)
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 class Browser:
@@ -122,3 +138,9 @@ class Browser:
     def screenshot(self, path: Path) -> None:
         picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(picture["data"]))
+
+    def open_report(self, path: Path, width: int) -> None:
+        """Opens a report in a window so wide: it must not scroll sideways."""
+        self.size(width)
+        self.open(path.as_uri(), "document.querySelector('h1')")
+        assert self.run("document.documentElement.scrollWidth") <= width

@@ -19,7 +19,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from cohort import describe_model
+from support import parts
 from support.bundles import SMALL, save
 from support.labelled import write_labelled
 from support.session import ROOT, workflow
@@ -40,7 +40,7 @@ from lsemvae.reports.explained import checked, commit, drawn, file_name
 from lsemvae.scoring import chosen, explaining
 from lsemvae.scoring.inputs import open_recordings, open_shards, signals_of
 from lsemvae.scoring.output import SUMMARY
-from lsemvae.scoring.parts import Job, PartMaker, part_path
+from lsemvae.scoring.parts import Job
 from lsemvae.scoring.progress import PROGRESS
 from lsemvae.storage import Storage
 
@@ -131,18 +131,10 @@ def test_names_of_files_are_safe_and_tell_recordings_apart():
 
 
 def job_for(model: Path, source: chosen.CohortInput, output: Path, asked: explaining.Asked) -> Job:
-    uri, about = describe_model(str(model), None)
-    columns = {key: about[key] for key in ("model", "version", "digest", "preprocess_digest")}
-    product = explaining.explanations(about["leads"], asked)
-    return Job("plan", uri, columns, source, Storage.open(output), False, product)
+    return parts.job_for(model, source, output, explaining.explanations(bundles.describe(model).leads, asked))
 
 
-def made(job: Job) -> tuple[list[dict], list[dict]]:
-    """All rows, and what the actor said of each part."""
-    actor = PartMaker(job)
-    said = [json.loads(actor({"number": n})["result"]) for n in range(len(job.source.parts))]
-    paths = [job.output.path(part_path(job.plan, n)) for n in range(len(said))]
-    return [row for path in paths for row in pq.read_table(path).to_pylist()], said
+made = parts.made
 
 
 def test_rows_are_what_the_explainer_says(model: Path, labelled: Path, tmp_path: Path):
