@@ -67,7 +67,7 @@ def make_service(config: Config) -> Service:
             "or say allow_anonymous: true in serve/config.yaml"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reconstructor, problem = None, ""
+    reconstructor, problem, metrics = None, "", Metrics()
     if config.encoder:
         try:
             reconstructor = load_encoder(config.encoder, config.bundles.expanduser(), device)
@@ -75,8 +75,8 @@ def make_service(config: Config) -> Service:
             problem = str(error)
             log.error(f"{config.encoder}: {problem}")
     return Service(
-        registry=Registry(config.models, config.bundles.expanduser(), config.poll_s, device),
-        metrics=Metrics(),
+        registry=Registry(config.models, config.bundles.expanduser(), config.poll_s, device, metrics),
+        metrics=metrics,
         reconstructor=reconstructor,
         reconstructor_problem=problem,
         explaining=_explaining(config),

@@ -2,12 +2,15 @@
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from lsemvae.scoring.drift import ScoreBins
 from serve.schema import ModelOut, ScoreOut
 
 STAGES = ("parse", "model", "total")
 _SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
 _SHARES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]  # Ray's buckets must be above 0
 _COUNTS = [1, 2, 4, 8, 16, 32, 64]
+_VISIBLE = 1e-9
+"""Ray's counters take no 0. Prometheus misses the first count of a series that did not exist before."""
 
 
 class Metrics:
@@ -19,6 +22,13 @@ class Metrics:
         self._refusals = Counter("lsemvae_refusals", "Recordings without a score.", ("reason",))
         self._limited = Counter("lsemvae_limited", "Scored recordings of limited reliability.", ("model", "version"))
         self._score = Histogram("lsemvae_score", "Scores: a shift is drift.", _SHARES, ("model", "version"))
+        self._bins: dict[tuple[str, str], ScoreBins] = {}
+        named = ("model", "version", "bin")
+        self._score_bins = Counter("lsemvae_score_bins", "Scores in each bin of the training cohort's scores.", named)
+        self._expected = Gauge("lsemvae_score_bins_expected", "Share of the training cohort in each bin.", named)
+        self._version = Gauge("lsemvae_model_version", "The version that answers in this replica.", ("model",))
+        self._wanted = Gauge("lsemvae_alias_version", "The version that the model's alias names.", ("model",))
+        self._problem = Gauge("lsemvae_model_problem", "1 while the named version does not answer.", ("model",))
         self._seconds = Histogram("lsemvae_stage_seconds", "Time by stage of a request.", _SECONDS, ("stage",))
         self._explanations = Counter("lsemvae_explanations", "Asked explanations.", ("outcome",))
         self._explanation_s = Histogram(
@@ -44,6 +54,23 @@ class Metrics:
     def explaining(self, there: int) -> None:
         self._explaining.set(there)
 
+    def loaded(self, model: ModelOut, bins: ScoreBins | None) -> None:
+        """A version answers from now on. Its scores are counted in these bins, and not at all without bins."""
+        if bins is None:
+            return
+        named = {"model": model.name, "version": str(model.version)}
+        self._bins[model.name, str(model.version)] = bins
+        for number, share in enumerate(bins.shares):
+            self._score_bins.inc(_VISIBLE, tags=named | {"bin": str(number)})
+            self._expected.set(share, tags=named | {"bin": str(number)})
+
+    def looked(self, name: str, served: int | None, wanted: int | None, problem: bool) -> None:
+        """The version of a model that answers, the version that its alias names, and whether there is a problem."""
+        for gauge, version in ((self._version, served), (self._wanted, wanted)):
+            if version is not None:
+                gauge.set(version, tags={"model": name})
+        self._problem.set(int(problem), tags={"model": name})
+
     def result(self, out: ScoreOut) -> None:
         if out.refused or out.model is None:
             self._refusals.inc(tags={"reason": out.refused.code if out.refused else "none"})
@@ -51,5 +78,7 @@ class Metrics:
         named = {"model": out.model.name, "version": str(out.model.version)}
         self._scores.inc(tags=named | {"decision": str(out.decision).lower()})
         self._score.observe(out.score, tags=named)
+        if out.score is not None and (bins := self._bins.get((out.model.name, str(out.model.version)))):
+            self._score_bins.inc(tags=named | {"bin": str(int(bins.bin_of(out.score)))})
         if out.reliability and out.reliability.level == "limited":
             self._limited.inc(tags=named)

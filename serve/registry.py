@@ -16,8 +16,10 @@ from types import MappingProxyType
 
 from lsemvae.bundle import Scorer
 from lsemvae.errors import BundleError, LsemvaeError
+from lsemvae.scoring.drift import ScoreBins
 from lsemvae.storage import Storage
 from lsemvae.tracking import Version, fetch, locate, parse_model
+from serve.observed import Metrics
 from serve.schema import ModelOut
 from serve.shelf import Kept, locked_shelf
 
@@ -63,13 +65,16 @@ class Registry:
     uris    models:/NAME@alias, models:/NAME/3, a bundle's folder, or s3://…; no two with the same name
     folder  where the bundles that answer are kept
     poll_s  seconds between two looks at MLflow, randomly up to 30 % less; with 0 only `refresh` looks
+    metrics where the versions that answer are told
 
     A model that cannot be loaded is listed in `problems` and tried again at each look; the others answer meanwhile.
     A new version is loaded while the old one answers, so for a while a model is in memory twice. Raises LsemvaeError
     when a URI cannot be read or two URIs have the same name.
     """
 
-    def __init__(self, uris: list[str], folder: Path, poll_s: float, device: str = "cpu") -> None:
+    def __init__(
+        self, uris: list[str], folder: Path, poll_s: float, device: str = "cpu", metrics: Metrics | None = None
+    ) -> None:
         self._uris: dict[str, str] = {}
         for uri in uris:
             name = _name_of(uri)
@@ -79,6 +84,8 @@ class Registry:
         self._folder, self._device = folder, device
         self._served: Mapping[str, Served] = MappingProxyType({})
         self._versions: dict[str, Version] = {}  # of those served by alias or number
+        self._wanted: dict[str, int] = {}  # the versions that the URIs named at the last look
+        self._metrics = metrics
         self._refused: dict[
             str, tuple[Version, str, float]
         ] = {}  # the version, why, and until when it is not tried again
@@ -123,6 +130,10 @@ class Registry:
                 except Exception as error:  # the thread goes on, and the loaded models answer, whatever this is
                     problem = type(error).__name__
                 self._note(name, problem)
+                if self._metrics:
+                    served = self._served.get(name)
+                    version = served.described.version if served else None
+                    self._metrics.looked(name, version, self._wanted.get(name), bool(problem))
 
     def _poll(self, poll_s: float) -> None:
         while True:
@@ -145,6 +156,7 @@ class Registry:
         """Loads the version that the URI names now. Raises when that fails, at the start after loading the kept one."""
         try:
             wanted = locate(uri)
+            self._wanted[name] = wanted.number
             if wanted == self._versions.get(name):
                 return
             refused, why, until = self._refused.get(name, (None, "", 0.0))
@@ -189,6 +201,9 @@ class Registry:
 
     def _serve(self, served: Served, version: Version | None = None) -> None:
         name = served.described.name
+        bins = _score_bins(served)
+        if self._metrics:
+            self._metrics.loaded(served.described, bins)
         models = {**self._served, name: served}
         # Most leads first: a 12-lead recording goes to the 12-lead model, a 6-lead one to the 6-lead model.
         by_leads = sorted(models.items(), key=lambda item: -len(item[1].described.leads))
@@ -209,6 +224,19 @@ class Registry:
             log.error(f"{name}: {problem}")
         else:
             log.info(f"{name}: the problem is gone")
+
+
+def _score_bins(served: Served) -> ScoreBins | None:
+    """The distribution of its training cohort's scores. Without one, which the log says, drift is not measured."""
+    try:
+        bins = ScoreBins.read(served.scorer.bundle.provenance)
+        reason = "its bundle does not say how its training cohort scored: register it again to have that"
+    except LsemvaeError as error:
+        bins, reason = None, str(error)
+    if bins is None:
+        name, version = served.described.name, served.described.version
+        log.warning(f"{name} version {version}: the drift of its scores is not measured: {reason}")
+    return bins
 
 
 def _load_kept(kept: Kept, name: str, device: str) -> Served:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lsemvae.bundle import describe
 from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.scoring.drift import SCORE_BINS
 from lsemvae.scoring.inputs import Recordings, Shards, open_recordings, open_shards
 from lsemvae.scoring.output import claim, finished
 from lsemvae.scoring.parts import MODEL_FIELDS, Job, PartMaker
@@ -104,6 +105,7 @@ def describe_model(model: str, digest: str | None, done: str = "scored") -> tupl
         "leads": list(bundle.leads),
         "threshold": bundle.threshold,
         "calibrated": bundle.calibration is not None,
+        SCORE_BINS: bundle.provenance.get(SCORE_BINS),
     }
 
 

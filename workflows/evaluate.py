@@ -45,6 +45,7 @@ from lsemvae.plots import curves
 from lsemvae.recipes import FINETUNE, PRETRAIN, SIZES, read_recipe
 from lsemvae.reports.evaluation import evaluation_report
 from lsemvae.reports.model_card import model_card
+from lsemvae.scoring.drift import ScoreBins
 from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
 from lsemvae.training.grid import digest
@@ -379,6 +380,7 @@ def register(
             {name: asdict(value) for name, value in comparison.line(method.title, of.name).items()},
             {"uri": encoder.uri, "digest": encoder.digest} if encoder else None,
             abstention.carried(set_aside, every.doubts_of(method.title, of.name)),
+            ScoreBins.of(score_B),
         )
         name, folder = f"{args.model_name or args.task}-{of.name}", args.output / f"bundle-{of.name}"
         saved, version = release(

@@ -42,6 +42,7 @@ from lsemvae.models import Features
 from lsemvae.models.classifier import Classifier
 from lsemvae.recipes import FINETUNE
 from lsemvae.reports.model_card import model_card
+from lsemvae.scoring.drift import ScoreBins
 from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
 from lsemvae.training.finetune import new_head
@@ -132,6 +133,7 @@ def main(args: Args) -> None:
         result.calibration,
         {name: asdict(value) for name, value in result.metrics[title].items()},
         {"uri": args.encoder, "digest": pretrained.digest},
+        score_bins=ScoreBins.of(result.score_B),
     )
     positive = int(embedded.y_B.sum())
     caption = f"{args.task}, {lead_set_name(leads)}: {len(embedded.y_B)} recordings, {positive} positive"

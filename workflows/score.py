@@ -20,6 +20,7 @@ from typing import Any
 from cohort import MODEL_COLUMNS, CohortArgs, complete, describe_model, make_parts, without_a_score
 from command import run_command
 
+from lsemvae.scoring.drift import DRIFT, LEAST_SCORES
 from lsemvae.scoring.output import commit
 from lsemvae.scoring.parts import Job
 from lsemvae.scoring.scores import SCORES
@@ -72,8 +73,25 @@ def show(summary: dict[str, Any], output: Storage) -> None:
     tallest = max(histogram) or 1
     for tenth, count in enumerate(histogram):
         print(f"  {tenth / 10:.1f}-{(tenth + 1) / 10:.1f} {'█' * round(30 * count / tallest):30s} {count}")
+    print(drift(summary["drift"]))
     print(f"scores: {', '.join(f'{output.uri}/{name}' for name in summary['files'])}")
     print("Research use only: not a medical device.")
+
+
+def drift(found: dict[str, Any] | None) -> str:
+    """How far the scores are from those of the model's training cohort, as a line."""
+    if found is None:
+        return "drift: not measured, because the model does not say how its training cohort scored"
+    counted = sum(found["counts"])
+    if not found["judged"]:
+        return f"drift: not judged, because {counted} scores are fewer than {LEAST_SCORES}"
+    verdict = (
+        "the scores have another distribution: do not trust threshold and probabilities here before you have checked "
+        "them, see docs/monitoring.md"
+        if found["index"] >= DRIFT
+        else "the scores are distributed like those"
+    )
+    return f"drift: index {found['index']:.2f} against the training cohort (limit {DRIFT:g}): {verdict}"
 
 
 if __name__ == "__main__":

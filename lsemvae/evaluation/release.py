@@ -13,6 +13,7 @@ from lsemvae.fields import as_json
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.head import Head
 from lsemvae.preprocess import PreprocessConfig
+from lsemvae.scoring.drift import SCORE_BINS, ScoreBins
 from lsemvae.tracking import CANDIDATE, Run
 
 
@@ -29,6 +30,8 @@ class Trained:
     encoder: Mapping[str, str] | None = None
     """URI and digest of the pre-trained encoder."""
     doubt: Doubt | None = None
+    score_bins: ScoreBins | None = None
+    """The distribution of the out-of-fold scores."""
 
 
 def assembled(trained: Head | Classifier, encoder: Any, leads: Sequence[str], recipe: FinetuneRecipe) -> Classifier:
@@ -69,6 +72,7 @@ def release(
             },
             **({"encoder": dict(trained.encoder)} if trained.encoder else {}),
             "out_of_fold": dict(trained.out_of_fold),
+            **({SCORE_BINS: trained.score_bins.as_json()} if trained.score_bins else {}),
             "mlflow_run": run.run_id,
             "lsemvae": __version__,
         },

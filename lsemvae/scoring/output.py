@@ -13,6 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.scoring.drift import ScoreBins, drift_of
 from lsemvae.scoring.parts import Job, part_path, unreadable_in
 from lsemvae.storage import Storage, explained
 
@@ -75,12 +76,15 @@ def sha256_of(output: Storage, name: str) -> str:
 
 def commit(job: Job, about: dict[str, Any], digests: list[str]) -> dict[str, Any]:
     """Writes the tables, then the summary that makes them valid."""
-    names, counts = write_tables(job, digests)
+    names, counts = write_tables(job, digests, ScoreBins.read(about))
     return write_summary(job.output, about | counts, names)
 
 
-def write_tables(job: Job, digests: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Writes the parts as one Parquet file and one CSV, a part at a time -> their names, and the counts of all rows."""
+def write_tables(job: Job, digests: list[str], bins: ScoreBins | None = None) -> tuple[list[str], dict[str, Any]]:
+    """Writes the parts as one Parquet file and one CSV, a part at a time -> their names, and the counts of all rows.
+
+    With the model's `bins` the counts say how far the scores are from those of its training cohort.
+    """
     parts = [part_path(job.plan, number) for number in range(len(digests))]
     schema, counts = job.product.schema, _Counts()
     parquet, csv = (f"{job.product.name}-{job.plan}.{suffix}" for suffix in ("parquet", "csv"))
@@ -100,7 +104,7 @@ def write_tables(job: Job, digests: list[str]) -> tuple[list[str], dict[str, Any
                 writer.write_table(table)
                 csv_writer.write_table(table)
                 counts.add(table, unreadable_in(content))
-    return [parquet, csv], counts.facts(job.source.unreadable_before)
+    return [parquet, csv], counts.facts(job.source.unreadable_before, bins)
 
 
 def write_summary(output: Storage, about: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -132,7 +136,8 @@ class _Counts:
         positive = sum(table["decision"].drop_null().to_pylist())
         self._counts.update(records=table.num_rows, scored=len(known), positive=positive)
 
-    def facts(self, unreadable_before: int) -> dict[str, Any]:
+    def facts(self, unreadable_before: int, bins: ScoreBins | None) -> dict[str, Any]:
+        scores = np.concatenate(self._scores)
         return {
             "records": self._counts["records"],
             "scored": self._counts["scored"],
@@ -142,7 +147,8 @@ class _Counts:
             "unreadable_codes": dict(sorted(self._unreadable.items())),
             "unreadable_at_ingest": unreadable_before,
             "refused": dict(sorted(self._refused.items())),
-            "distribution": distribution(np.concatenate(self._scores)),
+            "distribution": distribution(scores),
+            "drift": drift_of(scores, bins),
         }
 
 

@@ -34,9 +34,11 @@ from lsemvae.formats import read
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.record import Record
+from lsemvae.scoring.drift import DRIFT, LEAST_SCORES, ScoreBins, stability_index
 from lsemvae.tracking import resolve
 
 LEAD_SETS = {"6": LIMB_LEADS, "12": LEADS}
+ALERTS = ROOT / "infra" / "prometheus" / "alerts.yaml"
 
 
 TOKEN = "the-tests-own-token"
@@ -471,6 +473,56 @@ def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordi
     # In a whole test run the cluster also holds the counts of earlier services.
     assert served >= {(m["name"], str(m["version"])) for m in service.client.get(f"{service.url}/v1/models").json()}
     assert "leads" in {labels["reason"] for labels in exposed["ray_lsemvae_refusals_total"]}
+    rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    for rule in rules:
+        for name, selector in re.findall(r"\b(ray_\w+)(?:\{(.*?)\})?", rule["expr"]):
+            grouped = {
+                label.strip() for group in re.findall(r"by \((.*?)\)", rule["expr"]) for label in group.split(",")
+            }
+            wanted = grouped | set(re.findall(r"(\w+)=~?\"", selector))
+            assert any(wanted <= labels.keys() for labels in exposed[name]), (rule, exposed[name][:3])
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    assert set(re.findall(r"\blsemvae:[\w:]+", " ".join([*queries, *(rule["expr"] for rule in rules)]))) <= recorded
+
+
+@pytest.mark.ray
+def test_a_shifted_cohort_is_drift_and_the_training_cohort_is_none(service: Service, cohort: Path, finetuned):
+    """The index from Prometheus' text of this cluster, as the rules compute it from counters and expected shares."""
+    bundle = describe(finetuned["12"].folder / "bundle")
+    bins = ScoreBins.read(bundle.provenance)
+    records = [read(path) for path in sorted(cohort.rglob("*.hea"))]
+    version = {m["name"]: str(m["version"]) for m in service.client.get(f"{service.url}/v1/models").json()}["ph-12L"]
+
+    def counts() -> list[float]:
+        return [in_bins(service, "ray_lsemvae_score_bins_total", version)[str(n)] for n in range(len(bins.shares))]
+
+    def index_of(gain: float) -> float:
+        before, scores = counts(), []
+        while len(scores) < LEAST_SCORES:
+            for record in records:
+                body = io.BytesIO()
+                np.save(body, gain * record.signal_for(LEADS))
+                query = {"leads": ",".join(LEADS), "rate_hz": 500, "model": "ph-12L"}
+                scores += [
+                    r["score"] for r in score_npy(service, body.getvalue(), query).json()["results"] if r["score"]
+                ]
+        given = bins.counts(np.array(scores))
+        until(lambda: np.allclose(np.subtract(counts(), before), given, atol=1e-3), f"{given} are counted")
+        expected = in_bins(service, "ray_lsemvae_score_bins_expected", version)
+        return stability_index(given, [expected[str(n)] for n in range(len(bins.shares))])
+
+    assert index_of(1) < DRIFT
+    assert index_of(4) > DRIFT
+
+
+def in_bins(service: Service, name: str, version: str) -> dict[str, float]:
+    """A metric of ph-12L by bin: over the replicas the sum of a counter, the maximum of a gauge."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for labels, value in re.findall(rf"^{name}\{{(.*)\}} (\S+)$", service.metrics(), re.MULTILINE):
+        of = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        if (of["model"], of["version"]) == ("ph-12L", version):
+            found[of["bin"]].append(float(value))
+    return {bin: sum(values) if name.endswith("_total") else max(values) for bin, values in found.items()}
 
 
 @pytest.mark.ray
