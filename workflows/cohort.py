@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from command import start_ray
-from tqdm import tqdm
 
 from lsemvae.bundle import describe
 from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.progress import Bar
 from lsemvae.scoring.drift import SCORE_BINS
 from lsemvae.scoring.inputs import Recordings, Shards, open_recordings, open_shards
 from lsemvae.scoring.output import claim, finished
@@ -150,7 +150,7 @@ def make_parts(job: Job, args: CohortArgs, progress: Progress, verb: str, calls_
         num_gpus=1 if args.use_gpu else None,
     )
     digests = {}
-    with tqdm(total=job.source.records, desc=verb, unit="records") as bar:
+    with Bar(job.source.records, verb, "records") as bar:
         for row in dataset.iter_rows():
             part = json.loads(row["result"])
             if failure := part.get("failure"):

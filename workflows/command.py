@@ -13,6 +13,7 @@ import tyro
 from servers import free_port
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.progress import Bar
 from lsemvae.recipes import read_recipe
 from lsemvae.tracking import shown, tracking_uri
 
@@ -21,6 +22,7 @@ Args = TypeVar("Args")
 log = logging.getLogger(__name__)
 
 LEAST_OBJECT_STORE_BYTES = 2 * 2**30
+INTERRUPTED = "interrupted: give the same command again to go on"
 
 # Settings that make Ray and MLflow quieter and quicker on small runs, as measured. What the user has set wins.
 DEFAULTS = {
@@ -83,6 +85,7 @@ def run_command(main: Callable[[Args], None], args_type: type[Args], default: Ar
     except LsemvaeError as error:
         _say_and_exit(error)
     except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -143,7 +146,8 @@ def start_ray(cpus: int = 4) -> None:
         os.environ["RAY_GCS_SERVER_PORT"] = str(free_port())
         environment["RAY_ADDRESS"] = f"127.0.0.1:{os.environ['RAY_GCS_SERVER_PORT']}"
     try:
-        ray.init(logging_level="ERROR", runtime_env={"env_vars": environment}, **where)
+        with Bar(None, "start Ray"):
+            ray.init(logging_level="ERROR", runtime_env={"env_vars": environment}, **where)
     except ConnectionError as error:
         raise LsemvaeError(
             f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: check the address, and set "

@@ -20,7 +20,6 @@ import pandas as pd
 import pretrain
 import torch
 from command import run_command, start_ray
-from tqdm import tqdm
 
 from lsemvae import __version__
 from lsemvae.config import FinetuneRecipe, PretrainRecipe
@@ -42,6 +41,7 @@ from lsemvae.fields import as_json
 from lsemvae.leads import LEADS, lead_set_name
 from lsemvae.models import Reconstructs, build
 from lsemvae.plots import curves
+from lsemvae.progress import over
 from lsemvae.recipes import FINETUNE, PRETRAIN, SIZES, read_recipe
 from lsemvae.reports.evaluation import evaluation_report
 from lsemvae.reports.model_card import model_card
@@ -250,7 +250,7 @@ def show_plan(
     total = 0.0
     if lacking:
         recordings = sum(s.data.rows("train") * s.repeats for s in open_sources(args.pretrain, args.exclude))
-        for method in tqdm(lacking, desc="time a step of pre-training"):
+        for method in over(lacking, "time a step of pre-training", "methods"):
             one = pretrain_recipe(args, method)
             seconds = pretrain_seconds(one, LEADS, recordings, workers_of(args))
             total += seconds
@@ -261,7 +261,7 @@ def show_plan(
         planned = plan.plan(methods, models, random, leads, training, supervised)
         cells = plan.cells(planned, folds, wanted, main=analysis == MAIN)
         print(f"{lead_set_name(leads)} ({analysis}): {len(cells)} trainings")
-        for row in tqdm(planned.rows, desc="time a training", leave=False):
+        for row in over(planned.rows, "time a training", "rows"):
             encoder = planned.encoders.get(recipe.preprocess.digest, {}).get(row.features[0])
             features = encoder.embedding_size if encoder else len(leads) * 9
             start = planned.starts.get(row.name)

@@ -29,13 +29,13 @@ import numpy as np
 import pandas as pd
 from cohort import MODEL_COLUMNS, CohortArgs, complete, describe_model, make_parts, without_a_score
 from command import run_command
-from tqdm import tqdm
 
 from lsemvae.bundle import describe
 from lsemvae.data.shards import LABEL_PREFIX
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.explain.attribution import Baseline, Settings
 from lsemvae.explain.checks import Effort
+from lsemvae.progress import Bar
 from lsemvae.reports.explained import REPORT, commit
 from lsemvae.scoring import chosen, explaining
 from lsemvae.scoring.inputs import CohortInput, Recordings, Shards, open_shards
@@ -134,13 +134,12 @@ def explained_again(
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if job.use_gpu else 0)(with_progress)
-    with tqdm(desc="check", unit="steps") as bar:
+    with Bar(None, "check", "steps") as bar:
         for told in task.remote(job, asked, shown, checked):
             made = ray.get(told)
             if isinstance(made, dict):
-                bar.total = made["of"]
-                bar.update(made["done"] - bar.n)
-        bar.update((bar.total or 0) - bar.n)
+                bar.set_total(made["of"])
+                bar.update(made["done"] - bar.done)
     if isinstance(made, str):
         raise StorageError(f"{made}; finished parts are kept: give the same command again to continue")
     return made

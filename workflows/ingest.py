@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 from command import run_command, start_ray
-from tqdm import tqdm
 
 from lsemvae.cohorts import Selection, describe_left_out, select
 from lsemvae.cohorts.mimic_iv_echo import EchoOptions
 from lsemvae.data.ingest import Job, Made, Task, make_plan, make_shards
 from lsemvae.data.shards import LABEL_PREFIX, MANIFEST, UNREADABLE, Manifest, ShardedDataset, label_counts
 from lsemvae.errors import LsemvaeError
+from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 
 REPORT = "report.html"
@@ -173,7 +173,7 @@ def make_all(table: pd.DataFrame, tasks: list[Task], job: Job, args: Args) -> Ma
     """Every task on Ray Data; it ends early when more than `max_unreadable` of the recordings cannot be read."""
     start_ray()
     made = Made()
-    with tqdm(total=len(table), desc="ingest", unit="records") as bar:
+    with Bar(len(table), "ingest", "records") as bar:
         for summary in make_shards(table, tasks, job, args.concurrent_reads):
             made.add(summary)
             bar.update(summary["shard"]["rows"] + len(summary["unreadable"]))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from lsemvae.cohorts.simulated import CohortConfig, simulate_cohort
 from lsemvae.leads import LEADS
+from lsemvae.progress import Bar
 from lsemvae.record import Record
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
 
@@ -36,7 +36,7 @@ def main(args: Args) -> None:
     if processes is None:
         processes = min(len(os.sched_getaffinity(0)), max(1, args.cohort.subjects // SUBJECTS_A_PROCESS))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # in the processes that this one starts
-    with tqdm(total=args.cohort.subjects, unit=" subjects", delay=0.3, disable=None) as bar:
+    with Bar(args.cohort.subjects, "simulate", "subjects") as bar:
         summary = simulate_cohort(args.cohort, args.output, bar.update, processes)
     if args.pictures:
         draw(args.pictures)

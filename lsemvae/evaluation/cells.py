@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lsemvae.config import FinetuneRecipe
 from lsemvae.errors import LsemvaeError
@@ -23,6 +22,7 @@ from lsemvae.fields import as_json
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.doubt import distance
 from lsemvae.models.parts.head import Head
+from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 from lsemvae.training.batched_heads import Training, train_heads
 from lsemvae.training.finetune import Inputs, from_scratch, logits_and_doubts, train_all, train_head
@@ -246,7 +246,7 @@ def run_cells(cells: Sequence[Cell], material: Material, trials: Trials, title: 
             missing.append(cell)
         else:
             ran.scores[cell], ran.doubts[cell] = done
-    with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=title, unit="training") as bar:
+    with Bar(len(cells), title, "trainings", done=len(cells) - len(missing)) as bar:
         # Frozen features need no GPU.
         for gpus, frozen in ((0.0, True), (trials.gpus, False)):
             group = [cell for cell in missing if (cell.row.trains == "linear") == frozen]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from lsemvae.cohorts.demographics import AGES
 from lsemvae.errors import LsemvaeError
@@ -22,6 +21,7 @@ from lsemvae.evaluation.metrics import (
     with_intervals,
 )
 from lsemvae.evaluation.significance import delong, holm
+from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 
 REFERENCE = "LS-EMVAE"
@@ -197,7 +197,7 @@ def compare(scores: Scores, *, draws: int = 1000, seed: int = 0, reference: str 
     settings = _Settings(draws, seed)
     metrics, differences, subgroups, doubtful = [], [], [], []
     rows = sum(len(group.methods) for group in groups) + sum(len(group.methods) for group in main)
-    with tqdm(total=rows, desc="comparing", unit="row") as bar:
+    with Bar(rows, "compare", "rows") as bar:
         for group in groups:
             for method in group.methods:
                 metrics += _metrics(group, method, settings)

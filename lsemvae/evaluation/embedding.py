@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from lsemvae.bundle import load
 from lsemvae.data.shards import LABEL_PREFIX, ShardedDataset
@@ -19,6 +18,7 @@ from lsemvae.evaluation.noise import AddNoise, Noise
 from lsemvae.models import Embeds, Encoder, build
 from lsemvae.models.parts.shifts import recorded_samples
 from lsemvae.preprocess import FIXED_MV, PreprocessConfig
+from lsemvae.progress import Bar
 from lsemvae.tracking import fetch
 
 CLASSICAL, QUANTILES = "classical features", "amplitude quantiles"
@@ -197,7 +197,7 @@ class Classical:
 def _gathered(rows: Any, total: int, what: str) -> dict[str, np.ndarray]:
     """All rows, sorted by record id: Ray Data keeps no order, and results must depend on data and seed alone."""
     parts: list[dict[str, np.ndarray]] = []
-    with tqdm(total=total, desc=what, unit="records") as bar:
+    with Bar(total, what, "records") as bar:
         for batch in rows.iter_batches(batch_size=None):
             parts.append(batch)
             bar.update(len(batch["record_id"]))

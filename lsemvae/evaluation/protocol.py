@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
-from tqdm import tqdm
 
 from lsemvae.bundle import Calibration
 from lsemvae.config import FinetuneRecipe
@@ -29,6 +28,7 @@ from lsemvae.evaluation.metrics import METRICS, Estimate, auroc_difference, best
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.head import Head
 from lsemvae.plots import curves
+from lsemvae.progress import Bar, over
 from lsemvae.tracking import Run
 
 UNTRAINED, SCRATCH, NAIVE = "untrained encoder", "from scratch", "naive"
@@ -228,7 +228,7 @@ def run_protocol(material: Material, rows: Sequence[Row], trials: Trials | None 
     title = rows[0].name
     differences = {
         name: auroc_difference(embedded.y_B, scores[title], scores[name], embedded.subject_B, **settings)
-        for name in tqdm([row.name for row in rows[1:]], desc="paired differences", unit="row")
+        for name in over([row.name for row in rows[1:]], "paired differences", "rows")
     }
     metrics = _with_intervals(embedded, scores, folds, settings)
     doubts = abstention.out_of_fold(ran, material)
@@ -266,7 +266,8 @@ def refit(row: Row, material: Material, trials: Trials) -> Head | Classifier:
 
     gpus = 0.0 if row.trains == "linear" else trials.gpus
     train = ray.remote(num_cpus=1, num_gpus=gpus)(train_row)
-    return ray.get(train.remote(Cell(row, 0, ALL), material, "cuda" if gpus else "cpu"))
+    with Bar(None, "train on all recordings"):
+        return ray.get(train.remote(Cell(row, 0, ALL), material, "cuda" if gpus else "cpu"))
 
 
 def decisions(
@@ -294,7 +295,7 @@ def _with_intervals(
     rows[NAIVE] = (naive_B, naive_B >= 0.5)
     return {
         name: with_intervals(embedded.y_B, score_NB, decision_NB, embedded.subject_B, **settings)
-        for name, (score_NB, decision_NB) in tqdm(rows.items(), desc="bootstrap", unit="row")
+        for name, (score_NB, decision_NB) in over(rows.items(), "bootstrap", "rows")
     }
 
 

@@ -13,6 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.progress import over
 from lsemvae.scoring.drift import ScoreBins, drift_of
 from lsemvae.scoring.parts import Job, part_path, unreadable_in
 from lsemvae.storage import Storage, explained
@@ -95,7 +96,7 @@ def write_tables(job: Job, digests: list[str], bins: ScoreBins | None = None) ->
         pq.ParquetWriter(parquet_stream, schema, compression="zstd", write_page_checksum=True) as writer,
         pacsv.CSVWriter(csv_stream, schema) as csv_writer,
     ):
-        for start in range(0, len(parts), 64):  # read ahead, but not all parts at once
+        for start in over(range(0, len(parts), 64), "write tables", "batches"):  # read ahead, but not all parts at once
             batch = slice(start, start + 64)
             for digest, content in zip(digests[batch], pool.map(job.output.read_bytes, parts[batch]), strict=True):
                 if hashlib.sha256(content).hexdigest() != digest:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -176,7 +177,7 @@ def make_job(sources: Sequence[Source], recipe: PretrainRecipe, feeds: Feeds, ru
         "mlflow_run": run_id,
         "lsemvae": __version__,
     }
-    return PretrainJob(recipe, feeds.train, feeds.val, run_id, provenance)
+    return PretrainJob(recipe, feeds.train, feeds.val, run_id, provenance, terminal=sys.stderr.isatty())
 
 
 def make_trainer(

@@ -22,6 +22,7 @@ from lsemvae.data.order import Order
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.parts.shifts import each_shifted
 from lsemvae.preprocess.on_device import DeviceFinish
+from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 from lsemvae.training.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
 from lsemvae.training.fit import Batch, Epoch, Step, Watcher, fit, learning_rate, sum_over_workers
@@ -43,6 +44,8 @@ class PretrainJob:
     provenance: dict[str, Any]
     place: Storage | None = None
     """The run's folder, once there is one: checkpoints, and the bundle of the best epoch so far."""
+    terminal: bool = False
+    """Whether the driver draws bars."""
 
 
 def pretrain_worker(config: dict[str, PretrainJob]) -> None:
@@ -217,13 +220,10 @@ class Tracker(NoTracker):
 
     def __init__(self, job: PretrainJob, progress: Progress) -> None:
         super().__init__()
-        from ray.experimental import tqdm_ray
-
         self._recipe, self._order = job.recipe, job.train.order
         done = progress.epoch * self._order.records + progress.step * self._order.batch_size
         total = self._recipe.optim.epochs * self._order.records
-        self._bar = tqdm_ray.tqdm(total=total, desc="pre-training", unit="records")
-        self._bar.update(done)
+        self._bar = _bar(total, done, job.terminal)
         self.callback(self._bar.close)
         self._run = None
         if job.tracking_run:
@@ -237,8 +237,8 @@ class Tracker(NoTracker):
     def step(self, step: Step) -> None:
         optim, steps = self._recipe.optim, self._order.steps
         number, now_s = step.epoch * steps + step.index, time.monotonic()
-        shown = {n: v for n, v in step.terms.items() if n != "grad_norm" and not n.startswith("weighted_")}
-        self._bar.set_description("pre-training  " + ", ".join(f"{n} {v:.3g}" for n, v in shown.items()))
+        # All terms are in MLflow: beside them here, a terminal of 100 columns would have no room for the time left.
+        self._bar.set_description(f"pre-training, loss {step.terms['loss']:.4g}")
         self._bar.update(step.records)
         if self._run:
             numbers = {f"step.{name}": value for name, value in step.terms.items()}
@@ -256,6 +256,17 @@ class Tracker(NoTracker):
         self._run.metrics(metrics, index)
         if example:
             _track_reconstructions(self._run, example, self._recipe, index)
+
+
+def _bar(total: int, done: int, terminal: bool) -> Any:
+    """The driver draws the bars of its workers in a terminal; in a job's log they write lines."""
+    if not terminal:
+        return Bar(total, "pre-training", "records", done)
+    from ray.experimental import tqdm_ray
+
+    bar = tqdm_ray.tqdm(total=total, desc="pre-training", unit="records")
+    bar.update(done)
+    return bar
 
 
 def _noise(order: Order, size: int, seed: Sequence[int]) -> np.ndarray:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lsemvae.errors import LsemvaeError
+from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run
 from lsemvae.training.failures import root_cause
@@ -198,10 +197,10 @@ def search(
     parameters = {"before": before, "place": place / TRIALS, "settings": settings}
     parameters["jobs"] = {id: job for id, job in jobs.items() if id in left}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the ledger reports each failure in one line
-    with tqdm(total=len(left), desc="trials", unit="trial") as bar:
+    with Bar(len(left), "search", "trials") as bar:
 
         def say(id: str, text: str) -> None:
-            tqdm.write(f"trial {numbers[id]} of {len(numbers)} {text}")
+            bar.write(f"trial {numbers[id]} of {len(numbers)} {text}")
             bar.update(1)
 
         ledger = Ledger(left, history, runs, place / TRIALS, say)
