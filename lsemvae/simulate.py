@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
 
 from lsemvae.leads import LIMB_FROM_I_II, LIMB_LEADS
 
@@ -128,6 +127,8 @@ def true_waves(parameters: EcgParameters, rng: np.random.Generator) -> dict[str,
 
 def _waves(parameters: EcgParameters) -> list[np.ndarray]:
     """The tables of P, QRS and T (each row: time s, width s; x, y, z mV) of this heart under its load."""
+    from scipy.special import expit  # takes 0.2 s, and every process that reads a bundle imports this module
+
     dose = expit((parameters.severity - 0.8) / 0.4)
     (cx, cy, cz), (sx, sy, sz) = np.cos(parameters.rotation_rad), np.sin(parameters.rotation_rad)
     rotation = (

@@ -14,7 +14,6 @@ from servers import free_port
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.progress import Bar
-from lsemvae.recipes import read_recipe
 from lsemvae.tracking import shown, tracking_uri
 
 Args = TypeVar("Args")
@@ -110,6 +109,8 @@ def run_recipe_command(
         raise SystemExit(0 if name else 2)
     try:
         if name.endswith(".json"):
+            from lsemvae.recipes import read_recipe  # imports torch, which other commands do not need
+
             recipe = read_recipe(name, type(next(iter(recipes.values()))))
         elif name in recipes:
             recipe = recipes[name]

@@ -23,7 +23,6 @@ from lsemvae.config import PretrainRecipe, recipe_from, with_settings
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
-from lsemvae.plots import curves
 from lsemvae.recipes import PRETRAIN, recipe_json
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run
@@ -197,6 +196,8 @@ def finish(
         table.to_csv(folder / TABLE, index=False)
         measured = table[table["state"] != "failed"]
         if not measured.empty:
+            from lsemvae.plots import curves  # imports matplotlib
+
             curves.grid_search(
                 {name: list(measured[name]) for name in searched(plan["trials"])},
                 measured[args.select].tolist(),

@@ -12,7 +12,6 @@ recorded more often. A probability holds where the disease is as frequent as amo
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 from lsemvae.bundle import Calibration, logit
 
@@ -32,6 +31,8 @@ def fit_sigmoid(y_B: np.ndarray, score_B: np.ndarray, weight_B: np.ndarray) -> C
     Platt (1999), "Probabilistic outputs for support vector machines": the targets are not 0 and 1 but (N+ + 1) /
     (N+ + 2) and 1 / (N- + 2), so that few or perfectly separated recordings do not give certainty.
     """
+    from sklearn.linear_model import LogisticRegression
+
     positive, negative = weight_B[y_B == 1].sum(), weight_B[y_B == 0].sum()
     target_B = np.where(y_B == 1, (positive + 1) / (positive + 2), 1 / (negative + 2))
     # A target between 0 and 1 is the same as the recording twice, once with each label, weighted.

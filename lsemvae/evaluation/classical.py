@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import uniform_filter1d
-from scipy.signal import find_peaks
 
 from lsemvae.leads import LEADS
 
@@ -72,6 +70,9 @@ def beat_features(
 
 def find_beats(signal_mv_LT: np.ndarray, rate_hz: float) -> np.ndarray:
     """Positions of the QRS complexes, found in all leads together: the energy of the slope within 100 ms."""
+    from scipy.ndimage import uniform_filter1d
+    from scipy.signal import find_peaks
+
     slope_LT = np.gradient(signal_mv_LT, axis=1)
     spread_L1 = np.maximum(slope_LT.std(axis=1, keepdims=True), 1e-9)  # so that no lead decides alone
     energy_T = uniform_filter1d(np.square(slope_LT / spread_L1).mean(axis=0), max(round(0.1 * rate_hz), 1))

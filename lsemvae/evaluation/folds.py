@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from lsemvae.errors import LsemvaeError
 
@@ -31,6 +30,8 @@ def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int, option:
 
 def make_folds(y_B: np.ndarray, subject_B: np.ndarray, folds: int, seed: int) -> list[Fold]:
     """So many folds; raises LsemvaeError when one would lack a class."""
+    from sklearn.model_selection import StratifiedGroupKFold  # takes 1 s
+
     require_subjects(y_B, subject_B, folds)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     found = list(splitter.split(y_B, y_B, subject_B))

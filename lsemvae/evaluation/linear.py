@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from lsemvae.config import FinetuneRecipe
 from lsemvae.evaluation.folds import make_folds
@@ -22,6 +20,8 @@ def train_linear(
     recordings together; of equal ones the strongest regularisation. Raises LsemvaeError when a class has fewer subjects
     than there are inner folds.
     """
+    from sklearn.metrics import roc_auc_score
+
     strengths = sorted(recipe.strengths)
     chosen = strengths[0]
     if len(strengths) > 1:
@@ -45,6 +45,8 @@ def _fitted(
     (thin): the weights w = V v have the same logits as v on U S, and the same L2 norm. So logistic regression on U S,
     at most B features, is exact and costs a fraction.
     """
+    from sklearn.linear_model import LogisticRegression
+
     standard = Head(h_BF.shape[1], hidden=0, dropout=0.0).eval()
     standard.standardise_from(torch.from_numpy(h_BF), torch.from_numpy(observed_BF))
     x_BR = np.where(observed_BF, (h_BF - standard.mean_F.numpy()) / standard.scale_F.numpy(), 0.0).astype(np.float64)

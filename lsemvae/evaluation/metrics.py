@@ -4,15 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    brier_score_loss,
-    f1_score,
-    matthews_corrcoef,
-    roc_auc_score,
-    roc_curve,
-)
 
 from lsemvae.bundle import logit
 from lsemvae.errors import LsemvaeError
@@ -74,6 +65,8 @@ class Estimate:
 
 def best_threshold(y_B: np.ndarray, score_B: np.ndarray) -> float:
     """The threshold with the largest Youden index (sensitivity + specificity - 1); decision is score >= it."""
+    from sklearn.metrics import roc_curve
+
     false_positive, true_positive, threshold = roc_curve(y_B, score_B)
     best = int(np.argmax((true_positive - false_positive)[1:])) + 1  # the first threshold is infinite
     return float(threshold[best])
@@ -83,6 +76,16 @@ def classification(
     y_B: np.ndarray, score_B: np.ndarray, decision_B: np.ndarray, metrics: Sequence[str] = ALL_METRICS
 ) -> dict[str, float]:
     """These metrics; raises LsemvaeError when one class is absent. All but METRICS need scores between 0 and 1."""
+    from sklearn.metrics import (  # takes 1 s
+        accuracy_score,
+        average_precision_score,
+        brier_score_loss,
+        f1_score,
+        matthews_corrcoef,
+        roc_auc_score,
+        roc_curve,
+    )
+
     _require_both(y_B)
     y_B, score_B = np.asarray(y_B, dtype=float), np.asarray(score_B, dtype=float)
     false_K, true_K, threshold_K = roc_curve(y_B, score_B, drop_intermediate=False)

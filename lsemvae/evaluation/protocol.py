@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
 
 from lsemvae.bundle import Calibration
 from lsemvae.config import FinetuneRecipe
@@ -27,7 +26,6 @@ from lsemvae.evaluation.folds import Fold, fold_of, make_folds, require_subjects
 from lsemvae.evaluation.metrics import METRICS, Estimate, auroc_difference, best_threshold, with_intervals
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.head import Head
-from lsemvae.plots import curves
 from lsemvae.progress import Bar, over
 from lsemvae.tracking import Run
 
@@ -167,6 +165,8 @@ class Result:
 
     def write(self, folder: Path, title: str) -> list[Path]:
         """Write tables and pictures into the folder -> their paths."""
+        from lsemvae.plots import curves  # imports matplotlib
+
         self.table().to_csv(folder / RESULTS, index=False)
         self.differences_table().to_csv(folder / DIFFERENCES, index=False)
         self.out_of_fold().to_csv(folder / SCORES, index=False)
@@ -195,6 +195,8 @@ class Result:
 
     def _auroc_by_fold(self, row: str) -> list[float]:
         """Means over the seeds."""
+        from sklearn.metrics import roc_auc_score
+
         if row not in self.scores:
             return []
         y_B = self.embedded.y_B
@@ -205,6 +207,8 @@ class Result:
 
     def _spread(self, row: str) -> float:
         """Standard deviation of the AUROC over the seeds."""
+        from sklearn.metrics import roc_auc_score
+
         return float(np.std([roc_auc_score(self.embedded.y_B, score_B) for score_B in self.scores[row]], ddof=1))
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import norm, rankdata
 
 
 def placements(y_B: np.ndarray, score_NB: np.ndarray) -> np.ndarray:
@@ -16,6 +15,8 @@ def placements(y_B: np.ndarray, score_NB: np.ndarray) -> np.ndarray:
     the scores 1 2 2 3 let the second and the last be positive: their ranks are 2.5 and 4 among all, 1 and 2 among the
     positives, so that 1.5 and 2 of the two negatives are below.
     """
+    from scipy.stats import rankdata
+
     positive_B = np.asarray(y_B, dtype=bool)
     found_NB = []
     for score_B in np.atleast_2d(score_NB):
@@ -33,6 +34,8 @@ def delong(y_B: np.ndarray, one_NB: np.ndarray, other_NB: np.ndarray, subject_B:
     DeLong, DeLong and Clarke-Pearson (1988); a subject may have several recordings, of both classes (Obuchowski 1997),
     and with one recording each the two are the same. Scores of several trainings as in `placements`.
     """
+    from scipy.stats import norm
+
     positive_B = np.asarray(y_B, dtype=bool)
     gain_B = placements(y_B, one_NB) - placements(y_B, other_NB)
     difference = float(gain_B[positive_B].mean())

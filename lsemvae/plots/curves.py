@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 
 def histogram(values: np.ndarray, edges: np.ndarray, label: str, color: str = "#2f5d8a") -> str:
@@ -61,6 +60,8 @@ def reconstructions(
 
 def discrimination(y_B: np.ndarray, scores: Mapping[str, np.ndarray], path: Path, title: str) -> None:
     """Plot the ROC and precision-recall curves of out-of-fold scores, one line for each named scorer."""
+    from sklearn.metrics import precision_recall_curve, roc_curve  # takes 1 s, and the other figures do not need it
+
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     roc, precision_recall = figure.subplots(1, 2)
     for name, score_B in scores.items():

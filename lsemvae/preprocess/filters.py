@@ -19,6 +19,9 @@ A worked example, in the default configuration: 5,000 samples of one lead at 500
 
 A constant signal shows it: each block's coefficients are one number and eight zeros, step 3 gives them back, and the
 result is zero.
+
+Functions import SciPy's filters when they need them: that takes 0.9 s, and most processes that import this module never
+filter.
 """
 
 from functools import lru_cache
@@ -26,8 +29,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy import signal as sps
-from scipy.linalg import svd, toeplitz
 
 AVERAGED = 32
 """Samples a block of the moving average: the fastest at 5,000 samples."""
@@ -62,7 +63,9 @@ def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.nd
         raise ValueError(f"{samples} samples: a high-pass of order {order} needs more than {edge}")
     slow = slow_part(order, cutoff_hz, rate_hz, samples)
     if slow is None:
-        return sps.sosfiltfilt(sos, x, axis=-1)
+        from scipy.signal import sosfiltfilt
+
+        return sosfiltfilt(sos, x, axis=-1)
     block = len(slow.basis_KP)
     whole = x if samples % block == 0 else np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -samples % block)])
     described = (whole.reshape(*x.shape[:-1], -1, block) @ slow.basis_KP).reshape(*x.shape[:-1], -1)
@@ -77,13 +80,18 @@ def highpass(x: np.ndarray, order: int, cutoff_hz: float, rate_hz: int) -> np.nd
 @lru_cache(maxsize=8)
 def _sections(order: int, cutoff_hz: float, rate_hz: int) -> tuple[np.ndarray, int]:
     """The filter, and the number of samples by which `sosfiltfilt` extends a signal at each end."""
-    sos = sps.butter(order, cutoff_hz, "highpass", fs=rate_hz, output="sos")
+    from scipy.signal import butter
+
+    sos = butter(order, cutoff_hz, "highpass", fs=rate_hz, output="sos")
     return sos, 3 * (2 * len(sos) + 1 - min((sos[:, 2] == 0).sum(), (sos[:, 5] == 0).sum()))
 
 
 @lru_cache(maxsize=8)
 def slow_part(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> SlowPart | None:
     """Takes half a second at 5,000 samples. None where the slow part is not smooth enough, or the window too short."""
+    from scipy.linalg import svd
+    from scipy.signal import sosfiltfilt
+
     sos, extended = _sections(order, cutoff_hz, rate_hz)
     edge = extended + 1
     block = int(0.1 * rate_hz / cutoff_hz)  # a tenth of the cutoff's period, over which the slow part is smooth
@@ -99,7 +107,7 @@ def slow_part(order: int, cutoff_hz: float, rate_hz: int, samples: int) -> SlowP
         unit_ST = np.zeros((len(rows), samples))
         unit_ST[np.arange(len(rows)), rows] = 1
         # Filtering unit impulses shows the effect of each sample of the block on every other.
-        taken_ST = unit_ST - sps.sosfiltfilt(sos, unit_ST, axis=-1)
+        taken_ST = unit_ST - sosfiltfilt(sos, unit_ST, axis=-1)
         described_SC = _describe(taken_ST, basis_KP)
         # The ends are not smooth: their samples get rows of their own, for what the block's polynomials leave over.
         inner = (rows >= edge) & (rows < samples - edge)
@@ -145,6 +153,8 @@ def moving_average(x: np.ndarray, taps: int) -> np.ndarray:
 @lru_cache(maxsize=8)
 def triangle(taps: int) -> np.ndarray:
     """[AVERAGED + 2 (taps - 1), AVERAGED]: from a window of samples to the averages in its middle."""
+    from scipy.linalg import toeplitz
+
     weights = np.convolve(np.ones(taps), np.ones(taps)) / taps**2
     return toeplitz(np.pad(weights, (0, AVERAGED - 1)), np.zeros(AVERAGED))
 

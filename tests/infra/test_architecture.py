@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -235,3 +236,23 @@ def test_importing_the_library_does_no_work():
     assert done.returncode == 0
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "ray", "mlflow", "scipy", "pandas", "pyarrow"}
+
+
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [
+        ("promote", {"torch", "scipy", "pandas"}),
+        ("ingest", {"torch", "scipy", "sklearn", "matplotlib"}),
+        ("lsemvae.data.ingest", {"torch", "scipy"}),  # what the tasks of ingest import
+        ("lsemvae.training.pretrain", {"scipy", "sklearn", "matplotlib"}),  # the workers
+        ("lsemvae.evaluation.cells", {"scipy", "sklearn", "matplotlib"}),  # the trainings of folds
+        ("lsemvae.scoring.parts", {"scipy", "sklearn", "matplotlib"}),  # the actors that score
+    ],
+)
+def test_a_process_imports_what_takes_seconds_only_where_it_needs_it(module: str, slow: set[str]):
+    program = f"import sys, {module}; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "workflows")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert not set(done.stdout.split()) & (slow | {"ray", "mlflow"})
