@@ -92,7 +92,10 @@ class Bar:
             return
         if self._closed.wait(FIRST_S):
             return
-        self._bar = tqdm(total=self._total, desc=self._what, unit=f" {self._unit}", initial=self._first)
+        told = None if self._unit else "{desc}: {elapsed} so far"
+        self._bar = tqdm(
+            total=self._total, desc=self._what, unit=f" {self._unit}", initial=self._first, bar_format=told
+        )
         while not self._closed.wait(TERMINAL_S):
             with self._lock:
                 self._bar.n = self._done

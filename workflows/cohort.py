@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from command import start_ray
+from options import RARE
 
 from lsemvae.bundle import describe
 from lsemvae.errors import LsemvaeError, StorageError
@@ -43,21 +44,21 @@ class CohortArgs:
     """Of --source: a CSV that says whose a recording is, or for ukb-20205 who belongs to the cohort."""
     limit: int | None = None
     """Of --source: use only the first recordings, this many."""
-    max_unreadable: float = 0.05
+    max_unreadable: Annotated[float, RARE] = 0.05
     """Of --source: the command stops with status 3 as soon as more than this share of the recordings is unreadable.
     Finished parts are kept: give the command again with a larger share, or with corrected recordings, to continue."""
-    withdrawn: str | None = None
+    withdrawn: Annotated[str | None, RARE] = None
     """A list of subjects who have withdrawn, an identifier a line. They are left out, as are those of a withdrawn.csv
     in the source or beside the shards."""
-    threads: int = 8
+    threads: Annotated[int, RARE] = 8
     """Of --source: concurrent reads in each process."""
-    patience_s: float = 300
+    patience_s: Annotated[float, RARE] = 300
     """Of --source: how long a read waits for an object store that is overloaded before the command ends."""
     actors: int = 1
     """Number of processes, each with a copy of the model."""
     use_gpu: bool = False
     """Give each of these processes a GPU."""
-    digest: str | None = None
+    digest: Annotated[str | None, RARE] = None
     """The digest that the model must have; with another one the command ends."""
 
     def require_sense(self) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
+import options
 import tyro
 from servers import free_port
 
@@ -80,12 +81,25 @@ def run_command(main: Callable[[Args], None], args_type: type[Args], default: Ar
     prepare_environment()
     _quiet_logs()
     try:  # a recipe refuses values while the command line is read
-        main(tyro.cli(args_type, default=default, description=sys.modules[main.__module__].__doc__))
+        main(_parse(args_type, default, sys.modules[main.__module__].__doc__))
     except LsemvaeError as error:
         _say_and_exit(error)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _parse(args_type: type[Args], default: Args | None, description: str | None) -> Args:
+    words = sys.argv[1:]
+    if options.ALL in words:
+        return tyro.cli(args_type, default=default, description=description, args=["--help"])
+    if not options.HELP & set(words):
+        return tyro.cli(args_type, default=default, description=description)
+    shown, shown_default = options.common(args_type, default)
+    try:
+        return tyro.cli(shown, default=shown_default, description=description)
+    finally:  # it prints the help and exits
+        print(options.others(args_type, default))
 
 
 def _say_and_exit(error: LsemvaeError) -> NoReturn:
@@ -103,7 +117,7 @@ def run_recipe_command(
     """
     names = ", ".join(recipes)
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("-h", "--help", ""):
+    if name in (*options.HELP, options.ALL, ""):
         print(f"{sys.modules[main.__module__].__doc__}\nRecipes: {names}, or the path of a recipe's .json file\n")
         print(f"usage: {sys.argv[0]} RECIPE [options]      options: {sys.argv[0]} RECIPE --help")
         raise SystemExit(0 if name else 2)

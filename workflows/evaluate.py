@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import pretrain
 import torch
 from command import run_command, start_ray
+from options import RARE
 
 from lsemvae import __version__
 from lsemvae.config import FinetuneRecipe, PretrainRecipe
@@ -78,18 +79,18 @@ class Args:
     """Pre-trained bundles, NAME=URI: a folder, s3:// URI or models:/NAME@alias."""
     pretrain: tuple[str, ...] = ()
     """Shards without labels to pre-train the other methods on, as --data of workflows/pretrain.py."""
-    pretrain_epochs: int | None = None
+    pretrain_epochs: Annotated[int | None, RARE] = None
     """Epochs of that pre-training, for every method the same; by default those of the size."""
-    pretrain_workers: int | None = None
+    pretrain_workers: Annotated[int | None, RARE] = None
     """Workers of that pre-training; by default 2, or 1 on a GPU."""
-    exclude: tuple[str, ...] = ()
+    exclude: Annotated[tuple[str, ...], RARE] = ()
     """Leave out the subjects of these shards in that pre-training."""
-    use_gpu: bool = False
+    use_gpu: Annotated[bool, RARE] = False
     """Pre-train on a GPU."""
     training: str = "linear"
     """How pre-trained methods are fine-tuned: a recipe of workflows/finetune.py, or the path of a recipe's .json file.
     Supervised methods train all weights, with the recipe full, cpu or smoke of their size."""
-    scratch_epochs: int | None = None
+    scratch_epochs: Annotated[int | None, RARE] = None
     """Epochs of the supervised methods; by default those of their recipe."""
     seeds: int = 1
     """Repeat every training that has a random start so often."""
@@ -103,13 +104,13 @@ class Args:
     """The method that is trained on all recordings and registered in MLflow, a model for each lead set, or none."""
     model_name: str | None = None
     """The registered models are NAME-LEADS, such as ph-6L; by default NAME is the task."""
-    data_licence: str = "not stated"
+    data_licence: Annotated[str, RARE] = "not stated"
     """The licence of the data, for the model card."""
-    storage: str | None = None
+    storage: Annotated[str | None, RARE] = None
     """Where finished trainings are kept (folder or s3:// URI); by default --output."""
-    max_concurrent: int = 2
+    max_concurrent: Annotated[int, RARE] = 2
     """Trainings at a time, one CPU each."""
-    gpus: float = 0
+    gpus: Annotated[float, RARE] = 0
     """GPUs for each training of all weights and for embedding, such as 0.25 for four trainings on one; 0 uses CPUs."""
     dry_run: bool = False
     """Print the trainings and an estimate of the time, and end."""

@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from cohort import MODEL_COLUMNS, CohortArgs, complete, describe_model, make_parts, without_a_score
 from command import run_command
+from options import RARE
 
 from lsemvae.bundle import describe
 from lsemvae.data.shards import LABEL_PREFIX
@@ -58,28 +59,28 @@ class Args(CohortArgs):
     baseline: Baseline = "zero"
     """What a recording is compared with: no signal (zero), the mean beat of reference recordings at each of its beats
     (mean-beat), or reference recordings (expected; one after the other, and then the mean)."""
-    reference: str | None = None
+    reference: Annotated[str | None, RARE] = None
     """Of --baseline mean-beat and expected: shards with the reference recordings, by default --data. A seeded sample of
     its recordings without the label is used, or of all if the label is not known."""
-    bound: float = Settings.bound
+    bound: Annotated[float, RARE] = Settings.bound
     """The largest convergence delta, as a share of the explained difference: more steps are taken to meet it."""
-    steps: int = Settings.steps
+    steps: Annotated[int, RARE] = Settings.steps
     """Points between the baseline and the recording, at least."""
-    most_steps: int = Settings.most_steps
+    most_steps: Annotated[int, RARE] = Settings.most_steps
     """Where the bound does not hold with so many, the recording's notes say what is left."""
-    encoder: str | None = None
+    encoder: Annotated[str | None, RARE] = None
     """The pre-trained encoder of the model, as models:/NAME@candidate: the rows then have each lead's gate weight and
     share of the precision. A model with the features `fused` needs none."""
-    igar: bool = False
+    igar: Annotated[bool, RARE] = False
     """Compute the authors' attribution ratio too, which takes 50 more steps a recording."""
     pictures: int = 6
     """How many recordings are drawn: the first of --records, otherwise those with the highest scores."""
     checks: int = 32
     """How many recordings the checks use, a seeded sample; 0 for none. They take much longer than explaining."""
-    simulated: bool = False
+    simulated: Annotated[bool, RARE] = False
     """The model was trained on the label `ph` of a simulated cohort (workflows/simulate.py): check, too, whether
     attributions find the leads and waves that this label depends on."""
-    effort: Effort = field(default_factory=Effort)
+    effort: Annotated[Effort, RARE] = field(default_factory=Effort)
 
 
 def main(args: Args) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 from command import run_recipe_command, start_ray
+from options import RARE
 
 from lsemvae import __version__
 from lsemvae.bundle import Bundle
@@ -53,7 +54,7 @@ from lsemvae.training.grid import digest
 class Args:
     """Fine-tune on labelled shards."""
 
-    recipe: Annotated[FinetuneRecipe, tyro.conf.arg(name="")]
+    recipe: Annotated[FinetuneRecipe, tyro.conf.arg(name=""), RARE]
     data: str
     """Labelled shards: the --output of workflows/ingest.py."""
     task: str
@@ -66,14 +67,14 @@ class Args:
     """The MLflow model that the result becomes a version of; by default TASK-LEADS, such as ph-6L."""
     output: Path | None = None
     """Also write results.csv, differences.csv, scores.csv, the curves and the bundle into this folder."""
-    storage: str | None = None
+    storage: Annotated[str | None, RARE] = None
     """Folder or s3:// URI where finished trainings are kept until the end, so that an interrupted command can go on; by
     default the output folder."""
-    max_concurrent: int = 2
+    max_concurrent: Annotated[int, RARE] = 2
     """Trainings at a time, one CPU each."""
-    data_licence: str = "not stated"
+    data_licence: Annotated[str, RARE] = "not stated"
     """The licence of the data, for the model card."""
-    gpus: float = 0
+    gpus: Annotated[float, RARE] = 0
     """GPUs for each training and for embedding, such as 0.5 for two trainings on one; 0 uses CPUs."""
 
 

@@ -15,9 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import pandas as pd
 from command import run_command, start_ray
+from options import RARE
 
 from lsemvae.cohorts import Selection, describe_left_out, select
 from lsemvae.cohorts.mimic_iv_echo import EchoOptions
@@ -48,30 +50,30 @@ class Args:
     withdrawn: str | None = None
     """A list of subjects who have withdrawn, an identifier a line. They are left out, as are those of a withdrawn.csv
     in the source."""
-    echo_days: float | None = None
+    echo_days: Annotated[float | None, RARE] = None
     """Of mimic-iv-echo: an ECG gets the labels of its patient's echocardiogram that is nearest in time, if that is at
     most this many days before or after it. 90 unless given."""
-    echo_columns: tuple[str, ...] = ()
+    echo_columns: Annotated[tuple[str, ...], RARE] = ()
     """Of mimic-iv-echo: what your release calls the columns and measurements of structured_measurement.csv, as pairs:
     subject=subject_id time=measurement_datetime name=measurement value=result unit=unit type=test_type pasp=pasp
     tr_velocity=tr_velocity tr_gradient=tr_mmhg rv_function=rv_function ivc=ivc. These are the defaults; give those that
     differ."""
     val_share: float = 0.1
     """Share of subjects held out for validation in pre-training."""
-    seed: int = 0
+    seed: Annotated[int, RARE] = 0
     """Decides which subjects are held out and the order of recordings in the shards."""
-    shard_records: int = 256
+    shard_records: Annotated[int, RARE] = 256
     """Recordings in each shard."""
     limit: int | None = None
     """Use only the first recordings of the source, this many."""
     max_unreadable: float = 0.05
     """The command stops with status 3 as soon as more than this share of all recordings is unreadable. Finished shards
     are kept: give the command again with a larger share, or with corrected recordings, to continue."""
-    threads: int = 16
+    threads: Annotated[int, RARE] = 16
     """Concurrent reads in each task, at most."""
-    concurrent_reads: int = 256
+    concurrent_reads: Annotated[int, RARE] = 256
     """Concurrent reads on the whole cluster, at most. An object store that gets too many answers SlowDown."""
-    patience_s: float = 300
+    patience_s: Annotated[float, RARE] = 300
     """How long a task waits for an object store that is overloaded before the command ends."""
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 from command import run_recipe_command, start_ray
+from options import RARE
 
 from lsemvae.config import PretrainRecipe
 from lsemvae.errors import LsemvaeError
@@ -40,7 +41,7 @@ RESULT = "result.json"
 class Args:
     """Pre-train on shards."""
 
-    recipe: Annotated[PretrainRecipe, tyro.conf.arg(name="")]
+    recipe: Annotated[PretrainRecipe, tyro.conf.arg(name=""), RARE]
     data: tuple[str, ...]
     """Shards: the --output of workflows/ingest.py (folder or s3:// URI). Several data sets, each with its repeats in an
     epoch after a colon: --data s3://bucket/mimic s3://bucket/own:12."""
@@ -58,14 +59,14 @@ class Args:
     """The run's name; by default derived from recipe and data, so that the same command resumes."""
     model_name: str = "lsemvae-encoder"
     """The MLflow model that the bundle becomes a version of."""
-    max_failures: int = 3
+    max_failures: Annotated[int, RARE] = 3
     """How often lost workers are replaced before the run gives up."""
     all: bool = False
     """Train on all subjects, without validation: the paper's last step, with settings chosen before."""
-    cache: str | None = None
+    cache: Annotated[str | None, RARE] = None
     """A folder on the local disk of each training machine for prepared recordings, 240 kB each. The first epoch decodes
     and preprocesses; later epochs read from here."""
-    wait_s: float = 600
+    wait_s: Annotated[float, RARE] = 600
     """How long to wait for machines when the cluster has too few CPUs or GPUs."""
 
 

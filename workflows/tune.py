@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import pandas as pd
 import tyro
 from command import run_recipe_command, start_ray
+from options import RARE
 
 from lsemvae.config import PretrainRecipe, recipe_from, with_settings
 from lsemvae.data.shards import ShardedDataset
@@ -52,7 +53,7 @@ PLAN = "tune.json"
 class Args:
     """Search a grid of pre-training settings."""
 
-    recipe: Annotated[PretrainRecipe, tyro.conf.arg(name="")]
+    recipe: Annotated[PretrainRecipe, tyro.conf.arg(name=""), RARE]
     data: str
     """Shards: the --output of workflows/ingest.py (folder or s3:// URI)."""
     storage: str
@@ -74,12 +75,12 @@ class Args:
     """Trials at the same time; by default, and at most, as many as the cluster has room for."""
     name: str | None = None
     """The search's name; by default derived from recipe and data, so that the same command resumes."""
-    max_failures: int = 3
+    max_failures: Annotated[int, RARE] = 3
     """How often lost workers are replaced before a trial fails."""
-    cache: str | None = None
+    cache: Annotated[str | None, RARE] = None
     """A folder on the local disk of each training machine for prepared recordings, 240 kB each. All trials share it:
     only the first epoch of the first trial decodes and preprocesses."""
-    wait_s: float = 600
+    wait_s: Annotated[float, RARE] = 600
     """How long to wait for machines when the cluster has too few CPUs or GPUs for one trial."""
 
 
