@@ -1,7 +1,8 @@
 """MLflow: runs, metrics, pictures, bundles as model versions, aliases. No other file imports it.
 
-A model version is the bundle's directory, stored as an artefact of the run; nothing is pickled. Training continues
-when the tracking server is down: it warns once and drops what it cannot log. Registering and promoting raise an error.
+A model version is the bundle's two files and those that make it an MLflow model (see `mlmodel`), stored as an artefact
+of the run; nothing is pickled. Training continues when the tracking server is down: it warns once and drops what it
+cannot log. Registering and promoting raise an error.
 
 Functions import mlflow when they run, not this module: the import reads MLFLOW_DISABLE_TELEMETRY, which a command sets
 first.
@@ -11,11 +12,13 @@ import logging
 import math
 import os
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.storage import Storage
+from lsemvae.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +42,12 @@ _METRICS_A_CALL = 1000  # MLflow accepts no more in one request
 _OUTBOX = 100_000  # metrics that wait at most
 _PAUSE_S = 10.0  # before the next attempt after a failure
 
+# By default MLflow retries for minutes; a user should learn sooner that the server does not answer.
+_SHORT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+_TRANSFER_TIMEOUT_S = 600
+_TRANSFER_RETRIES = 5
+_DOWNLOADS = 3  # attempts: MLflow does not repeat a download whose connection breaks in mid-file
+
 
 def tracking_uri() -> str:
     """`MLFLOW_TRACKING_URI`, or a SQLite file in the current folder where it is not set."""
@@ -52,9 +62,8 @@ def shown(text: str) -> str:
 def _client() -> "MlflowClient":
     from mlflow import MlflowClient
 
-    # By default MLflow retries for minutes; a user should learn sooner that the server does not answer.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for name, value in _SHORT.items():
+        os.environ.setdefault(name, value)
     return MlflowClient(tracking_uri=tracking_uri(), registry_uri=tracking_uri())
 
 
@@ -66,6 +75,44 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise LsemvaeError(shown(f"{what} failed at {tracking_uri()}: {str(error).splitlines()[0][:200]}")) from error
+
+
+class _Transfers:
+    """While a file travels to or from MLflow, its requests have long timeouts and more retries.
+
+    The server answers an upload after it has written the whole file to its own store, and a download after it has read
+    it from there: minutes for a gigabyte. MLflow reads both settings from the environment at each request, so other
+    threads have them too meanwhile. `MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT`, in seconds, replaces the timeout.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._running = threading.Lock(), 0
+        self._before: dict[str, str | None] = {}
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._running += 1
+            if self._running == 1:
+                timeout = os.environ.get("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT") or max(
+                    _TRANSFER_TIMEOUT_S, int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", 0))
+                )
+                retries = max(_TRANSFER_RETRIES, int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", 0)))
+                long = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+                self._before = {name: os.environ.get(name) for name in long}
+                os.environ.update(long)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if self._running == 0:
+                for name, value in self._before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
+
+
+_transfers = _Transfers()
 
 
 class Run:
@@ -160,14 +207,26 @@ class Run:
         self._try(lambda: self._client.update_run(self.run_id, status))
 
     def file(self, path: Path, folder: str = "") -> None:
+        """Store a small file, such as a picture. Training waits for it, so it does not wait as long as `bundle`."""
         self._try(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
 
     def bundle(self, folder: Path) -> None:
-        with _explained("storing the bundle"):
-            self._client.log_artifacts(self.run_id, str(folder), BUNDLE_FOLDER)
+        """Store the bundle and the files that make it an MLflow model. Raises BundleError where there is no bundle."""
+        from lsemvae.bundle import CONFIG, WEIGHTS, describe  # imports torch, which promotion does not need
+        from lsemvae.mlmodel import write_model
+
+        bundle = describe(folder)
+        with tempfile.TemporaryDirectory() as name, _explained("storing the bundle"), _transfers:
+            write_model(bundle, Path(name))
+            for path in (folder / CONFIG, folder / WEIGHTS, *sorted(Path(name).iterdir())):
+                self._client.log_artifact(self.run_id, str(path), BUNDLE_FOLDER)
 
     def register(
-        self, name: str, tags: Mapping[str, str], alias: str | None = CANDIDATE, description: str | None = None
+        self,
+        name: str,
+        tags: Mapping[str, str],
+        alias: str | None = CANDIDATE,
+        description: str | None = None,
     ) -> int:
         """Register the run's bundle as a new version of the model `name`, with `alias` -> the version's number.
 
@@ -314,51 +373,99 @@ def resolve(model: str) -> tuple[str, int]:
 
 
 def download(version: Version, folder: Path) -> Path:
-    """Download the version's bundle into `folder`.
+    """Download the version's bundle, two files and no other, into `folder`; where that fails, neither is left.
 
-    Raises BundleError before it downloads anything if the version holds other files than the two of a bundle, so that
-    a pickle never reaches this machine; and after the download if the digest is not the registered one.
+    Raises BundleError before it downloads anything if the version holds something that no version of this project
+    does, such as a pickle; and after the download if the digest is not the registered one.
     """
-    from mlflow.artifacts import download_artifacts, list_artifacts
+    from mlflow.artifacts import list_artifacts
 
     from lsemvae.bundle import CONFIG, WEIGHTS, describe  # imports torch, which promotion does not need
+    from lsemvae.mlmodel import FILES
 
     what = f"models:/{version.name}/{version.number}"
     with _explained(f"fetching {what}"):
         source = _client().get_model_version_download_uri(version.name, str(version.number))
         files = {item.path.rsplit("/", 1)[-1] for item in list_artifacts(source, tracking_uri=tracking_uri())}
-        if files != {CONFIG, WEIGHTS}:
+        if not {CONFIG, WEIGHTS} <= files <= FILES:
             raise BundleError(
-                f"{what} is no bundle: it holds {', '.join(sorted(files)[:10]) or 'nothing'}, must hold only "
-                f"{CONFIG} and {WEIGHTS}"
+                f"{what} is no bundle: it holds {', '.join(sorted(files)[:10]) or 'nothing'}, must hold {CONFIG} and "
+                f"{WEIGHTS}, and beside them only the files of an MLflow model from code"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG, WEIGHTS):
-            download_artifacts(f"{source}/{name}", dst_path=str(folder), tracking_uri=tracking_uri())
-    digest = describe(folder).digest
-    if version.digest not in (None, digest):
-        raise BundleError(
-            f"{what} has digest {digest} but was registered with {version.digest}: its {CONFIG} was altered"
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _explained(f"fetching {what}"), _transfers:
+            for name in (CONFIG, WEIGHTS):
+                _download_file(f"{source}/{name}", folder)
+        digest = describe(folder).digest
+        if version.digest not in (None, digest):
+            raise BundleError(
+                f"{what} has digest {digest} but was registered with {version.digest}: its {CONFIG} was altered"
+            )
+    except BaseException:
+        _remove(folder)
+        raise
     return folder
+
+
+def _download_file(uri: str, folder: Path) -> None:
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(1, _DOWNLOADS + 1):
+        try:
+            download_artifacts(uri, dst_path=str(folder), tracking_uri=tracking_uri())
+            return
+        except (MlflowException, OSError) as error:
+            if attempt == _DOWNLOADS:
+                raise
+            log.warning(f"{shown(uri)}: {shown(str(error).splitlines()[0][:200])}; trying again")
+            time.sleep(attempt)
+
+
+def _remove(folder: Path) -> None:
+    """The bundle's files, and the folder if nothing else is in it."""
+    from lsemvae.bundle import CONFIG, WEIGHTS
+
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def fetch(model: str, folder: Path) -> FetchedBundle:
     """Make the bundle `models:/NAME@alias`, `models:/NAME/3` or `s3://…` available as a folder on this machine.
 
-    A local folder is used where it is; everything else is downloaded into `folder`, about 1 GB at full size, which the
-    caller removes. Raises LsemvaeError if the bundle does not exist.
+    A local folder is used where it is; of everything else the bundle's two files are downloaded into `folder`, about 1
+    GB at full size, which the caller removes (see `fetched`). Raises LsemvaeError if the bundle does not exist; then it
+    leaves nothing in `folder`.
     """
-    if not model.startswith("models:/"):
-        storage = Storage.open(model).require()
-        if storage.is_local:
-            return FetchedBundle(Path(storage.base))
-        for path in storage.list():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(storage.read_bytes(path))
-        return FetchedBundle(folder)
-    version = locate(model)
-    return FetchedBundle(download(version, folder), version.name, version.number)
+    if model.startswith("models:/"):
+        version = locate(model)
+        return FetchedBundle(download(version, folder), version.name, version.number)
+    from lsemvae.bundle import CONFIG, WEIGHTS
+
+    storage = Storage.open(model).require()
+    if storage.is_local:
+        return FetchedBundle(Path(storage.base))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in (CONFIG, WEIGHTS):
+            if not storage.exists(name):
+                raise BundleError(f"{storage.uri} is no bundle: it has no {name}")
+            with storage.reading(name) as source, (folder / name).open("wb") as target:
+                shutil.copyfileobj(source, target, 2**20)
+    except BaseException:
+        _remove(folder)
+        raise
+    return FetchedBundle(folder)
+
+
+@contextmanager
+def fetched(model: str) -> Iterator[FetchedBundle]:
+    """`fetch`, into a temporary folder that is gone after the block."""
+    with temporary_folder() as folder:
+        yield fetch(model, folder / "bundle")
 
 
 def promote(name: str, source: str = CANDIDATE, target: str = CHAMPION) -> tuple[int, int | None]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import in_order
 from lsemvae.preprocess import preprocess
 from lsemvae.record import Record
+from lsemvae.temporary import temporary_folder
 from lsemvae.tracking import fetch, locate, parse_model
 from serve.schema import LeadOut, Origin, ReconstructOut, RefusedOut
 from serve.scoring import TORCH
@@ -95,8 +95,8 @@ def load_encoder(uri: str, folder: Path, device: str) -> Reconstructor:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not uri.startswith("models:/"):
-        with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as temporary:
-            return Reconstructor(fetch(uri, Path(temporary)).folder, device)
+        with temporary_folder(folder) as temporary:
+            return Reconstructor(fetch(uri, temporary / "bundle").folder, device)
     with locked_shelf(folder, "encoder", parse_model(uri)[0]) as shelf:
         kept = shelf.kept()
         try:

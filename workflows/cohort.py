@@ -2,11 +2,9 @@
 
 import json
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from command import start_ray
@@ -21,7 +19,7 @@ from lsemvae.scoring.output import claim, finished
 from lsemvae.scoring.parts import MODEL_FIELDS, Job, PartMaker
 from lsemvae.scoring.progress import Progress
 from lsemvae.storage import Storage
-from lsemvae.tracking import fetch
+from lsemvae.tracking import fetched
 
 TOO_MANY_UNREADABLE = 3  # exit status
 MODEL_COLUMNS = tuple(field.name for field in MODEL_FIELDS)
@@ -89,17 +87,16 @@ class CohortArgs:
 
 def describe_model(model: str, digest: str | None, done: str = "scored") -> tuple[str, dict[str, Any]]:
     """The URI of exactly this version, and its description. Raises LsemvaeError unless the model can score."""
-    with tempfile.TemporaryDirectory() as folder:
-        fetched = fetch(model, Path(folder))
-        bundle = describe(fetched.folder)
-        name = fetched.name or Storage.open(model).base.rsplit("/", 1)[-1]
+    with fetched(model) as found:
+        bundle = describe(found.folder)
+        name = found.name or Storage.open(model).base.rsplit("/", 1)[-1]
     if bundle.task is None:
         raise LsemvaeError(f"{model} is a pre-trained encoder, it has no task: fine-tune it first")
     if digest is not None and digest != bundle.digest:
         raise LsemvaeError(f"{model} has the digest {bundle.digest}, not {digest}: nothing is {done}")
-    return f"models:/{fetched.name}/{fetched.version}" if fetched.name else model, {
+    return f"models:/{found.name}/{found.version}" if found.name else model, {
         "model": name,
-        "version": fetched.version,
+        "version": found.version,
         "digest": bundle.digest,
         "preprocess_digest": bundle.preprocess.digest,
         "task": bundle.task,

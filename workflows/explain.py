@@ -15,7 +15,6 @@ use only: not a medical device.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -42,7 +41,7 @@ from lsemvae.scoring import chosen, explaining
 from lsemvae.scoring.inputs import CohortInput, Recordings, Shards, open_shards
 from lsemvae.scoring.parts import Job
 from lsemvae.storage import Storage
-from lsemvae.tracking import fetch
+from lsemvae.tracking import fetched
 
 REFERENCES = {"mean-beat": 32, "expected": Settings.references}
 """How many recordings a baseline is made of."""
@@ -216,14 +215,13 @@ def encoder_of(model: str | None) -> tuple[str | None, str | None]:
     """The URI of exactly this version, and its digest. Raises LsemvaeError where it is no encoder."""
     if model is None:
         return None, None
-    with tempfile.TemporaryDirectory() as folder:
-        fetched = fetch(model, Path(folder))
-        bundle = describe(fetched.folder)
+    with fetched(model) as found:
+        bundle = describe(found.folder)
     if bundle.task is not None:
         raise LsemvaeError(
             f"--encoder {model} is a classifier ({bundle.task}): give the pre-trained encoder of --model"
         )
-    return f"models:/{fetched.name}/{fetched.version}" if fetched.name else model, bundle.digest
+    return f"models:/{found.name}/{found.version}" if found.name else model, bundle.digest
 
 
 def reference_of(args: Args, cohort: Shards | Recordings, label: str | None) -> tuple[CohortInput | None, str | None]:

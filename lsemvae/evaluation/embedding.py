@@ -1,9 +1,7 @@
 """What the protocol needs of each labelled recording, computed once on Ray Data: features, model input, labels."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +17,7 @@ from lsemvae.models import Embeds, Encoder, build
 from lsemvae.models.parts.shifts import recorded_samples
 from lsemvae.preprocess import FIXED_MV, PreprocessConfig
 from lsemvae.progress import Bar
-from lsemvae.tracking import fetch
+from lsemvae.tracking import fetched
 
 CLASSICAL, QUANTILES = "classical features", "amplitude quantiles"
 
@@ -56,8 +54,8 @@ def load_encoder(uri: str, leads: Sequence[str] = ()) -> Pretrained:
 
     Raises LsemvaeError where it is no pre-trained encoder, or lacks one of the leads.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        bundle, model = load(fetch(uri, Path(temporary)).folder)
+    with fetched(uri) as found:
+        bundle, model = load(found.folder)
     if not isinstance(model, Embeds):
         raise LsemvaeError(f"{uri} is a {bundle.architecture}: this command takes a pre-trained encoder")
     if absent := [lead for lead in leads if lead not in bundle.leads]:

@@ -1,7 +1,7 @@
 """The rows of a cohort's explanations: what the score of each recording depends on, by lead and wave."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from lsemvae.explain.waves import DELINEATED, WAVES
 from lsemvae.scoring.chosen import read_all
 from lsemvae.scoring.inputs import CohortInput, Read, signals_of
 from lsemvae.scoring.parts import MODEL_FIELDS, Job, Product
-from lsemvae.tracking import fetch
+from lsemvae.tracking import fetched
 
 Progress = Callable[[int, int], object]
 """It is told how many steps are done, and of how many."""
@@ -120,13 +120,13 @@ class ExplanationRows:
     def __init__(self, folder: Path, device: str, asked: Asked) -> None:
         bundle = describe(folder)
         reads = read_all(asked.reference, bundle.leads)
-        with tempfile.TemporaryDirectory() as place:
+        with fetched(asked.encoder) if asked.encoder else nullcontext() as encoder:
             self.explainer = Explainer(
                 folder,
                 asked.settings,
                 device,
                 reference=Reference.of_signals(*signals_of(reads), bundle.leads, bundle.preprocess) if reads else None,
-                encoder=fetch(asked.encoder, Path(place)).folder if asked.encoder else None,
+                encoder=encoder.folder if encoder else None,
             )
         self._asked, self._device = asked, device
 
@@ -213,8 +213,8 @@ def explain_again(
     It runs where the parts were made: the same device gives the same numbers.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = ExplanationRows(fetch(job.uri, Path(folder)).folder, "cuda" if job.use_gpu else "cpu", asked)
+        with fetched(job.uri) as model:
+            rows = ExplanationRows(model.folder, "cuda" if job.use_gpu else "cpu", asked)
         reads = [read for read in read_all(shown, rows.bundle.leads) if read.signal_mv_LT is not None]
         ids = [read.record_id for read in reads]
         found = dict(zip(ids, explained(rows.explainer, reads), strict=True))

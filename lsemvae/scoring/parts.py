@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from lsemvae.bundle import Bundle
 from lsemvae.errors import LsemvaeError
 from lsemvae.scoring.inputs import CohortInput, Read
 from lsemvae.storage import Storage
-from lsemvae.tracking import fetch
+from lsemvae.tracking import fetched
 
 MODEL_FIELDS = [
     pa.field("model", pa.string()),
@@ -73,8 +72,8 @@ class PartMaker:
     def __init__(self, job: Job) -> None:
         self._job, self._failure = job, ""
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                self._rows = job.product.rows(fetch(job.uri, Path(folder)).folder, "cuda" if job.use_gpu else "cpu")
+            with fetched(job.uri) as found:
+                self._rows = job.product.rows(found.folder, "cuda" if job.use_gpu else "cpu")
         except (LsemvaeError, OSError) as error:
             self._failure = str(error)
         else:

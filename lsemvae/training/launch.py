@@ -6,11 +6,9 @@ import json
 import logging
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,7 +23,7 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
 from lsemvae.models import Embeds, Pretrains, architecture_name, build
 from lsemvae.storage import Storage
-from lsemvae.tracking import Run, fetch
+from lsemvae.tracking import Run, fetched
 from lsemvae.training.checkpoints import BUNDLE
 from lsemvae.training.failures import end_at_once
 from lsemvae.training.pretrain import PretrainJob, pretrain_worker
@@ -218,11 +216,10 @@ def keep_bundle(place: Storage, run: Run | None = None) -> tuple[str, dict[str, 
 
     The metrics are that epoch's. Raises BundleError where the bundle is not whole.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = fetch((place / BUNDLE).uri, Path(name)).folder
-        bundle, _ = load(folder)
+    with fetched((place / BUNDLE).uri) as found:
+        bundle, _ = load(found.folder)
         if run:
-            run.bundle(folder)
+            run.bundle(found.folder)
     return bundle.digest, bundle.provenance["metrics"]
 
 

@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "bundle.py": {"torch", "safetensors"},
     "external.py": {"torch", "safetensors"},
     "tracking.py": {"mlflow"},
+    "mlmodel.py": {"mlflow"},
+    "mlflow_model.py": {"mlflow", "pandas", "torch"},
     "formats": {"wfdb", "defusedxml", "pydicom", "ecgdatakit"},
     "cohorts": {"pandas", "pyarrow"},
     "cohorts/simulated.py": {"scipy"},

@@ -26,11 +26,12 @@ from lsemvae import bundle as bundles
 from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Scorer, example_record
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.mlmodel import CODE, write_model
 from lsemvae.models import build
 from lsemvae.models.classifier import ClassifierConfig
 from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
-from lsemvae.tracking import CHAMPION, Run, fetch, promote
+from lsemvae.tracking import BUNDLE_FOLDER, CHAMPION, Run, fetch, promote
 from serve import registry as registries
 from serve.reconstruct import load_encoder
 from serve.registry import Registry, Served
@@ -49,9 +50,12 @@ def make(folder: Path, seed: int, leads: tuple[str, ...] = LIMB_LEADS, task: str
 
 
 def publish(name: str, folder: Path, digest: str | None = None, alias: str | None = CHAMPION) -> int:
-    """Register the folder as a new version without checking its content -> the version's number."""
+    """Register the folder as a new version, as it is and unchecked -> the version's number.
+
+    A version of two files is what this project registered before its versions were MLflow models.
+    """
     run = Run.start("promotion", name, {})
-    run.bundle(folder)
+    MlflowClient().log_artifacts(run.run_id, str(folder), BUNDLE_FOLDER)
     run.end()
     return run.register(name, {"digest": digest} if digest else {}, alias)
 
@@ -211,7 +215,16 @@ def other_byte(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content)
 
 
+def as_pickled_model(folder: Path) -> None:
+    """As MLflow stores a PythonModel that is no file of code."""
+    write_model(bundles.describe(folder), folder)
+    (folder / "python_model.pkl").write_bytes(PICKLE)
+    flavour = {"loader_module": "mlflow.pyfunc.model", "python_model": "python_model.pkl", "cloudpickle_version": "3"}
+    (folder / "MLmodel").write_text(yaml.safe_dump({"flavors": {"python_function": flavour}}))
+
+
 BROKEN = {
+    "a pickled MLflow model": (as_pickled_model, "must hold config.json and model.safetensors"),
     "a pickle beside it": (with_pickle, "holds config.json, model.pkl, model.safetensors"),
     "a folder beside it": (
         lambda f: ((f / "code").mkdir(), (f / "code/a.py").write_text("")),
@@ -351,6 +364,23 @@ def test_a_damaged_bundle_on_disk_is_fetched_again_or_refused(two: str, tmp_path
     registry.refresh()
     assert version_of(registry, two) == 1 and registry.served[two].described.threshold == 0.5
     assert len(on_disk(kept)) == 1
+
+
+def test_the_code_of_an_mlflow_model_is_neither_fetched_nor_run(
+    two: str, tmp_path: Path, between: Between, monkeypatch
+):
+    hostile = make(tmp_path / "hostile", 3)
+    write_model(bundles.describe(hostile), hostile)
+    (hostile / CODE).write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\n")
+    (hostile / "MLmodel").write_bytes(PICKLE)
+    version = publish(two, hostile)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", between.url)
+    registry = Registry([f"models:/{two}@champion"], tmp_path / "kept", 0)
+    assert version_of(registry, two) == version and registry.problems == {}
+    fetched = {path.rsplit("/", 1)[-1] for path in between.paths if f"/{BUNDLE_FOLDER}/" in path and "?" not in path}
+    assert fetched == {CONFIG, WEIGHTS}
+    assert not (tmp_path / "was-run").exists()
+    assert {path.name for path in (tmp_path / "kept").glob("model-*/*-*/*")} == {CONFIG, WEIGHTS}
 
 
 @pytest.mark.parametrize(

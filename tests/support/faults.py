@@ -1,9 +1,14 @@
-"""A proxy in front of an object store. It injects faults: 503, resets, cut or silent connections, short reads."""
+"""A proxy in front of an object store or MLflow. It injects faults.
+
+These are 503, resets, cut or silent connections, short reads, and a slow store: the proxy takes a file at once, and
+answers when the store would have written it, as MLflow's server does.
+"""
 
 import http.client
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -25,6 +30,7 @@ class Between:
     def __init__(self, endpoint: str) -> None:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.bytes_per_s = 100_000  # of the fault "slow"
         self.silent = threading.Event()
         self._release = threading.Event()
         self._lock = threading.Lock()
@@ -80,6 +86,8 @@ def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
                 between.wait()
             if kind in ("reset", "silence"):
                 return self._reset()
+            if kind == "slow":
+                time.sleep(len(body) / between.bytes_per_s)
             upstream = http.client.HTTPConnection(server)
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
@@ -90,6 +98,8 @@ def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
             answer = upstream.getresponse()
             content, headers = answer.read(), answer.getheaders()
             upstream.close()
+            if kind == "slow":
+                time.sleep(len(content) / between.bytes_per_s)
             half = content[: len(content) // 2]
             if kind == "less":  # with a length that agrees with it
                 return self._answer(answer.status, headers, half)
