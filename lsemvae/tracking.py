@@ -8,6 +8,7 @@ Functions import mlflow when they run, not this module: the import reads MLFLOW_
 first.
 """
 
+import json
 import logging
 import math
 import os
@@ -17,12 +18,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.storage import Storage
@@ -31,6 +33,8 @@ from lsemvae.temporary import temporary_folder
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
+
+    from lsemvae.data.shards import ShardedDataset
 
 log = logging.getLogger(__name__)
 
@@ -206,6 +210,28 @@ class Run:
         """Set RUNNING or SCHEDULED; `end` sets a final status."""
         self._try(lambda: self._client.update_run(self.run_id, status))
 
+    def reads(self, data: "ShardedDataset", context: str = "training") -> None:
+        """Note a data set as an input of the run: MLflow's page shows its place, digest, columns and counts."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        schema = [{"name": name, "type": kind, "required": True} for name, kind in data.columns.items()]
+        manifest = data.manifest
+        profile = {"records": manifest.records, "subjects": manifest.subjects, "labels": manifest.labels}
+        dataset = Dataset(
+            name=data.storage.base.rstrip("/").rsplit("/", 1)[-1],
+            digest=manifest.digest,
+            source_type="local" if data.storage.is_local else "s3",
+            source=json.dumps({"uri": data.storage.uri}),
+            schema=json.dumps({"mlflow_colspec": schema}),
+            profile=json.dumps(profile | data.since_ingest),
+        )
+        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+        self._try(lambda: self._client.log_inputs(self.run_id, [entry]))
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Store a table, such as `results.json`, that MLflow's page shows beside those of other runs."""
+        self._try(lambda: self._client.log_table(self.run_id, {key: list(of) for key, of in columns.items()}, name))
+
     def file(self, path: Path, folder: str = "") -> None:
         """Store a small file, such as a picture. Training waits for it, so it does not wait as long as `bundle`."""
         self._try(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
@@ -227,21 +253,39 @@ class Run:
         tags: Mapping[str, str],
         alias: str | None = CANDIDATE,
         description: str | None = None,
+        *,
+        encoder: Mapping[str, str] | None = None,
     ) -> int:
         """Register the run's bundle as a new version of the model `name`, with `alias` -> the version's number.
 
         `description` is Markdown, such as the model card; of a longer one MLflow gets the first 5,000 characters.
+        `encoder` are URI and digest of the encoder that the model was made from: the version and the run link to it.
         """
         with _explained(f"registering {name}"):
             if not self._client.search_registered_models(filter_string=f"name='{name}'"):
                 self._client.create_registered_model(name)
             source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{BUNDLE_FOLDER}"
+            made_from = ""
+            if encoder:
+                made_from = self._made_from(encoder)
+                tags = {**tags, "encoder": shown(encoder["uri"]), "encoder_digest": encoder["digest"]}
+                self._client.set_tag(self.run_id, "mlflow.note.content", made_from)
+            text = "\n\n".join(filter(None, (made_from, description))) or None
             version = self._client.create_model_version(
-                name, source, run_id=self.run_id, tags=dict(tags), description=_fitting(description)
+                name, source, run_id=self.run_id, tags=dict(tags), description=_fitting(text)
             )
             if alias:
                 self._client.set_registered_model_alias(name, alias, version.version)
         return int(version.version)
+
+    def _made_from(self, encoder: Mapping[str, str]) -> str:
+        """A line of Markdown with a link to the encoder's page, or its URI where no version has its digest.
+
+        The alias in a URI moves, and a folder has no page; the digest identifies the version.
+        """
+        found = self._client.search_model_versions(f"tags.digest = '{encoder['digest']}'", max_results=100)
+        links = [f"[models:/{v.name}/{v.version}](#/models/{quote(v.name)}/versions/{v.version})" for v in found]
+        return f"Encoder: {', '.join(links) or shown(encoder['uri'])}, digest {encoder['digest']}"
 
     def end(self, status: str = "FINISHED") -> None:
         self.flush()

@@ -1,14 +1,26 @@
-"""Bundles that are fetched from elsewhere, and secrets of MLflow that stay where they are."""
+"""Bundles on their way to and from MLflow, what its pages show of runs and versions, and secrets that stay here."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from support import bundles
+from support.faults import Between, Fault
 
-from lsemvae.tracking import Run
+from lsemvae.bundle import CONFIG, WEIGHTS
+from lsemvae.data.shards import MANIFEST, Manifest, ShardedDataset
+from lsemvae.errors import LsemvaeError
+from lsemvae.temporary import temporary_folder
+from lsemvae.tracking import Run, fetch, fetched
 from serve.app import Config, make_service
 from serve.cohorts import handed_on
 
@@ -58,3 +70,136 @@ def test_a_cohort_job_is_given_no_password_of_mlflow(monkeypatch: pytest.MonkeyP
     assert handed_on()["MLFLOW_TRACKING_URI"] == "https://mlflow.example.org"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ecg:hunter2-of-the-tests@mlflow.example.org")
     assert "hunter2-of-the-tests" not in str(handed_on()) and handed_on()["AWS_REGION"] == "eu-west-1"
+
+
+@pytest.fixture
+def between(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Between]:
+    """MLflow behind a proxy, and a client that waits 1 s for an answer and asks once."""
+    between = Between(mlflow_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", between.endpoint)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    yield between
+    between.close()
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_bundle_travels_longer_than_a_request_may_take(between: Between, tmp_path: Path, temporary: Path):
+    saved = bundles.save(tmp_path / "bundle")
+    between.bytes_per_s = (tmp_path / "bundle" / WEIGHTS).stat().st_size / 2  # the weights take 2 s
+    between.faults.append(Fault("slow", part=f"/artifacts/bundle/{WEIGHTS}"))
+    run = Run.start("slow", "slow", {})
+    run.bundle(tmp_path / "bundle")
+    version = run.register("slow", {"digest": saved.digest})
+    with fetched(f"models:/slow/{version}") as found:
+        assert sorted(path.name for path in found.folder.iterdir()) == [CONFIG, WEIGHTS]
+    run.end()
+    assert len([method for method, path, _ in between.requests if path.endswith(WEIGHTS)]) == 2
+    assert list(temporary.iterdir()) == []
+    between.faults.append(Fault("silence", method="POST"))  # what is no file keeps its short timeout
+    with pytest.raises(LsemvaeError, match="timed out"):
+        run.register("slow", {})
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1" and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+
+
+def test_a_broken_transfer_is_repeated_and_leaves_nothing(between: Between, tmp_path: Path, temporary: Path):
+    bundles.save(tmp_path / "bundle")
+    run = Run.start("breaks", "breaks", {})
+    between.faults.append(Fault("503", method="PUT", part=WEIGHTS, times=1))
+    run.bundle(tmp_path / "bundle")
+    version = run.register("breaks", {})
+    run.end()
+    between.faults.append(Fault("reset in mid-body", method="GET", part=f"/{WEIGHTS}", times=1))
+    with fetched(f"models:/breaks/{version}") as found:
+        assert (found.folder / WEIGHTS).read_bytes() == (tmp_path / "bundle" / WEIGHTS).read_bytes()
+    between.faults.append(Fault("reset in mid-body", method="GET", part=f"/{WEIGHTS}"))
+    with pytest.raises(LsemvaeError, match=f"fetching models:/breaks/{version} failed"):
+        fetch(f"models:/breaks/{version}", tmp_path / "given")
+    assert not (tmp_path / "given").exists()
+    assert list(temporary.iterdir()) == []
+
+
+def test_of_a_bundle_in_a_bucket_only_its_files_are_fetched(s3: str, tmp_path: Path, temporary: Path):
+    bundles.save(tmp_path / "bundle")
+    (tmp_path / "bundle" / "model.pkl").write_bytes(b"no")
+    for path in (tmp_path / "bundle").iterdir():
+        boto3.client("s3").upload_file(str(path), "ecg", f"with-others/{path.name}")
+    with fetched("s3://ecg/with-others") as found:
+        assert sorted(path.name for path in found.folder.iterdir()) == [CONFIG, WEIGHTS]
+    boto3.client("s3").delete_object(Bucket="ecg", Key=f"with-others/{WEIGHTS}")
+    with pytest.raises(LsemvaeError, match=f"it has no {WEIGHTS}"), fetched("s3://ecg/with-others"):
+        pass
+    assert list(temporary.iterdir()) == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lsemvae.temporary import temporary_folder
+with temporary_folder(Path(sys.argv[1])) as folder:
+    (folder / "model.safetensors").write_bytes(b"a gigabyte")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_fetch(tmp_path: Path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed, living = (Path(process.stdout.readline().strip()) for process in processes)
+    processes[0].kill()
+    processes[0].wait()
+    assert killed.is_dir() and living.is_dir()
+    with temporary_folder(tmp_path) as mine:
+        assert not killed.exists() and living.is_dir()
+    processes[1].send_signal(signal.SIGINT)
+    processes[1].wait()
+    assert not living.exists() and not mine.exists()
+
+
+def test_a_run_names_its_data_its_table_and_its_encoder(mlflow_server: str, tmp_path: Path):
+    (tmp_path / "shards").mkdir()
+    manifest = Manifest("here", "folder", "x", 20, 10, 0, {"ph": {"0": 12, "1": 8, "other": 0, "absent": 0}}, [])
+    (tmp_path / "shards" / MANIFEST).write_text(manifest.to_json())
+    data = ShardedDataset.open(str(tmp_path / "shards"))
+    encoder, client = bundles.save(tmp_path / "encoder", bundles.SMALL), MlflowClient(mlflow_server)
+    run = Run.start("lineage", "encoder", {})
+    run.bundle(tmp_path / "encoder")
+    version = run.register("lineage-encoder", {"digest": encoder.digest}, "candidate")
+    run.end()
+    bundles.save(tmp_path / "model")
+    run = Run.start("lineage", "model", {})
+    run.reads(data)
+    run.table("results.json", {"method": ["LS-EMVAE", "naive"], "AUROC": [0.8, 0.5]})
+    run.bundle(tmp_path / "model")
+    made_from = {"uri": "models:/lineage-encoder@candidate", "digest": encoder.digest}
+    run.register("lineage-6L", {}, description="# Card", encoder=made_from)
+    unknown = {"uri": "s3://someone:secret@bucket/encoder", "digest": "0" * 16}
+    run.register("lineage-6L", {}, encoder=unknown)
+    run.end()
+    mlflow.set_tracking_uri(mlflow_server)
+    (used,) = client.get_run(run.run_id).inputs.dataset_inputs
+    assert used.dataset.name == "shards" and used.dataset.digest == data.manifest.digest
+    assert json.loads(used.dataset.source) == {"uri": data.storage.uri}
+    columns = {column["name"]: column["type"] for column in json.loads(used.dataset.schema)["mlflow_colspec"]}
+    assert columns["signal"] == "binary" and columns["label.ph"] == "double"
+    assert json.loads(used.dataset.profile)["subjects"] == data.manifest.subjects
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
+    assert mlflow.artifacts.load_dict(f"{client.get_run(run.run_id).info.artifact_uri}/results.json")["data"][0] == [
+        "LS-EMVAE",
+        0.8,
+    ]
+    link = f"[models:/lineage-encoder/{version}](#/models/lineage-encoder/versions/{version})"
+    first, second = (client.get_model_version("lineage-6L", number) for number in ("1", "2"))
+    assert first.description == f"Encoder: {link}, digest {encoder.digest}\n\n# Card"
+    assert first.tags["encoder_digest"] == encoder.digest and first.tags["encoder"] == made_from["uri"]
+    assert second.description == f"Encoder: s3://bucket/encoder, digest {'0' * 16}"
+    assert "secret" not in str(second) + str(client.get_run(run.run_id))

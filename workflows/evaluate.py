@@ -296,10 +296,13 @@ def finish(args: Args, setup: Setup, done: Sequence[LeadSet], failed: Sequence[t
     place.write_bytes(REPORT, report.encode())
     run = Run.start("evaluate", f"{args.task}-comparison", {name: scores.facts[name] for name in LOGGED})
     run.tags({"data": scores.facts["data"]["uri"], "data_digest": scores.facts["data"]["digest"]})
+    run.reads(setup.cohort.data, "evaluation")
     try:
         registered = [] if args.register == "none" else register(args, setup, done, scores, comparison, run)
         for path in sorted(args.output.glob("*.*")):
             run.file(path)
+        table = main_table(comparison)
+        run.table("comparison.json", dict(zip(table.header, zip(*table.rows, strict=True), strict=True)))
         run.metrics(numbers(comparison))
     except BaseException:
         run.end("FAILED")

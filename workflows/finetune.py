@@ -112,6 +112,7 @@ def main(args: Args) -> None:
     }
     run = Run.start("finetune", model_name, params)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": pretrained.digest})
+    run.reads(data)
     kept_in = args.storage or (str(args.output) if args.output else None)
     # Equal for equal data, encoder, recipe and release: the same command goes on.
     made_of = digest(

@@ -95,6 +95,8 @@ def main(args: Args) -> None:
     previous = json.loads(place.read_bytes("run.json"))["run"] if place.exists("run.json") else None
     run = Run.start("pretrain", name, params, resume=previous)
     run.tags({"data": data_uri(sources), "data_digest": data_digest(sources), "storage": place.uri})
+    for source in sources:
+        run.reads(source.data)
     place.write_bytes("run.json", json.dumps({"run": run.run_id}).encode())
     job = make_job(sources, recipe, feeds, run.run_id)
     rows = job.provenance["data"]["rows"]

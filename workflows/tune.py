@@ -114,6 +114,7 @@ def main(args: Args) -> None:
         most = trials_at_once(args, len(left))
     run = Run.start("tune", name, as_json(args.recipe), resume=plan.get("run"))
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "storage": place.uri})
+    run.reads(data)
     plan |= {"run": run.run_id, "url": run.url}
     jobs = make_jobs(plan, trials, data, feeds, name)
     place.write_bytes(PLAN, json.dumps(plan, indent=2).encode())

@@ -281,6 +281,12 @@ class ShardedDataset:
         found = {"withdrawn": self.withdrawn.digest, "labels": self.labels.digest if self.labels else ""}
         return {name: digest for name, digest in found.items() if digest}
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Name -> type of each column, labels included."""
+        labels = {LABEL_PREFIX + name: "double" for name in self.manifest.labels}
+        return {field.name: str(field.type) for field in SCHEMA} | labels
+
     def _counted(self) -> "ShardedDataset":
         names = {LABEL_PREFIX + name for name in self.manifest.labels} | set((self.labels or NO_LABELS).columns)
         table = self.read(sorted(names))

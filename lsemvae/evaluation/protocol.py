@@ -191,6 +191,7 @@ class Result:
         """Log the numbers, and the files that `write` wrote, to a tracked run."""
         for path in files:
             run.file(path)
+        run.table("results.json", self.table().to_dict("list"))
         run.metrics(self.numbers())
 
     def _auroc_by_fold(self, row: str) -> list[float]:

@@ -82,4 +82,4 @@ def release(
     saved = save(described, trained.classifier, folder)
     run.bundle(folder)
     tags = {"digest": saved.digest, "task": task, "leads": ",".join(trained.classifier.leads)}
-    return saved, run.register(model_name, tags, CANDIDATE, text)
+    return saved, run.register(model_name, tags, CANDIDATE, text, encoder=trained.encoder)
