@@ -16,10 +16,13 @@ import servers
 import torch
 import yaml
 from support import bundles, serving
+from support.readme import blocks
 from support.session import end_group, wait_for
 
 from lsemvae import __version__, mlmodel
-from lsemvae.bundle import CONFIG, WEIGHTS, load
+from lsemvae.bundle import CONFIG, WEIGHTS, Scorer, load
+from lsemvae.cohorts.simulated import CohortConfig, simulate_cohort
+from lsemvae.formats import read
 from lsemvae.leads import LIMB_LEADS
 from lsemvae.mlmodel import CODE, PACKAGES
 from lsemvae.preprocess import preprocess
@@ -106,6 +109,16 @@ def test_load_model_gives_the_scores_of_the_endpoint(registered: Path, asked: li
     assert model.metadata.get_input_schema().input_names() == [*LIMB_LEADS, "rate_hz"]
     (example,) = model.predict(model.input_example).to_dict("records")
     assert 0 < example["score"] < 1 and not example["refused"]
+
+
+def test_the_readmes_lines_score_a_recording(registered: Path, tmp_path: Path):
+    simulate_cohort(CohortConfig(subjects=1, seed=0, mean_studies=1.0), tmp_path)
+    header = next(tmp_path.rglob("*.hea"))
+    (code,) = (block for block in blocks("python") if "load_model" in block)
+    code = code.replace("models:/ph-6L@champion", URI).replace("recording.hea", str(header))
+    found: dict = {}
+    exec(code, found)
+    assert found["answers"]["score"].tolist() == pytest.approx([Scorer(registered).score([read(header)])[0].score])
 
 
 def test_the_encoder_is_a_model_that_embeds(registered: Path, asked: list[dict]):

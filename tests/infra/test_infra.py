@@ -510,7 +510,7 @@ def test_readme_makes_a_request_from_a_recording(tmp_path: Path, monkeypatch: py
 
     simulate_cohort(CohortConfig(subjects=2, seed=0, mean_studies=1.0), tmp_path / "cohort")
     header = next((tmp_path / "cohort").rglob("*.hea"))
-    (code,) = blocks("python")
+    (code,) = (block for block in blocks("python") if "recording.json" in block)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("recording.hea", str(header)), {})
     written = tmp_path / "recording.json"
