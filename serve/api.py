@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -48,7 +49,8 @@ def make_api(service: Service) -> FastAPI:
     """The application with all its routes, inside its guard."""
     api = FastAPI(title="LS-EMVAE", version="1", docs_url=None, redoc_url=None)  # those pages load from other sites
     api.state.service = service
-    api.state.scoring = Scoring(lambda: service.registry.served, service.metrics)
+    undisturbed = service.explaining.paused if service.explaining else nullcontext
+    api.state.scoring = Scoring(lambda: service.registry.served, service.metrics, undisturbed)
     for router in (v1, explain.router, about.router, cohorts.router, page.router):
         api.include_router(router)
     api.add_exception_handler(RequestValidationError, _malformed)

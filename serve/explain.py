@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -16,11 +16,12 @@ from serve.explaining import Explaining, NotExplained
 from serve.openapi import EXAMPLE, FILES_BODY, PROBLEMS, TOKEN_IN_OPENAPI, json_body
 from serve.registry import Served
 from serve.schema import ExplainOut, ExplainRequest, ExplainResponse, Problem
+from serve.scoring import Scoring
 from serve.security import Rejected, charge
 from serve.service import Service, TheService
 
-SENT_BYTES_PER_SAMPLE = 12
-"""float32, three times: as the model's leads, as bytes, and in the pipe's buffer."""
+SENT_BYTES_PER_SAMPLE = 8
+"""float32, twice: as bytes, and in the pipe's buffer."""
 DRAWN_BYTES_PER_SAMPLE = 48
 """Two numbers as text, twice: as they arrive and in the answer."""
 _NOT_EXPLAINED: dict[int | str, dict[str, Any]] = {
@@ -91,19 +92,19 @@ async def _explain(
 ) -> Response:
     """The answer of scoring where the recording is refused, else the answer with its explanation."""
     service: Service = request.app.state.service
+    scoring: Scoring = request.app.state.scoring
     began, outcome = time.perf_counter(), "failed"
     try:
-        answer, chosen = await request.app.state.scoring.answer(given, id=id, model=model)
-        if answer.refused:
-            outcome = "refused"
+        candidates = scoring.candidates(given, model)
+        if not candidates or not isinstance(given, Record):
+            answer, outcome = await scoring.answer(given, id=id, model=model), "refused"
             response = ExplainResponse(results=[ExplainOut(**answer.model_dump())])
             return await as_response(response, 422, is_large=False)
-        assert isinstance(given, Record) and chosen is not None
-        charge(request.scope, _memory(given, chosen, with_signal=signal))
-        digests = {served.described.digest for served in service.registry.served.values()} | {chosen.described.digest}
-        body = await _unless_gone(request, explaining.explain(given, answer, chosen, digests, with_signal=signal))
-        outcome = "done"
-        return Response(body, media_type="application/json")
+        charge(request.scope, _memory(given, candidates, with_signal=signal))
+        digests = {served.described.digest for served in [*service.registry.served.values(), *candidates]}
+        asked = explaining.explain(given, id, candidates, digests, with_signal=signal)
+        outcome, body = await _unless_gone(request, asked)
+        return Response(body, 422 if outcome == "refused" else 200, media_type="application/json")
     except NotExplained as error:
         outcome = error.outcome
         raise
@@ -115,17 +116,20 @@ async def _explain(
         service.metrics.explaining(explaining.there)
 
 
-def _memory(record: Record, chosen: Served, *, with_signal: bool) -> int:
-    """Bytes of the signal on its way to the process that explains, and of the answer's text."""
-    config = chosen.scorer.bundle.preprocess
-    recorded = record.signal_mv_LT.shape[1]
-    drawn = round(recorded / record.rate_hz * config.rate_hz) if with_signal else 0
-    if config.window != "all":
-        drawn = min(drawn, config.samples)
-    return len(chosen.described.leads) * (SENT_BYTES_PER_SAMPLE * recorded + DRAWN_BYTES_PER_SAMPLE * drawn)
+def _memory(record: Record, candidates: Sequence[Served], *, with_signal: bool) -> int:
+    """Bytes of the recording on its way to the process that explains, and of the answer's text."""
+    return SENT_BYTES_PER_SAMPLE * record.signal_mv_LT.size + max(
+        (DRAWN_BYTES_PER_SAMPLE * _drawn_samples(record, served) for served in candidates if with_signal), default=0
+    )
 
 
-async def _unless_gone(request: Request, explanation: Coroutine[Any, Any, bytes]) -> bytes:
+def _drawn_samples(record: Record, served: Served) -> int:
+    config = served.scorer.bundle.preprocess
+    drawn = round(record.signal_mv_LT.shape[1] / record.rate_hz * config.rate_hz)
+    return len(served.described.leads) * (drawn if config.window == "all" else min(drawn, config.samples))
+
+
+async def _unless_gone(request: Request, explanation: Coroutine[Any, Any, tuple[str, bytes]]) -> tuple[str, bytes]:
     """The explanation, which is left out of the queue when the client goes away. Raises Rejected then."""
     asked, gone = asyncio.create_task(explanation), asyncio.create_task(_gone(request))
     try:

@@ -1,7 +1,10 @@
 """Explains scores in a process of its own, one recording at a time, with a short queue.
 
-The process (`explain_process.py`) has the lowest priority; docs/performance.md says what it still costs the scores
-beside it. It computes on the CPU also where scores are computed on a GPU. It is started by the first request.
+The process (`explain_process.py`) computes the score that it explains, too, so that an explanation takes no turn of the
+replica's model. It computes on the CPU also where scores are computed on a GPU. It has the lowest priority, and stands
+still while the replica's model runs; docs/performance.md says what it still costs the scores beside it. It is started
+by the first request.
+
 `concurrent.futures` has pools of processes, too, but it pickles what it sends, cannot end a task that takes too long,
 and its processes may outlive a killed parent. Here the two exchange JSON and arrays through pipes: the process ends
 when its input does, and is killed and started again when it takes too long.
@@ -12,12 +15,14 @@ import logging
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +31,6 @@ from serve.messages import receive, send
 if TYPE_CHECKING:
     from lsemvae.record import Record
     from serve.registry import Served
-    from serve.schema import ScoreOut
 
 log = logging.getLogger("ray.serve")
 
@@ -48,7 +52,7 @@ class Explaining:
     def __init__(self, waiting: int, limit_s: float, threads: int | None = None) -> None:
         self._waiting, self._limit_s, self._last_s = waiting, limit_s, 1.0
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._jobs: queue.SimpleQueue[tuple[dict[str, Any], bytes, Future[bytes]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[dict[str, Any], bytes, Future[tuple[str, bytes]]]] = queue.SimpleQueue()
         self._lock, self._there, self._worker = threading.Lock(), 0, False
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -71,24 +75,47 @@ class Explaining:
             )
 
     async def explain(
-        self, record: "Record", answer: "ScoreOut", chosen: "Served", served: Collection[str], *, with_signal: bool
-    ) -> bytes:
-        """The body that answers the request: an `ExplainResponse` with the answer and its explanation, as JSON.
+        self, record: "Record", id: str, candidates: "Sequence[Served]", served: Collection[str], *, with_signal: bool
+    ) -> tuple[str, bytes]:
+        """The outcome, `done` or `refused`, and the body that answers the request: an `ExplainResponse` as JSON.
 
-        `answer` is that of the model `chosen`, and `served` are the digests of all models: others are forgotten.
-        Raises NotExplained. A recording whose request is cancelled before its turn is left out.
+        The first of the models `candidates` that accepts the recording's leads is explained. `served` are the digests
+        of all models: others are forgotten. Raises NotExplained. A recording whose request is cancelled before its turn
+        is left out.
         """
-        signal_mv_LT = record.signal_for(chosen.described.leads)
         question = {
-            "folder": str(chosen.folder.resolve()),
-            "digest": chosen.described.digest,
+            "id": id,
+            "candidates": [
+                {"folder": str(one.folder.resolve()), "described": one.described.model_dump()} for one in candidates
+            ],
             "served": [*served],
-            "rate_hz": record.rate_hz,
-            "shape": signal_mv_LT.shape,
+            "record": {
+                "leads": record.leads,
+                "rate_hz": record.rate_hz,
+                "derived": record.derived,
+                "flags": record.flags,
+                "shape": record.signal_mv_LT.shape,
+            },
             "with_signal": with_signal,
-            "answer": answer.model_dump(),
         }
-        return await asyncio.wrap_future(self._admit(question, signal_mv_LT.tobytes()))
+        return await asyncio.wrap_future(self._admit(question, record.signal_mv_LT.tobytes()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The process stands still in this context, if an explanation is in progress.
+
+        The lowest priority is not enough: the process would still get a part of each core, more where the replica has a
+        niceness, and all threads of a model wait for the one that gave up its core.
+        """
+        process = self._process
+        if process is None or not self._there:
+            yield
+            return
+        process.send_signal(signal.SIGSTOP)  # it does nothing where the process has ended
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """Ends the process. The next explanation starts another one."""
@@ -98,8 +125,8 @@ class Explaining:
 
     # --- the thread that waits for the process ------------------------------------------------------------------
 
-    def _admit(self, question: dict[str, Any], signal: bytes) -> "Future[bytes]":
-        future: Future[bytes] = Future()
+    def _admit(self, question: dict[str, Any], samples: bytes) -> "Future[tuple[str, bytes]]":
+        future: Future[tuple[str, bytes]] = Future()
         with self._lock:
             self.require_room()
             self._there += 1
@@ -107,28 +134,28 @@ class Explaining:
                 threading.Thread(target=self._work, daemon=True, name="explaining").start()
                 self._worker = True
         future.add_done_callback(self._leave)  # at once when it is cancelled while it waits
-        self._jobs.put((question, signal, future))
+        self._jobs.put((question, samples, future))
         return future
 
-    def _leave(self, future: "Future[bytes]") -> None:
+    def _leave(self, future: "Future[tuple[str, bytes]]") -> None:
         with self._lock:
             self._there -= 1
 
     def _work(self) -> None:
         while True:
-            question, signal, future = self._jobs.get()
+            question, samples, future = self._jobs.get()
             if not future.set_running_or_notify_cancel():
                 continue  # its client is gone
             began = time.perf_counter()
             try:
-                body = self._ask(question, signal)
+                answer = self._ask(question, samples)
             except Exception as error:
                 future.set_exception(error)
             else:
                 self._last_s = time.perf_counter() - began
-                future.set_result(body)
+                future.set_result(answer)
 
-    def _ask(self, question: dict[str, Any], signal: bytes) -> bytes:
+    def _ask(self, question: dict[str, Any], samples: bytes) -> tuple[str, bytes]:
         process = self._running()
         assert process.stdin and process.stdout
         too_long = threading.Event()
@@ -140,7 +167,7 @@ class Explaining:
         timer = threading.Timer(self._limit_s, end)
         timer.start()
         try:
-            send(process.stdin, question, signal)
+            send(process.stdin, question, samples)
             message = receive(process.stdout)
         except OSError:
             message = None
@@ -153,13 +180,13 @@ class Explaining:
             raise NotExplained(
                 "too_long",
                 504,
-                f"the explanation took longer than {self._limit_s:g} s: send a shorter recording, or explain it with "
-                "workflows/explain.py",
+                f"the explanation took longer than {self._limit_s:g} s: ask again when fewer recordings are scored, or "
+                "explain it with workflows/explain.py",
             )
         if message is None:
             log.error("the process that explains has ended; another one is started")
             raise NotExplained("ended", 503, "the process that explains has ended: try again later", 1)
-        return _body(*message)
+        return _answer(*message)
 
     def _running(self) -> "subprocess.Popen[bytes]":
         process = self._process
@@ -189,8 +216,8 @@ def _yield_to_others(pid: int) -> None:
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _body(header: dict[str, Any], body: bytes) -> bytes:
-    """Raises NotExplained, and RuntimeError for a fault of the explanation, where there is no body."""
+def _answer(header: dict[str, Any], body: bytes) -> tuple[str, bytes]:
+    """The outcome and the body. Raises NotExplained where there is none, and RuntimeError for a fault."""
     match header["outcome"]:
         case "replaced":
             raise NotExplained("replaced", 503, "the model was replaced meanwhile: send the request again", 1)
@@ -199,4 +226,4 @@ def _body(header: dict[str, Any], body: bytes) -> bytes:
         case "failed":
             log.error(f"an explanation failed: {header['detail']}")
             raise RuntimeError("an explanation failed")
-    return body
+    return header["outcome"], body

@@ -12,6 +12,9 @@ from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.explain.explainer import Explainer, Explanation, Window
 from lsemvae.explain.waves import WAVES, Delineation
 from lsemvae.preprocess import cleanest, preprocess_signals, windows
+from lsemvae.quality import quality_flags
+from lsemvae.record import Record
+from serve.answers import answered
 from serve.schema import (
     CellOut,
     ExplainedLeadOut,
@@ -19,6 +22,7 @@ from serve.schema import (
     ExplainResponse,
     ExplanationOut,
     LeadShareOut,
+    ModelOut,
     ShareOut,
     WindowOut,
 )
@@ -30,17 +34,12 @@ class Answers:
     def __init__(self) -> None:
         self._explainers: dict[str, Explainer] = {}
 
-    def __call__(self, question: Mapping[str, Any], signal: bytes) -> tuple[dict[str, Any], bytes]:
-        """The outcome, and of a `done` one the body that answers the request."""
+    def __call__(self, question: Mapping[str, Any], samples: bytes) -> tuple[dict[str, Any], bytes]:
+        """The outcome, and of a `done` or `refused` one the body that answers the request."""
         try:
-            explainer = self._explainer(question)
+            return self._explained(question, samples)
         except (BundleError, OSError):
             return {"outcome": "replaced"}, b""
-        except LsemvaeError as error:
-            return {"outcome": "no_gradient", "detail": str(error)}, b""
-        signal_mv_LT = np.frombuffer(signal, np.float32).reshape(question["shape"])
-        try:
-            explanation = explained(explainer, signal_mv_LT, question["rate_hz"], with_signal=question["with_signal"])
         except LsemvaeError as error:
             return {"outcome": "no_gradient", "detail": str(error)}, b""
         except Exception as error:
@@ -48,25 +47,50 @@ class Answers:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(frame.filename).name}:{frame.lineno}"
             return {"outcome": "failed", "detail": f"{type(error).__name__} at {place}"}, b""
-        result = ExplainOut(**question["answer"], explanation=explanation)
-        return {"outcome": "done"}, ExplainResponse(results=[result]).model_dump_json().encode()
 
-    def _explainer(self, question: Mapping[str, Any]) -> Explainer:
-        """The explainer of exactly this digest. Raises BundleError where the folder no longer holds it."""
+    def _explained(self, question: Mapping[str, Any], samples: bytes) -> tuple[dict[str, Any], bytes]:
         for digest in self._explainers.keys() - set(question["served"]):
             del self._explainers[digest]
-        digest = question["digest"]
+        record = _record(question["record"], samples)
+        for candidate in question["candidates"]:
+            described = ModelOut.model_validate(candidate["described"])
+            explainer = self._explainer(Path(candidate["folder"]), described.digest)
+            (found,) = explainer.explain([record])
+            if not (found.score.refused and found.score.refused.code == "leads"):
+                break  # the next model may need fewer leads
+        answer = answered(question["id"], record, described, explainer.scorer, found.score, quality_flags(record))
+        explanation = None
+        if not answer.refused:
+            explanation = as_explanation(explainer, found, record, with_signal=question["with_signal"])
+        result = ExplainOut(**answer.model_dump(), explanation=explanation)
+        outcome = "refused" if answer.refused else "done"
+        return {"outcome": outcome}, ExplainResponse(results=[result]).model_dump_json().encode()
+
+    def _explainer(self, folder: Path, digest: str) -> Explainer:
+        """The explainer of exactly this digest. Raises BundleError where the folder no longer holds it."""
         if digest not in self._explainers:
-            explainer = Explainer(Path(question["folder"]))
+            explainer = Explainer(folder)
             if explainer.scorer.bundle.digest != digest:
-                raise BundleError(f"{question['folder']} does not hold {digest}")
+                raise BundleError(f"{folder} does not hold {digest}")
             self._explainers[digest] = explainer
         return self._explainers[digest]
 
 
-def explained(explainer: Explainer, signal_mv_LT: np.ndarray, rate_hz: float, *, with_signal: bool) -> ExplanationOut:
-    """The explanation of one recording, for an answer. The recording must be one that is scored."""
-    (explanation,) = explainer.explain_signals([signal_mv_LT], [rate_hz])
+def _record(given: Mapping[str, Any], samples: bytes) -> Record:
+    return Record(
+        tuple(given["leads"]),
+        np.frombuffer(samples, np.float32).reshape(given["shape"]),
+        given["rate_hz"],
+        derived=tuple(given["derived"]),
+        flags=tuple(given["flags"]),
+    )
+
+
+def as_explanation(
+    explainer: Explainer, explanation: Explanation, record: Record, *, with_signal: bool
+) -> ExplanationOut:
+    """The explanation of a recording that is scored, for an answer."""
+    signal_mv_LT, rate_hz = record.signal_for(explanation.leads), record.rate_hz
     assert explanation.windows and explanation.shares is not None
     leads = [explanation.leads[row] for row in _used(explanation)]
     views = _views(explainer, signal_mv_LT, rate_hz)

@@ -4,22 +4,22 @@ import asyncio
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from lsemvae.bundle import Bundle, Score
-from lsemvae.errors import LsemvaeError, Refused, UnreadableRecording
+from lsemvae.errors import LsemvaeError, Refused
 from lsemvae.leads import LEADS
 from lsemvae.quality import quality_flags
 from lsemvae.record import Record
-from lsemvae.scoring.reliability import reliability
+from serve.answers import answered, refused
 from serve.observed import Metrics
 from serve.registry import Served
-from serve.schema import RecordOut, RefusedOut, Reliability, ScoreOut
+from serve.schema import RecordOut, ScoreOut
 
 MAX_BATCH = 32
 
@@ -103,51 +103,52 @@ class Scoring:
     """Answers for single recordings. Recordings that arrive together are scored together.
 
     `served` gives the models by name. It is called once a recording, and a batch goes to the objects chosen then, so a
-    promotion in between does not mix two versions.
+    promotion in between does not mix two versions. A batch is scored within the context that `undisturbed` makes.
     """
 
-    def __init__(self, served: Callable[[], Mapping[str, Served]], metrics: Metrics) -> None:
-        self._served, self._metrics = served, metrics
+    def __init__(
+        self,
+        served: Callable[[], Mapping[str, Served]],
+        metrics: Metrics,
+        undisturbed: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._served, self._metrics, self._undisturbed = served, metrics, undisturbed
         self._scored: Batcher[tuple[Served, Record], tuple[Score, tuple[str, ...]]] = Batcher(self._score_batch)
 
     async def score(
         self, given: Record | LsemvaeError, *, id: str, model: str | None, signal: bool = False
     ) -> ScoreOut:
         """The answer for a recording, or for the error that reading it raised. Raises NothingServed."""
-        out, _ = await self.answer(given, id=id, model=model)
+        out = await self.answer(given, id=id, model=model)
         if signal and isinstance(given, Record):
             out.record = await asyncio.to_thread(drawn, given)  # a second's work for a large recording
         self._metrics.result(out)
         return out
 
-    async def answer(
-        self, given: Record | LsemvaeError, *, id: str, model: str | None
-    ) -> tuple[ScoreOut, Served | None]:
-        """The same, not counted as a score, and the model that took the recording, None where none did."""
+    def candidates(self, given: Record | LsemvaeError, model: str | None) -> list[Served]:
+        """The models to try in turn; none where `answer` refuses the recording without one. Raises NothingServed."""
+        served = self._served()
+        if not served:
+            raise NothingServed
+        try:
+            return choose(given, served, model) if isinstance(given, Record) else []
+        except Refused:
+            return []
+
+    async def answer(self, given: Record | LsemvaeError, *, id: str, model: str | None) -> ScoreOut:
+        """The same, not counted as a score."""
         served = self._served()
         if not served:
             raise NothingServed
         if isinstance(given, LsemvaeError):
-            return refused(id, given), None
+            return refused(id, given)
         try:
             candidates = choose(given, served, model)
         except Refused as error:
             flags = await asyncio.get_running_loop().run_in_executor(TORCH, quality_flags, given)
-            return refused(id, error, [*given.flags, *flags]), None
+            return refused(id, error, [*given.flags, *flags])
         chosen, answer, flags = await self._first_to_accept(candidates, given)
-        flags = (*given.flags, *flags)
-        out = ScoreOut(id=id, flags=list(flags), model=chosen.described)
-        if answer.refused:
-            out.refused = RefusedOut(code=answer.refused.code, reason=str(answer.refused))
-            out.reliability = Reliability(level="limited", reasons=[out.refused.reason])
-            return out, chosen
-        out.score, out.decision, out.probability = answer.score, answer.decision, answer.probability
-        out.leads_used = list(answer.leads_used)
-        out.leads_derived = [lead for lead in answer.leads_used if lead in given.derived]
-        leads, doubtful = chosen.scorer.bundle.leads, chosen.scorer.why_doubtful(answer)
-        doubts = reliability(given.leads, given.derived, answer.leads_used, flags, leads, doubtful)
-        out.reliability = Reliability(level=doubts.level, reasons=list(doubts.reasons))
-        return out, chosen
+        return answered(id, given, chosen.described, chosen.scorer, answer, flags)
 
     async def _first_to_accept(self, candidates: list[Served], record: Record) -> tuple[Served, Score, tuple[str, ...]]:
         for chosen in candidates:
@@ -166,22 +167,12 @@ class Scoring:
         answers: dict[int, Score] = {}
         for positions in by_model.values():
             served = jobs[positions[0]][0]
-            scores = served.scorer.score([jobs[position][1] for position in positions])
+            with self._undisturbed():
+                scores = served.scorer.score([jobs[position][1] for position in positions])
             answers |= zip(positions, scores, strict=True)
             self._metrics.batch(served.described, len(positions))
         self._metrics.took("model", time.perf_counter() - began)
         return [(answers[position], flags[position]) for position in range(len(jobs))]
-
-
-def refused(id: str, error: LsemvaeError, flags: Iterable[str] = ()) -> ScoreOut:
-    """The answer for a recording that reached no model."""
-    code = error.code if isinstance(error, Refused | UnreadableRecording) else "record"
-    return ScoreOut(
-        id=id,
-        flags=list(flags),
-        refused=RefusedOut(code=code, reason=str(error)),
-        reliability=Reliability(level="limited", reasons=[str(error)]),
-    )
 
 
 def min_leads(bundle: Bundle) -> int:

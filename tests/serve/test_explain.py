@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -33,9 +35,9 @@ from serve import explaining as explaining_module
 from serve.api import make_api
 from serve.app import Config, make_service
 from serve.explaining import Explaining
-from serve.explanation import Answers, explained
+from serve.explanation import Answers, as_explanation
 from serve.observed import Metrics
-from serve.registry import Registry
+from serve.registry import Registry, Served
 from serve.schema import ExplanationOut
 from serve.service import Service
 
@@ -55,13 +57,23 @@ def as_files(record: Record) -> dict[str, bytes]:
     return {"r.npy": npy(record.signal_mv_LT), "r.json": json.dumps(about).encode()}
 
 
+def explained(explainer: Explainer, record: Record) -> ExplanationOut:
+    """The explanation in this process."""
+    (found,) = explainer.explain([record])
+    return as_explanation(explainer, found, record, with_signal=True)
+
+
 class Counted(Metrics):
     """Keeps the outcomes of explanations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.outcomes: list[str] = []
-        self.scored = 0
+        self.scored, self.batches = 0, 0
+
+    def batch(self, model: object, records: int) -> None:
+        super().batch(model, records)
+        self.batches += 1
 
     def explained(self, outcome: str, seconds: float) -> None:
         super().explained(outcome, seconds)
@@ -92,12 +104,13 @@ def test_the_answer_is_that_of_scoring_with_its_explanation(counted, metrics, mo
     assert "Research use only" in found.json()["note"]
     result = only(found)
     explanation = ExplanationOut.model_validate(result.pop("explanation"))
-    assert (metrics.outcomes, metrics.scored) == (["done"], 0)  # a look at a score is not another score
+    # A look at a score is not another score, and takes no turn of the replica's model.
+    assert (metrics.outcomes, metrics.scored, metrics.batches) == (["done"], 0, 0)
     assert result == only(score(counted, given))
     (window,) = explanation.windows
     assert window.logit == pytest.approx(float(bundles.logit(result["score"])), abs=1e-4)
 
-    expected = explained(Explainer(models / "ph-12L"), record.signal_for(LEADS), record.rate_hz, with_signal=True)
+    expected = explained(Explainer(models / "ph-12L"), record)
     assert list(explanation.leads) == list(explanation.cells) == list(window.leads) == list(LEADS)
     assert list(explanation.waves) == WAVES
     assert (window.beats, window.waves) == (expected.windows[0].beats, expected.windows[0].waves)
@@ -209,11 +222,12 @@ def test_a_model_that_cannot_be_explained_and_a_fault_are_told_apart(
         raise error
 
     monkeypatch.setattr(Explainer, "explain_signals", fails)
-    digest = bundles.describe(models / "ph-12L").digest
+    described = Served.load(models / "ph-12L", "ph-12L", None, "cpu").described.model_dump()
     signal_mv_LT = record.signal_for(LEADS)
     question = {
-        "folder": str(models / "ph-12L"), "digest": digest, "served": [digest], "rate_hz": 500, "answer": {},
-        "shape": signal_mv_LT.shape, "with_signal": False,
+        "id": "", "candidates": [{"folder": str(models / "ph-12L"), "described": described}], "served": [],
+        "record": {"leads": LEADS, "rate_hz": 500, "derived": [], "flags": [], "shape": signal_mv_LT.shape},
+        "with_signal": False,
     }  # fmt: skip
     found, body = Answers()(question, signal_mv_LT.tobytes())
     found["detail"] = found["detail"].partition(":")[0]
@@ -222,7 +236,7 @@ def test_a_model_that_cannot_be_explained_and_a_fault_are_told_apart(
 
 def test_what_has_no_explanation_is_409_or_500_without_its_message(counted, metrics, monkeypatch, record, caplog):
     given = as_json(record, LIMB_LEADS)
-    monkeypatch.setattr(Explaining, "_ask", lambda *_: explaining_module._body(header, b""))
+    monkeypatch.setattr(Explaining, "_ask", lambda *_: explaining_module._answer(header, b""))
     header = {"outcome": "no_gradient", "detail": "it gives no gradient"}
     answer = explain(counted, given)
     assert answer.status_code == 409
@@ -268,10 +282,11 @@ def long(record: Record, seconds: int) -> Record:
 def test_windows_are_where_the_score_takes_them(which: str, starts_s: list[float], tmp_path: Path, record: Record):
     """The first of 30 s is quiet but for wander, and the second is refused."""
     explainer = Explainer(with_windows(tmp_path / which, which))
-    signal_mv_LT = long(record, 30).signal_for(LIMB_LEADS)
+    given = long(record, 30)
+    signal_mv_LT = given.signal_mv_LT
     signal_mv_LT[:, :5000] += np.sin(np.arange(5000) / 400).astype(np.float32)
     signal_mv_LT[:, 5000:10000] = np.nan
-    explanation = explained(explainer, signal_mv_LT, 500.0, with_signal=True)
+    explanation = explained(explainer, given)
     assert [window.start_s for window in explanation.windows] == starts_s
     (view,) = preprocess([record], LIMB_LEADS, PreprocessConfig(scale="none")).x_BLT
     last = explanation.windows[-1]
@@ -304,31 +319,84 @@ def warm(api, explaining: Explaining, record: Record) -> int:
     return explaining.pid
 
 
-def test_beyond_the_queue_is_503_and_scores_are_answered_meanwhile(
-    counted, metrics: Counted, warm: int, explaining: Explaining, record: Record
+@pytest.fixture
+def hanging(tmp_path: Path, metrics: Counted, explaining: Explaining) -> tuple[Service, Callable[[], None]]:
+    """A service whose first explanation hangs, as the process waits for a file that nobody writes; and what ends that.
+
+    The first is then answered as that of a model that was replaced, and others are explained.
+    """
+    folder, kept = tmp_path / "ph-6L", tmp_path / "config.json"
+    save_classifier(folder, note=tmp_path.name)  # a digest of its own, which the process does not hold
+    service = Service(Registry([str(folder)], tmp_path / "kept", 0), metrics, explaining=explaining)
+    config = folder / "config.json"
+    config.rename(kept)
+    os.mkfifo(config)
+
+    def end() -> None:
+        config.write_text("{}")  # as soon as the process reads it
+        config.unlink()
+        kept.rename(config)
+
+    return service, end
+
+
+def test_scores_are_answered_while_an_explanation_hangs_and_others_wait(
+    hanging, metrics: Counted, explaining: Explaining, record: Record
 ):
+    service, end = hanging
     body = {"records": [as_json(record, LIMB_LEADS)]}
 
     async def main() -> None:
-        async with asking(counted) as client:
-            os.kill(warm, signal.SIGSTOP)
-            try:
-                waiting = [asyncio.create_task(client.post("/v1/explain", json=body)) for _ in range(5)]
-                await until(lambda: explaining.there == 5)
+        async with asking(make_api(service)) as client:
+            waiting = [asyncio.create_task(client.post("/v1/explain", json=body)) for _ in range(5)]
+            await until(lambda: explaining.there == 5)
+            for _ in range(2):
                 refused = await client.post("/v1/explain", json=body)
                 assert (refused.status_code, refused.json()["detail"][:21]) == (503, "too many explanations")
                 assert int(refused.headers["Retry-After"]) >= 1
                 assert (await client.post("/v1/score", json=body)).status_code == 200
-                assert not any(task.done() for task in waiting)
-            finally:
-                os.kill(warm, signal.SIGCONT)
+            assert not any(task.done() for task in waiting)
+            await asyncio.to_thread(end)
             answers = [await task for task in waiting]
-            assert {answer.status_code for answer in answers} == {200}
-            assert len({answer.text for answer in answers}) == 1
+            assert sorted(answer.status_code for answer in answers) == [200] * 4 + [503]
+            assert len({answer.text for answer in answers}) == 2
 
     asyncio.run(main())
-    assert sorted(metrics.outcomes) == ["busy"] + ["done"] * 5
-    assert explaining.there == 0
+    assert sorted(metrics.outcomes) == ["busy"] * 2 + ["done"] * 4 + ["replaced"]
+    assert (explaining.there, metrics.scored) == (0, 2)
+
+
+def test_the_process_stands_still_while_a_model_scores(hanging, warm: int, explaining: Explaining, record: Record):
+    service, end = hanging
+    scoring, told = threading.Event(), threading.Event()
+    served = service.registry.served["ph-6L"]
+
+    def score_when_told(records: list[Record]) -> list:
+        scoring.set()
+        told.wait()
+        return served.scorer.score(records)
+
+    scorer = SimpleNamespace(
+        score=score_when_told, bundle=served.scorer.bundle, why_doubtful=served.scorer.why_doubtful
+    )
+    slow = SimpleNamespace(served={"ph-6L": replace(served, scorer=scorer)})
+    body = {"records": [as_json(record, LIMB_LEADS)]}
+
+    async def main() -> None:
+        async with asking(make_api(replace(service, registry=slow))) as client:
+            explanation = asyncio.create_task(client.post("/v1/explain", json=body))
+            await until(lambda: explaining.there == 1)
+            scored = asyncio.create_task(client.post("/v1/score", json=body))
+            await until(scoring.is_set)
+            await until(lambda: state(warm) == "T")
+            told.set()
+            assert (await scored).status_code == 200
+            await until(lambda: state(warm) != "T")
+            await asyncio.to_thread(end)
+            assert (await explanation).status_code == 503  # the process goes on
+
+    asyncio.run(main())
+    assert explaining.pid == warm
 
 
 def test_scores_come_while_a_real_explanation_takes_seconds(tmp_path: Path, explaining: Explaining, record: Record):
@@ -451,19 +519,19 @@ def test_two_versions_are_never_mixed(tmp_path: Path, explaining: Explaining, re
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np
+from lsemvae.record import Record
 from serve.explaining import Explaining
+from serve.registry import Served
 
-folder, digest, *leads = sys.argv[1:]
+folder, digest, how, *leads = sys.argv[1:]
 explaining = Explaining(1, 600)
-served = SimpleNamespace(folder=Path(folder), described=SimpleNamespace(leads=leads, digest=digest))
+served = Served.load(Path(folder), "slow", None, "cpu")
 
 def explain(seconds):
-    signal_mv_LT = np.random.default_rng(0).normal(size=(len(leads), 500 * seconds)).astype(np.float32)
-    record = SimpleNamespace(rate_hz=500, signal_for=lambda leads: signal_mv_LT)
-    answer = SimpleNamespace(model_dump=lambda: {"id": ""})
-    return explaining.explain(record, answer, served, [digest], with_signal=False)
+    rows = np.random.default_rng(0).normal(size=(len(leads), 500 * seconds))
+    record = Record.from_leads(dict(zip(leads, rows)), 500)
+    return explaining.explain(record, "", [served], [digest], with_signal=False)
 
 async def main():
     await explain(10)  # it has started, and holds the model
@@ -472,28 +540,38 @@ async def main():
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
     print(explaining.pid, flush=True)
+    if how == "stopped":
+        with explaining.paused():
+            await asyncio.sleep(600)
     await asked
 
 asyncio.run(main())
 """
 
 
-def test_the_process_ends_with_its_parent_however_that_ends(tmp_path: Path):
-    """In the middle of an explanation of minutes."""
+@pytest.mark.parametrize("how", ["running", "stopped"])
+def test_the_process_ends_with_its_parent_however_that_ends(how: str, tmp_path: Path):
+    """In the middle of an explanation of minutes, and where it stands still for a score."""
     folder = with_windows(tmp_path / "slow", "all")
-    words = [str(folder), bundles.describe(folder).digest, *LIMB_LEADS]
+    words = [str(folder), bundles.describe(folder).digest, how, *LIMB_LEADS]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, *words], stdout=subprocess.PIPE, env=environment, text=True
     ) as parent:
         child = int(parent.stdout.readline())
         assert is_running(child)
+        asyncio.run(until(lambda: how == "running" or state(child) == "T"))
         parent.kill()
     asyncio.run(until(lambda: not is_running(child)))
 
 
+def state(pid: int) -> str:
+    """R, S, T (stopped), Z and so on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return state(pid) != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
