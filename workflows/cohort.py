@@ -11,12 +11,12 @@ from command import start_ray
 from options import RARE
 
 from lsemvae.bundle import describe
-from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.errors import LsemvaeError
 from lsemvae.progress import Bar
 from lsemvae.scoring.drift import SCORE_BINS
 from lsemvae.scoring.inputs import Recordings, Shards, open_recordings, open_shards
 from lsemvae.scoring.output import claim, finished
-from lsemvae.scoring.parts import MODEL_FIELDS, Job, PartMaker
+from lsemvae.scoring.parts import MODEL_FIELDS, Failure, Job, PartMaker
 from lsemvae.scoring.progress import Progress
 from lsemvae.storage import Storage
 from lsemvae.tracking import fetched
@@ -151,9 +151,9 @@ def make_parts(job: Job, args: CohortArgs, progress: Progress, verb: str, calls_
     with Bar(job.source.records, verb, "records") as bar:
         for row in dataset.iter_rows():
             part = json.loads(row["result"])
-            if failure := part.get("failure"):
+            if "failure" in part:
                 bar.close()
-                raise StorageError(f"{failure}; finished parts are kept: give the same command again to continue")
+                raise Failure(**part).error()
             progress.add(part)
             bar.update(part["records"])
             digests[part["number"]] = part["sha256"]

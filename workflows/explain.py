@@ -32,14 +32,14 @@ from options import RARE
 
 from lsemvae.bundle import describe
 from lsemvae.data.shards import LABEL_PREFIX
-from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.errors import LsemvaeError
 from lsemvae.explain.attribution import Baseline, Settings
 from lsemvae.explain.checks import Effort
 from lsemvae.progress import Bar
 from lsemvae.reports.explained import REPORT, commit
 from lsemvae.scoring import chosen, explaining
 from lsemvae.scoring.inputs import CohortInput, Recordings, Shards, open_shards
-from lsemvae.scoring.parts import Job
+from lsemvae.scoring.parts import Failure, Job
 from lsemvae.storage import Storage
 from lsemvae.tracking import fetched
 
@@ -140,14 +140,14 @@ def explained_again(
             if isinstance(made, dict):
                 bar.set_total(made["of"])
                 bar.update(made["done"] - bar.done)
-    if isinstance(made, str):
-        raise StorageError(f"{made}; finished parts are kept: give the same command again to continue")
+    if isinstance(made, Failure):
+        raise made.error()
     return made
 
 
 def with_progress(
     job: Job, asked: explaining.Asked, shown: CohortInput | None, checked: CohortInput | None
-) -> Iterator[dict[str, int] | explaining.Again | str]:
+) -> Iterator[dict[str, int] | explaining.Again | Failure]:
     """How far the checks are, each second, and at last what `explain_again` returns."""
     said: SimpleQueue[dict[str, int]] = SimpleQueue()
     with ThreadPoolExecutor(1) as pool:

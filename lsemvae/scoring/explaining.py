@@ -24,7 +24,7 @@ from lsemvae.explain.truth import truth_check
 from lsemvae.explain.waves import DELINEATED, WAVES
 from lsemvae.scoring.chosen import read_all
 from lsemvae.scoring.inputs import CohortInput, Read, signals_of
-from lsemvae.scoring.parts import MODEL_FIELDS, Job, Product
+from lsemvae.scoring.parts import MODEL_FIELDS, Failure, Job, Product
 from lsemvae.tracking import fetched
 
 Progress = Callable[[int, int], object]
@@ -207,8 +207,8 @@ class Again(NamedTuple):
 
 def explain_again(
     job: Job, asked: Asked, shown: CohortInput | None, checked: CohortInput | None, progress: Progress | None = None
-) -> Again | str:
-    """Explains the recordings to be shown, and checks the explanations of others; or a failure as text.
+) -> Again | Failure:
+    """Explains the recordings to be shown, and checks the explanations of others; or says why it cannot.
 
     It runs where the parts were made: the same device gives the same numbers.
     """
@@ -220,7 +220,7 @@ def explain_again(
         found = dict(zip(ids, explained(rows.explainer, reads), strict=True))
         return Again(found, rows.check(read_all(checked, rows.bundle.leads), progress) if checked else None)
     except (LsemvaeError, OSError) as error:
-        return " ".join(str(error).split())
+        return Failure.of(error)
 
 
 def explained(explainer: Explainer, reads: Sequence[Read]) -> list[Explanation]:

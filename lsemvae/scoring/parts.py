@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lsemvae.bundle import Bundle
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.scoring.inputs import CohortInput, Read
 from lsemvae.storage import Storage
 from lsemvae.tracking import fetched
@@ -66,26 +66,50 @@ class Job:
     product: Product
 
 
+class Failure(NamedTuple):
+    """Why a worker could not go on, as text: Ray would wrap an exception in pages of traceback.
+
+    `passing` says whether the same command may succeed when it is given again.
+    """
+
+    failure: str
+    passing: bool
+
+    @classmethod
+    def of(cls, error: LsemvaeError | OSError) -> Self:
+        passing = (
+            error.passing if isinstance(error, StorageError) else isinstance(error, ConnectionError | TimeoutError)
+        )
+        return cls(" ".join(str(error).split()), passing)
+
+    def error(self) -> LsemvaeError:
+        """What the command ends with."""
+        if self.passing:
+            return StorageError(f"{self.failure}; finished parts are kept: give the same command again to continue")
+        return LsemvaeError(f"{self.failure}; finished parts are kept, but the same command fails until this is mended")
+
+
 class PartMaker:
     """A Ray Data actor: makes the rows of one part at a time and writes its file, whole or not at all."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._failure = job, ""
+        self._job = job
+        self._failure: Failure | None = None
         try:
             with fetched(job.uri) as found:
                 self._rows = job.product.rows(found.folder, "cuda" if job.use_gpu else "cpu")
         except (LsemvaeError, OSError) as error:
-            self._failure = str(error)
+            self._failure = Failure.of(error)
         else:
             if self._rows.bundle.digest != job.model["digest"]:
-                self._failure = f"{job.uri} changed while the job was starting: give the command again"
+                self._failure = Failure(f"{job.uri} changed while the job was starting", passing=True)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A failure is returned as text, because Ray would wrap an exception in pages of traceback."""
+        """What is known of the part, or a `Failure`, as JSON."""
         try:
-            result = {"failure": self._failure} if self._failure else self._finish(row["number"])
+            result = self._failure._asdict() if self._failure else self._finish(row["number"])
         except (LsemvaeError, OSError) as error:
-            result = {"failure": " ".join(str(error).split())}
+            result = Failure.of(error)._asdict()
         return {"result": json.dumps(result)}
 
     def _finish(self, number: int) -> dict[str, Any]:

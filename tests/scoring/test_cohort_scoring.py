@@ -33,14 +33,14 @@ from support.session import ROOT, Cluster, end_serve, wait_for, workflow
 
 from lsemvae.bundle import Scorer
 from lsemvae.data.shards import MANIFEST, Manifest, Shard, pack, shard_bytes
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import BundleError, LsemvaeError, StorageError
 from lsemvae.formats import read
 from lsemvae.leads import LEADS
 from lsemvae.quality import quality_flags
 from lsemvae.scoring import inputs, progress
 from lsemvae.scoring.inputs import open_recordings, open_shards
 from lsemvae.scoring.output import JOB, SUMMARY, claim, commit, finished
-from lsemvae.scoring.parts import PartMaker, finished_part
+from lsemvae.scoring.parts import Failure, PartMaker, finished_part
 from lsemvae.scoring.progress import Progress
 from lsemvae.scoring.scores import SCORES
 from lsemvae.simulate import EcgParameters, simulate_ecg
@@ -244,7 +244,9 @@ def test_a_shard_that_is_not_what_was_ingested_is_refused(few: Path, bundles, tm
     (shard,) = folder.glob("*.parquet")
     shard.write_bytes(shard.read_bytes()[:-1] + b"X")
     said = PartMaker(job_for(bundles[6], open_shards(str(folder)), tmp_path / "out"))({"number": 0})
-    assert "is not what was ingested" in json.loads(said["result"])["failure"]
+    failure = Failure(**json.loads(said["result"]))
+    assert "is not what was ingested" in str(failure.error())
+    assert str(failure.error()).endswith("the same command fails until this is mended")
     assert not (tmp_path / "out").exists()
 
 
@@ -255,6 +257,21 @@ def test_a_place_that_fails_is_no_unreadable_recording_and_its_message_names_nob
     path.symlink_to(path)  # a loop: neither there nor absent
     said = json.loads(PartMaker(job_for(bundles[6], source, tmp_path / "out"))({"number": 1})["result"])
     assert str(few) in said["failure"] and "1000007" not in said["failure"]
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (StorageError("the store does not answer"), "give the same command again to continue"),
+        (ConnectionResetError("the server closed the connection"), "give the same command again to continue"),
+        (StorageError("access denied", passing=False), "the same command fails until this is mended"),
+        (BundleError("config.json is altered: fetch it again"), "the same command fails until this is mended"),
+        (OSError(28, "No space left on device"), "the same command fails until this is mended"),
+    ],
+)
+def test_only_what_may_pass_is_worth_another_try(error: LsemvaeError | OSError, end: str):
+    said = str(Failure.of(error).error())
+    assert said.startswith(str(error)) and said.endswith(end)
 
 
 def test_duplicates_are_refused(tmp_path: Path):

@@ -202,7 +202,8 @@ def test_recordings_are_explained_again_for_pictures_and_checks(model: Path, lab
         assert sum(peaks) in (0, pytest.approx(1, abs=1e-5))
     assert explaining.explain_again(job, asked, None, None) == explaining.Again({}, None)
     broken = replace(job, uri=str(tmp_path / "nothing"))
-    assert "does not exist" in explaining.explain_again(broken, asked, None, None)
+    failure = explaining.explain_again(broken, asked, None, None)
+    assert "does not exist" in failure.failure and not failure.passing
 
 
 def test_records_are_listed_on_the_command_line_or_in_a_file(tmp_path: Path):
