@@ -49,9 +49,16 @@ def test_a_step_that_goes_on_counts_the_time_of_its_own_work_alone(caplog: pytes
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left():
-    shown = in_terminal("from lsemvae.progress import Bar; import time\n"
-                        "with Bar(4, 'ingest', 'records') as bar:\n"
-                        "    for _ in range(4): time.sleep(0.25); bar.update()\n")  # fmt: skip
+    program = """
+from lsemvae.progress import Bar
+import time
+with Bar(4, "ingest", "records") as bar:
+    for _ in range(4):
+        time.sleep(0.25)
+        bar.update()
+"""
+    status, shown = in_terminal("-c", program)
+    assert status == 0
     assert re.search(r"\ringest: .*\d/4 \[00:0\d<00:0\d", shown), shown
     assert "ingest: 100%" in shown and shown.endswith("\r\n")
 

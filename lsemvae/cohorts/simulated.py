@@ -11,6 +11,7 @@ reveal the subject's response: split by subject. On a finite cohort every AUROC 
 optimal score too: `cohort_auroc`.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -19,7 +20,7 @@ import secrets
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -271,13 +272,24 @@ def _simulated(config: CohortConfig, folder: Path, processes: int) -> Generator[
     running: deque[Future[list[list[_Study]]]] = deque()
     try:
         for task in tasks:
-            running.append(pool.submit(_simulate_subjects, config, folder, task))
+            with _no_interrupts():  # it starts processes
+                running.append(pool.submit(_simulate_subjects, config, folder, task))
             if len(running) > 2 * processes:  # so that memory stays bounded
                 yield from running.popleft().result()
         while running:
             yield from running.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Holds Ctrl-C back. A process that is started now is deaf to it before it runs `_leave_interrupts`, too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_interrupts() -> None:
