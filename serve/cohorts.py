@@ -50,7 +50,7 @@ STATUS: dict[JobStatus, Status] = {
 }
 # What the job needs from this process. No secret, since Ray's dashboard shows a job's environment.
 _HANDED_ON = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-_QUIET = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
+_QUIET = {"PYTHONUNBUFFERED": "1"}
 
 Place = Annotated[str, Field(min_length=1, max_length=1000, examples=["s3://example-bucket/cohorts/20205"])]
 JobId = Annotated[str, PathParameter(pattern="^cohort-[0-9a-f]{16}$")]

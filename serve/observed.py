@@ -1,5 +1,9 @@
 """The service's Prometheus metrics, exported by Ray. They hold no identifier and no signal."""
 
+import threading
+import time
+from collections.abc import Mapping
+
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from lsemvae.scoring.drift import ScoreBins
@@ -9,6 +13,8 @@ STAGES = ("parse", "model", "total")
 _SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
 _SHARES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]  # Ray's buckets must be above 0
 _COUNTS = [1, 2, 4, 8, 16, 32, 64]
+_REPEAT_S = 5.0
+"""Ray exports the value of a gauge only for some seconds after it was set."""
 _VISIBLE = 1e-9
 """Ray's counters take no 0. Prometheus misses the first count of a series that did not exist before."""
 
@@ -23,6 +29,8 @@ class Metrics:
         self._limited = Counter("lsemvae_limited", "Scored recordings of limited reliability.", ("model", "version"))
         self._score = Histogram("lsemvae_score", "Scores: a shift is drift.", _SHARES, ("model", "version"))
         self._bins: dict[tuple[str, str], ScoreBins] = {}
+        self._gauges: dict[tuple[str, tuple[str, ...]], tuple[Gauge, float, Mapping[str, str]]] = {}
+        self._repeating: threading.Thread | None = None
         named = ("model", "version", "bin")
         self._score_bins = Counter("lsemvae_score_bins", "Scores in each bin of the training cohort's scores.", named)
         self._expected = Gauge("lsemvae_score_bins_expected", "Share of the training cohort in each bin.", named)
@@ -52,7 +60,7 @@ class Metrics:
         self._explanation_s.observe(seconds, tags={"outcome": outcome})
 
     def explaining(self, there: int) -> None:
-        self._explaining.set(there)
+        self._set(self._explaining, there, {})
 
     def loaded(self, model: ModelOut, bins: ScoreBins | None) -> None:
         """A version answers from now on. Its scores are counted in these bins, and not at all without bins."""
@@ -62,14 +70,27 @@ class Metrics:
         self._bins[model.name, str(model.version)] = bins
         for number, share in enumerate(bins.shares):
             self._score_bins.inc(_VISIBLE, tags=named | {"bin": str(number)})
-            self._expected.set(share, tags=named | {"bin": str(number)})
+            self._set(self._expected, share, named | {"bin": str(number)})
 
     def looked(self, name: str, served: int | None, wanted: int | None, problem: bool) -> None:
         """The version of a model that answers, the version that its alias names, and whether there is a problem."""
         for gauge, version in ((self._version, served), (self._wanted, wanted)):
             if version is not None:
-                gauge.set(version, tags={"model": name})
-        self._problem.set(int(problem), tags={"model": name})
+                self._set(gauge, version, {"model": name})
+        self._set(self._problem, int(problem), {"model": name})
+
+    def _set(self, gauge: Gauge, value: float, tags: Mapping[str, str]) -> None:
+        gauge.set(value, tags=dict(tags))
+        self._gauges[gauge.info["name"], tuple(tags.values())] = gauge, value, tags
+        if self._repeating is None:
+            self._repeating = threading.Thread(target=self._repeat, daemon=True, name="gauges")
+            self._repeating.start()
+
+    def _repeat(self) -> None:
+        while True:
+            time.sleep(_REPEAT_S)
+            for gauge, value, tags in list(self._gauges.values()):
+                gauge.set(value, tags=dict(tags))
 
     def result(self, out: ScoreOut) -> None:
         if out.refused or out.model is None:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from support.bundles import save
 from support.session import ROOT
 
 from lsemvae.scoring.drift import SCORE_BINS, ScoreBins
+from serve import observed
 from serve.observed import Metrics
 from serve.registry import Registry
 from serve.schema import ScoreOut
@@ -73,6 +75,19 @@ def test_a_model_that_cannot_be_loaded_is_a_problem_until_it_can(tmp_path: Path)
     save(tmp_path / "ph-6L")
     registry.refresh()
     assert metrics.of("lsemvae_model_problem") == {("ph-6L",): 0}
+
+
+def test_gauges_are_set_again_and_again(monkeypatch: pytest.MonkeyPatch):
+    """Ray drops a gauge that is not: an alert that must hold for ten minutes would never fire."""
+    monkeypatch.setattr(observed, "_REPEAT_S", 0.02)
+    metrics = Kept()
+    metrics.looked("ph-6L", 3, 4, True)
+    metrics.values.clear()
+    while len(metrics.values) < 3:
+        time.sleep(0.01)
+    assert metrics.of("lsemvae_model_version") == {("ph-6L",): 3} and metrics.of("lsemvae_alias_version") == {
+        ("ph-6L",): 4
+    }
 
 
 def test_the_alert_rules_fire_when_they_should():

@@ -442,6 +442,46 @@ def test_a_rolling_update_under_load_fails_no_request(service: Service, recordin
 
 
 @pytest.mark.ray
+def test_a_shifted_cohort_is_drift_and_the_training_cohort_is_none(service: Service, cohort: Path, finetuned):
+    """The index from Prometheus' text of this cluster, as the rules compute it from counters and expected shares."""
+    bundle = describe(finetuned["12"].folder / "bundle")
+    bins = ScoreBins.read(bundle.provenance)
+    records = [read(path) for path in sorted(cohort.rglob("*.hea"))]
+    version = {m["name"]: str(m["version"]) for m in service.client.get(f"{service.url}/v1/models").json()}["ph-12L"]
+
+    def counts() -> list[float]:
+        return [in_bins(service, "ray_lsemvae_score_bins_total", version)[str(n)] for n in range(len(bins.shares))]
+
+    def index_of(gain: float) -> float:
+        before, scores = counts(), []
+        while len(scores) < LEAST_SCORES:
+            for record in records:
+                body = io.BytesIO()
+                np.save(body, gain * record.signal_for(LEADS))
+                query = {"leads": ",".join(LEADS), "rate_hz": 500, "model": "ph-12L"}
+                scores += [
+                    r["score"] for r in score_npy(service, body.getvalue(), query).json()["results"] if r["score"]
+                ]
+        given = bins.counts(np.array(scores))
+        until(lambda: np.allclose(np.subtract(counts(), before), given, atol=1e-3), f"{given} are counted")
+        expected = in_bins(service, "ray_lsemvae_score_bins_expected", version)
+        return stability_index(given, [expected[str(n)] for n in range(len(bins.shares))])
+
+    assert index_of(1) < DRIFT
+    assert index_of(4) > DRIFT
+
+
+def in_bins(service: Service, name: str, version: str) -> dict[str, float]:
+    """A metric of ph-12L by bin: over the replicas the sum of a counter, the maximum of a gauge."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for labels, value in re.findall(rf"^{name}\{{(.*)\}} (\S+)$", service.metrics(), re.MULTILINE):
+        of = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        if (of["model"], of["version"]) == ("ph-12L", version):
+            found[of["bin"]].append(float(value))
+    return {bin: sum(values) if name.endswith("_total") else max(values) for bin, values in found.items()}
+
+
+@pytest.mark.ray
 def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordings):
     """Every name and every label of its queries, against what Prometheus would read of this very cluster."""
     record = next(iter(recordings.values()))
@@ -483,46 +523,6 @@ def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordi
             assert any(wanted <= labels.keys() for labels in exposed[name]), (rule, exposed[name][:3])
     recorded = {rule["record"] for rule in rules if "record" in rule}
     assert set(re.findall(r"\blsemvae:[\w:]+", " ".join([*queries, *(rule["expr"] for rule in rules)]))) <= recorded
-
-
-@pytest.mark.ray
-def test_a_shifted_cohort_is_drift_and_the_training_cohort_is_none(service: Service, cohort: Path, finetuned):
-    """The index from Prometheus' text of this cluster, as the rules compute it from counters and expected shares."""
-    bundle = describe(finetuned["12"].folder / "bundle")
-    bins = ScoreBins.read(bundle.provenance)
-    records = [read(path) for path in sorted(cohort.rglob("*.hea"))]
-    version = {m["name"]: str(m["version"]) for m in service.client.get(f"{service.url}/v1/models").json()}["ph-12L"]
-
-    def counts() -> list[float]:
-        return [in_bins(service, "ray_lsemvae_score_bins_total", version)[str(n)] for n in range(len(bins.shares))]
-
-    def index_of(gain: float) -> float:
-        before, scores = counts(), []
-        while len(scores) < LEAST_SCORES:
-            for record in records:
-                body = io.BytesIO()
-                np.save(body, gain * record.signal_for(LEADS))
-                query = {"leads": ",".join(LEADS), "rate_hz": 500, "model": "ph-12L"}
-                scores += [
-                    r["score"] for r in score_npy(service, body.getvalue(), query).json()["results"] if r["score"]
-                ]
-        given = bins.counts(np.array(scores))
-        until(lambda: np.allclose(np.subtract(counts(), before), given, atol=1e-3), f"{given} are counted")
-        expected = in_bins(service, "ray_lsemvae_score_bins_expected", version)
-        return stability_index(given, [expected[str(n)] for n in range(len(bins.shares))])
-
-    assert index_of(1) < DRIFT
-    assert index_of(4) > DRIFT
-
-
-def in_bins(service: Service, name: str, version: str) -> dict[str, float]:
-    """A metric of ph-12L by bin: over the replicas the sum of a counter, the maximum of a gauge."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for labels, value in re.findall(rf"^{name}\{{(.*)\}} (\S+)$", service.metrics(), re.MULTILINE):
-        of = dict(re.findall(r'(\w+)="(.*?)"', labels))
-        if (of["model"], of["version"]) == ("ph-12L", version):
-            found[of["bin"]].append(float(value))
-    return {bin: sum(values) if name.endswith("_total") else max(values) for bin, values in found.items()}
 
 
 @pytest.mark.ray
