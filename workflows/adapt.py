@@ -51,6 +51,7 @@ def main(args: Args) -> None:
         run.end()
         print(f"model:   models:/{args.register}/{version} (alias {CANDIDATE})")
         print(f"MLflow:  {run.url}")
+    print(f"next:    python workflows/finetune.py RECIPE --encoder {args.output} --data … --task …")
 
 
 def local_file(encoder: str, uri: str, folder: Path) -> Path:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import options
@@ -66,6 +67,17 @@ WORKERS_NEED = (
     "AWS_MAX_ATTEMPTS",
     "AWS_REQUEST_CHECKSUM_CALCULATION",
 )
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C while a program imports what it needs, which takes seconds: one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _say_interrupted
 
 
 def prepare_environment() -> None:

@@ -313,8 +313,10 @@ def finish(args: Args, setup: Setup, done: Sequence[LeadSet], failed: Sequence[t
     print()
     for line in registered:
         print(line)
-    print(f"report:  {args.output / REPORT}")
+    print(f"report:  {args.output / REPORT}; its tables are beside it")
     print(f"MLflow:  {run.url}")
+    if registered:
+        print("promote: python workflows/promote.py --name …")
     if broken := len(failed) + sum(len(of.ran.failed) for of in done):
         print(f"error: {broken} trainings failed; {args.output}/failed.csv says why", file=sys.stderr)
         raise SystemExit(FAILED)

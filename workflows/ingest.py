@@ -217,7 +217,8 @@ def summarise(manifest: Manifest, unreadable: list[dict[str, str]], output: Stor
             f"{counts['other']} at other values, {counts['null']} absent"
         )
     print(f"took:       {seconds:.0f} s, {(manifest.records + len(unreadable)) / seconds:.0f} recordings/s")
-    print(f"shards:     {output.uri}, described in {REPORT}")
+    print(f"shards:     {output.uri}, described in {output.uri}/{REPORT}")
+    print(f"next:       python workflows/pretrain.py RECIPE --data {output.uri} --storage …")
 
 
 if __name__ == "__main__":

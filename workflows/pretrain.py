@@ -151,6 +151,7 @@ def _say_where(result: dict[str, object]) -> None:
     print(f"bundle:  {result['bundle']} (digest {result['digest']})")
     print(f"model:   {result['model']}")
     print(f"MLflow:  {result['run']}")
+    print(f"next:    python workflows/finetune.py RECIPE --encoder {result['model']} --data … --task …")
 
 
 if __name__ == "__main__":

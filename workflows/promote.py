@@ -27,6 +27,7 @@ def main(args: Args) -> None:
     print(f"models:/{args.name}@{args.alias} is version {version} ({was}) at {shown(tracking_uri())}")
     if args.alias == CHAMPION:
         print("Running endpoints switch to it within 30 s; if one does not, its /readyz gives the reason.")
+    print(f"next: python workflows/score.py --model models:/{args.name}@{args.alias} --data … --output …")
 
 
 if __name__ == "__main__":

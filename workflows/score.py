@@ -55,6 +55,9 @@ def main(args: Args) -> None:
         took = f"{progress.made} recordings scored in {progress.seconds:.0f} s"
         print(f"{took}, {progress.rate:.1f} recordings/s, after {progress.startup_s:.0f} s of starting")
     show(summary, output)
+    given = f"--data {args.data}" if args.data else f"--source {args.source}"
+    print(f"next: python workflows/explain.py --model {args.model} {given} --output …")
+    print("Research use only: not a medical device.")
 
 
 def show(summary: dict[str, Any], output: Storage) -> None:
@@ -74,8 +77,7 @@ def show(summary: dict[str, Any], output: Storage) -> None:
     for tenth, count in enumerate(histogram):
         print(f"  {tenth / 10:.1f}-{(tenth + 1) / 10:.1f} {'█' * round(30 * count / tallest):30s} {count}")
     print(drift(summary["drift"]))
-    print(f"scores: {', '.join(f'{output.uri}/{name}' for name in summary['files'])}")
-    print("Research use only: not a medical device.")
+    print(f"scores: {', '.join(f'{output.uri}/{name}' for name in summary['files'])}, summary.json")
 
 
 def drift(found: dict[str, Any] | None) -> str:

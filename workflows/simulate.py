@@ -46,6 +46,7 @@ def main(args: Args) -> None:
         f"{summary.nan_records} with NaN, {summary.flat_records} with a flat lead; "
         f"best expected AUROC {summary.best_auroc:.3f}, on these records {summary.cohort_auroc:.3f}"
     )
+    print(f"next: python workflows/ingest.py --source {summary.folder} --output …")
 
 
 def draw(folder: Path) -> None:

@@ -1,9 +1,20 @@
 """Ctrl-C ends a command with one line and status 130, leaves nothing half-written, and the same command goes on."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import command
+import pytest
+from support.session import ROOT, Trained, workflow
 from support.terminal import in_terminal
+
+from lsemvae.data.shards import ShardedDataset
 
 
 def test_in_a_terminal_every_process_gets_it(tmp_path: Path):
@@ -13,3 +24,92 @@ def test_in_a_terminal_every_process_gets_it(tmp_path: Path):
     assert status == 130 and "Traceback" not in shown, shown
     assert shown.rstrip().splitlines()[-1] == command.INTERRUPTED
     assert list(tmp_path.iterdir()) == []
+
+
+def test_while_a_program_imports_what_it_needs():
+    program = "import command; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "workflows", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, f"{command.INTERRUPTED}\n")  # a shell says 130
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as in a program of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupted(when: Callable[[], object], name: str, *words: object) -> None:
+    """Runs the command in this process, which gets SIGINT as soon as `when` is true."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            if when():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        done = workflow(name, *words, check=False)
+    finally:
+        ended.set()
+        watcher.join()
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert done.stderr.rstrip().splitlines()[-1] == command.INTERRUPTED and "Traceback" not in done.stderr
+
+
+def test_promote_while_mlflow_does_not_answer(heard: None, monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asked: list[socket.socket] = []
+        threading.Thread(target=lambda: asked.append(silent.accept()[0]), daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        interrupted(lambda: asked, "promote", "--name", "ph-6L")
+        asked[0].close()
+
+
+@pytest.mark.ray
+def test_ingest_goes_on(heard: None, ray_cluster: object, cohort: Path, tmp_path: Path):
+    words = ("--source", cohort, "--output", tmp_path / "shards", "--shard-records", 8)
+    interrupted(lambda: list(tmp_path.glob("shards/*.parquet")), "ingest", *words)
+    assert not list(tmp_path.glob("shards/manifest.json"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shards/*.parquet")}
+    workflow("ingest", *words)
+    ShardedDataset.open(str(tmp_path / "shards")).verify()
+    assert before and all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["score", "explain"])
+def test_a_cohort_goes_on(name: str, heard: None, finetuned: dict[str, Trained], shards: Path, tmp_path: Path):
+    words = ["--model", finetuned["6"].folder / "bundle", "--data", shards, "--output", tmp_path / "out"]
+    words += ["--limit", 2, "--checks", 0, "--pictures", 0] if name == "explain" else []
+    interrupted(lambda: (tmp_path / "out" / "progress.json").exists(), name, *words)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert "Research use only" in workflow(name, *words).stdout
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.ray
+def test_fine_tuning_goes_on(heard: None, pretrained: Trained, shards: Path, tmp_path: Path):
+    words = ("smoke", "--data", shards, "--task", "ph", "--leads", "6", "--encoder", pretrained.folder / "bundle")
+    words += ("--output", tmp_path / "out", "--model-name", "interrupted", "--optim.epochs", 2)
+    interrupted(lambda: list(tmp_path.glob("out/folds-*/*.json")), "finetune", *words)
+    assert not (tmp_path / "out" / "bundle").exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/folds-*/*.json")}
+    workflow("finetune", *words)
+    assert (tmp_path / "out" / "bundle" / "config.json").exists()
+    assert before and all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["pretrain", "tune"])
+def test_pre_training_goes_on(name: str, heard: None, shards: Path, tmp_path: Path):
+    words = ["smoke", "--data", shards, "--storage", tmp_path, "--name", "one", "--num-workers", 1]
+    words += ["--optim.epochs", 2, "--optim.batch-size", 64, "--streams", 4]
+    words += ["--grid", "beta=1"] if name == "tune" else []
+    interrupted(lambda: list(tmp_path.rglob("checkpoint_*")), name, *words)
+    workflow(name, *words)
+    assert "nothing to do" in workflow(name, *words).stdout
