@@ -25,6 +25,7 @@ from torch import nn
 from lsemvae import __version__
 from lsemvae.errors import BundleError, LsemvaeError, Refused
 from lsemvae.fields import as_json
+from lsemvae.formats import read
 from lsemvae.leads import LEADS, in_order
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.models.parts.doubt import Kind
@@ -293,7 +294,9 @@ CHUNK = 64  # recordings in one pass: more would only cost memory
 class Scorer:
     """Scores recordings with one bundle: the same way online, in batches and in a plain loop."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path | str, device: str = "cpu") -> None:
+        """Loads a bundle's folder. Raises BundleError when it is none, is damaged, or has no task."""
+        folder = Path(folder)
         self.bundle, model = load(folder, device)
         self.model: Any = model  # every architecture with a task has `predict`
         if self.bundle.task is None:
@@ -317,6 +320,10 @@ class Scorer:
         """One `Score` for each record, in order. Leads are taken by name; the bundle ignores those it does not know."""
         leads = self.bundle.leads
         return self.score_signals([r.signal_for(leads) for r in records], [r.rate_hz for r in records])
+
+    def score_file(self, path: Path | str, *, uv_per_lsb: float | None = None) -> Score:
+        """The same for a local file of any format that `formats.read` knows. Raises UnreadableRecording."""
+        return self.score([read(path, uv_per_lsb=uv_per_lsb)])[0]
 
     def score_signals(self, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float]) -> list[Score]:
         """The same from arrays [L, T] in mV that hold the bundle's leads in order, NaN where a sample is missing."""

@@ -320,7 +320,13 @@ def _decode(signals: Sequence[_Signal], frames: int, data: bytes) -> list[np.nda
 
 
 def _decode_by_wfdb(signals: Sequence[_Signal], frames: int, data: bytes) -> list[np.ndarray]:
-    import wfdb  # takes 0.4 s, and most recordings do not need it
+    try:
+        import wfdb  # takes 0.4 s, and most recordings do not need it
+    except ModuleNotFoundError:
+        raise UnreadableRecording(
+            "missing_package",
+            f"{signals[0].file!r} has format {signals[0].format}, which needs pip install 'lsemvae[formats]'",
+        ) from None
 
     lines = [f"r {len(signals)} 1 {frames}"]
     for signal in signals:
