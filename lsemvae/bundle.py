@@ -25,7 +25,6 @@ from torch import nn
 from lsemvae import __version__
 from lsemvae.errors import BundleError, LsemvaeError, Refused
 from lsemvae.fields import as_json
-from lsemvae.formats import read
 from lsemvae.leads import LEADS, in_order
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.models.parts.doubt import Kind
@@ -323,6 +322,8 @@ class Scorer:
 
     def score_file(self, path: Path | str, *, uv_per_lsb: float | None = None) -> Score:
         """The same for a local file of any format that `formats.read` knows. Raises UnreadableRecording."""
+        from lsemvae.formats import read  # what loads bundles only, such as a model in MLflow, needs no readers
+
         return self.score([read(path, uv_per_lsb=uv_per_lsb)])[0]
 
     def score_signals(self, signals_mv: Sequence[np.ndarray], rates_hz: Sequence[float]) -> list[Score]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -104,14 +105,20 @@ def run_command(main: Callable[[Args], None], args_type: type[Args], default: Ar
 def _parse(args_type: type[Args], default: Args | None, description: str | None) -> Args:
     words = sys.argv[1:]
     if options.ALL in words:
-        return tyro.cli(args_type, default=default, description=description, args=["--help"])
+        return tyro.cli(args_type, prog=program(), default=default, description=description, args=["--help"])
     if not options.HELP & set(words):
-        return tyro.cli(args_type, default=default, description=description)
+        return tyro.cli(args_type, prog=program(), default=default, description=description)
     shown, shown_default = options.common(args_type, default)
     try:
-        return tyro.cli(shown, default=shown_default, description=description)
+        return tyro.cli(shown, prog=program(), default=shown_default, description=description)
     finally:  # it prints the help and exits
         print(options.others(args_type, default))
+
+
+def program() -> str:
+    """What the user typed: a script's path, or `lsemvae ingest`, which lsemvae/cli.py puts in the place of the name."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("lsemvae ") else sys.argv[0]
 
 
 def _say_and_exit(error: LsemvaeError) -> NoReturn:
@@ -131,7 +138,7 @@ def run_recipe_command(
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in (*options.HELP, options.ALL, ""):
         print(f"{sys.modules[main.__module__].__doc__}\nRecipes: {names}, or the path of a recipe's .json file\n")
-        print(f"usage: {sys.argv[0]} RECIPE [options]      options: {sys.argv[0]} RECIPE --help")
+        print(f"usage: {program()} RECIPE [options]      options: {program()} RECIPE --help")
         raise SystemExit(0 if name else 2)
     try:
         if name.endswith(".json"):

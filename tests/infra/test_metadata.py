@@ -1,10 +1,7 @@
 """The files for people who cite, extend or package this project."""
 
 import re
-import subprocess
-import sys
 import tomllib
-from zipfile import ZipFile
 
 import yaml
 from support.readme import README
@@ -15,32 +12,6 @@ from lsemvae.bundle import FORMAT
 from lsemvae.data.order import ORDER_VERSION
 from lsemvae.data.shards import SCHEMA_VERSION
 from lsemvae.preprocess import VERSION
-
-
-def test_a_wheel_says_that_it_is_typed(tmp_path):
-    """pip's own build of this source, with the build backend that is installed here."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "lsemvae"):
-        (source / name).symlink_to(ROOT / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        tmp_path,
-        source,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    with ZipFile(wheel) as package:
-        names = set(package.namelist())
-    assert {"lsemvae/py.typed", "lsemvae/data/feed.py", "lsemvae/models/parts/blocks.py"} <= names
-    assert not [name for name in names if name.startswith(("tests", "workflows", "serve"))]
 
 
 def test_the_citation_is_the_readmes():
