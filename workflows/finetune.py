@@ -24,9 +24,10 @@ from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import abstention
 from lsemvae.evaluation.cells import Trials
-from lsemvae.evaluation.compare import compare
+from lsemvae.evaluation.compare import Known, compare
 from lsemvae.evaluation.embedding import embed, load_encoder, untrained
 from lsemvae.evaluation.lead_set import read_people
+from lsemvae.evaluation.metrics import METRICS
 from lsemvae.evaluation.protocol import (
     Result,
     material_of,
@@ -133,7 +134,7 @@ def main(args: Args) -> None:
         recipe,
         result.threshold,
         result.calibration,
-        {name: asdict(value) for name, value in result.metrics[title].items()},
+        {name: asdict(result.metrics[title][name]) for name in METRICS},
         {"uri": args.encoder, "digest": pretrained.digest},
         score_bins=ScoreBins.of(result.score_B),
     )
@@ -146,7 +147,10 @@ def main(args: Args) -> None:
         scores = result.as_scores(
             facts(args, data, recipe, released), read_people(data, args.task), lead_set_name(leads)
         )
-        comparison = compare(scores, draws=recipe.bootstrap_draws, seed=recipe.optim.seed, reference=title)
+        comparison = compare(
+            scores, draws=recipe.bootstrap_draws, seed=recipe.optim.seed, reference=title,
+            known=Known(result.metrics, result.differences),
+        )  # fmt: skip
         about = (title, lead_set_name(leads))
         lines = comparison.set_aside(*about)
         released = replace(released, doubt=abstention.carried(lines, scores.doubts_of(*about)))

@@ -190,8 +190,24 @@ def failures(lines: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
     return pd.DataFrame(list(lines), columns=_COLUMNS["failed"])
 
 
-def compare(scores: Scores, *, draws: int = 1000, seed: int = 0, reference: str = REFERENCE) -> Comparison:
-    """Metrics of every method, its difference from the reference, and metrics of subgroups, with a progress bar."""
+class Known(NamedTuple):
+    """What was computed before with the same draws and seed, of methods of the main table.
+
+    metrics      by method, every one of ALL_METRICS
+    differences  by method, AUROC of the reference minus its AUROC
+    """
+
+    metrics: Mapping[str, Mapping[str, Estimate]] = {}
+    differences: Mapping[str, Estimate] = {}
+
+
+def compare(
+    scores: Scores, *, draws: int = 1000, seed: int = 0, reference: str = REFERENCE, known: Known | None = None
+) -> Comparison:
+    """Metrics of every method, its difference from the reference, and metrics of subgroups, with a progress bar.
+
+    What is `known` is not computed again.
+    """
     groups = list(_groups(scores))
     main = [group for group in groups if group.analysis == MAIN]
     settings = _Settings(draws, seed)
@@ -200,8 +216,9 @@ def compare(scores: Scores, *, draws: int = 1000, seed: int = 0, reference: str 
     with Bar(rows, "compare", "rows") as bar:
         for group in groups:
             for method in group.methods:
-                metrics += _metrics(group, method, settings)
-                differences += _difference(group, method, reference, settings)
+                before = known if known and group.analysis == MAIN else Known()
+                metrics += _metrics(group, method, settings, before)
+                differences += _difference(group, method, reference, settings, before)
                 bar.update()
         for group in main:
             for method in group.methods:
@@ -296,7 +313,7 @@ def _method(name: str, table: pd.DataFrame | None, records: pd.Index, failed: pd
 # --- lines of the tables --------------------------------------------------------------------------------------
 
 
-def _metrics(group: _Group, method: _Method, settings: _Settings) -> list[dict[str, Any]]:
+def _metrics(group: _Group, method: _Method, settings: _Settings, known: Known) -> list[dict[str, Any]]:
     """A line for each metric of a method."""
     note = method.problem
     if not note and len(np.unique(group.y_B)) < 2:
@@ -307,7 +324,7 @@ def _metrics(group: _Group, method: _Method, settings: _Settings) -> list[dict[s
     }  # fmt: skip
     if note:
         return [cell | {"metric": name} for name in ALL_METRICS]
-    found = with_intervals(
+    found = known.metrics.get(method.name) or with_intervals(
         group.y_B, method.score_NB, method.decision_NB, group.subject_B, metrics=ALL_METRICS, **settings._asdict()
     )
     once_1B = np.ones((1, len(group.y_B)))
@@ -335,13 +352,16 @@ def _sd(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
 
 
-def _difference(group: _Group, method: _Method, reference: str, settings: _Settings) -> list[dict[str, Any]]:
+def _difference(
+    group: _Group, method: _Method, reference: str, settings: _Settings, known: Known
+) -> list[dict[str, Any]]:
     """The reference minus the method; nothing where one of them has no scores."""
     other = next((entry for entry in group.methods if entry.name == reference), None)
     if other is None or method.name == reference or other.problem or method.problem or len(np.unique(group.y_B)) < 2:
         return []
     pair = (other.score_NB, method.score_NB)
-    found = auroc_difference(group.y_B, *pair, group.subject_B, **settings._asdict())
+    found = known.differences.get(method.name)
+    found = found or auroc_difference(group.y_B, *pair, group.subject_B, **settings._asdict())
     error, p = delong(group.y_B, *pair, group.subject_B)
     return [
         {

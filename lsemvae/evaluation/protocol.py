@@ -23,7 +23,7 @@ from lsemvae.evaluation.cells import ALL, MAIN, Cell, Material, Ran, Row, Trials
 from lsemvae.evaluation.compare import Scores, failures, scored
 from lsemvae.evaluation.embedding import CLASSICAL, QUANTILES, Embedded
 from lsemvae.evaluation.folds import Fold, fold_of, make_folds, require_subjects
-from lsemvae.evaluation.metrics import METRICS, Estimate, auroc_difference, best_threshold, with_intervals
+from lsemvae.evaluation.metrics import ALL_METRICS, METRICS, Estimate, auroc_difference, best_threshold, with_intervals
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.head import Head
 from lsemvae.progress import Bar, over
@@ -71,7 +71,7 @@ class Result:
     scores: dict[str, np.ndarray]
     """By row, [N, B]; the first is the pre-trained encoder, and the naive row is not among them."""
     metrics: dict[str, dict[str, Estimate]]
-    """By row, with intervals; the naive row too. Means over the seeds."""
+    """By row, every one of ALL_METRICS with intervals; the naive row too. Means over the seeds."""
     differences: dict[str, Estimate]
     """AUROC of the pre-trained encoder minus that of each other row, with paired intervals."""
     errors: dict[str, dict[str, float]]
@@ -177,7 +177,7 @@ class Result:
 
     def numbers(self) -> dict[str, float]:
         """The tables as named numbers, for a tracker: `ROW.METRIC`, with `.low` and `.high` for intervals."""
-        estimates = {f"{row}.{metric}": found for row, of in self.metrics.items() for metric, found in of.items()}
+        estimates = {f"{row}.{metric}": of[metric] for row, of in self.metrics.items() for metric in METRICS}
         estimates |= {f"difference.{row}.auroc": found for row, found in self.differences.items()}
         found = {
             f"{name}{suffix}": value
@@ -299,7 +299,7 @@ def _with_intervals(
     }
     rows[NAIVE] = (naive_B, naive_B >= 0.5)
     return {
-        name: with_intervals(embedded.y_B, score_NB, decision_NB, embedded.subject_B, **settings)
+        name: with_intervals(embedded.y_B, score_NB, decision_NB, embedded.subject_B, metrics=ALL_METRICS, **settings)
         for name, (score_NB, decision_NB) in over(rows.items(), "bootstrap", "rows")
     }
 

@@ -10,8 +10,8 @@ from sklearn.metrics import roc_auc_score
 from support import scored
 
 from lsemvae.errors import LsemvaeError
-from lsemvae.evaluation.compare import Comparison, Scores, compare
-from lsemvae.evaluation.metrics import ALL_METRICS
+from lsemvae.evaluation.compare import Comparison, Known, Scores, compare
+from lsemvae.evaluation.metrics import ALL_METRICS, Estimate
 from lsemvae.evaluation.published import published
 from lsemvae.evaluation.significance import holm
 from lsemvae.evaluation.tables import (
@@ -69,6 +69,19 @@ def test_a_value_is_the_mean_over_the_seeds_and_its_folds_and_seeds_are_beside_i
     assert (row.fold_mean, row.fold_sd) == pytest.approx((np.mean(folds), np.std(folds, ddof=1)))
     assert compared.line("LS-EMVAE", "12L").keys() == set(ALL_METRICS)
     assert value(compared, "auroc", method="LS-EMVAE", analysis="noise", setting="5 dB").value < row.value
+
+
+def test_what_is_known_is_not_computed_again(scores: Scores, compared: Comparison):
+    of_line = {row.method: Estimate(row.difference, row.low, row.high) for row in compared.differences.itertuples()}
+    known = Known({name: compared.line(name, "12L") for name in METHODS}, of_line)
+    found = compare(scores, draws=40, known=known)
+    for table in ("metrics", "differences", "subgroups", "abstention"):
+        pd.testing.assert_frame_equal(getattr(found, table), getattr(compared, table))
+    given = Estimate(9.0, 8.0, 10.0)
+    found = compare(scores, draws=40, known=Known({"naive": dict.fromkeys(ALL_METRICS, given)}, {"naive": given}))
+    assert value(found, "auroc", method="naive").value == 9.0
+    assert found.differences.set_index("method").high["naive"] == 10.0
+    assert found.line("ST-MEM", "12L") == compared.line("ST-MEM", "12L")
 
 
 def test_the_order_of_the_lines_does_not_matter(scores: Scores, compared: Comparison):
