@@ -94,7 +94,7 @@ class Bar:
             return
         told = None if self._unit else "{desc}: {elapsed} so far"
         self._bar = tqdm(
-            total=self._total, desc=self._what, unit=f" {self._unit}", initial=self._first, bar_format=told
+            total=self._total, desc=self._what, unit=self._unit, initial=self._first, bar_format=told
         )
         while not self._closed.wait(TERMINAL_S):
             with self._lock:

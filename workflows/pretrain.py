@@ -32,6 +32,7 @@ from lsemvae.training.launch import (
     parse_workers,
     require_resources,
     require_writable,
+    train,
 )
 
 RESULT = "result.json"
@@ -106,7 +107,10 @@ def main(args: Args) -> None:
     )
     print(f"MLflow: {run.url}", flush=True)
     try:
-        make_trainer(job, storage, name, workers, args.use_gpu, args.max_failures).fit()
+        train(make_trainer(job, storage, name, workers, args.use_gpu, args.max_failures))
+    except KeyboardInterrupt:
+        run.end("KILLED")
+        raise
     except ray.train.TrainingFailedError as error:
         run.end("FAILED")
         raise LsemvaeError(

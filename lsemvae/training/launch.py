@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -176,6 +177,26 @@ def make_job(sources: Sequence[Source], recipe: PretrainRecipe, feeds: Feeds, ru
         "lsemvae": __version__,
     }
     return PretrainJob(recipe, feeds.train, feeds.val, run_id, provenance, terminal=sys.stderr.isatty())
+
+
+def train(trainer: "TorchTrainer") -> None:
+    """Trains to the end, in a thread of its own.
+
+    In the main thread Ray Train would take Ctrl-C over: the command would end with status 1, without a word.
+    """
+    raised: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="fit")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
 
 
 def make_trainer(

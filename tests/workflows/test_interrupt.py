@@ -105,11 +105,11 @@ def test_fine_tuning_goes_on(heard: None, pretrained: Trained, shards: Path, tmp
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["pretrain", "tune"])
-def test_pre_training_goes_on(name: str, heard: None, shards: Path, tmp_path: Path):
+def test_pre_training_goes_on(shards: Path, tmp_path: Path):
+    """In a process of its own, whose end ends the training workers."""
     words = ["smoke", "--data", shards, "--storage", tmp_path, "--name", "one", "--num-workers", 1]
     words += ["--optim.epochs", 2, "--optim.batch-size", 64, "--streams", 4]
-    words += ["--grid", "beta=1"] if name == "tune" else []
-    interrupted(lambda: list(tmp_path.rglob("checkpoint_*")), name, *words)
-    workflow(name, *words)
-    assert "nothing to do" in workflow(name, *words).stdout
+    status, shown = in_terminal("workflows/pretrain.py", *map(str, words), interrupt_at="pre-training, loss")
+    assert status == 130 and command.INTERRUPTED in shown and "Traceback" not in shown, shown
+    workflow("pretrain", *words)
+    assert "nothing to do" in workflow("pretrain", *words).stdout
