@@ -3,6 +3,7 @@
 # make check     lint, types and the tests that need neither Ray nor a server: at most five minutes
 # make lint      ruff and mypy        make format   let ruff rewrite the files
 # make ui        the MLflow UI of the last demo
+# make docs      the documents as a site, in site/
 # The first target that you run makes the virtual environment .venv; changed pins make it install again.
 
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ DEMO ?= demo
 QUICK := env OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not ray and not server" -n 2
 export PATH := $(RUN):$(PATH)
 
-.PHONY: demo test check lint format ui clean
+.PHONY: demo test check lint format ui docs clean
 
 $(VENV)/.installed: pyproject.toml infra/constraints.txt
 	@echo "Installing into $(VENV) (once, about two minutes) …"
@@ -44,5 +45,9 @@ format: $(VENV)/.installed
 ui: $(VENV)/.installed
 	$(RUN)/python workflows/demo.py --folder $(DEMO) --ui
 
+docs: $(VENV)/.installed
+	$(RUN)/mkdocs build --strict --quiet
+	@echo "The site is in site/: $(VENV)/bin/python -m http.server --directory site"
+
 clean:
-	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) demo site .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,10 +1,12 @@
-"""Parse the README's commands and the files in infra/ as their own programs parse them."""
+"""Parse the commands of README.md and docs/, and the files in infra/, as their own programs parse them."""
 
+import argparse
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,15 +37,28 @@ def docker_environment(cluster: dict) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
 
 
-def shell_commands() -> list[str]:
-    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+OTHER_PROGRAMS = {"export", ".", "mkdir", "openssl", "aws", "sqlite3", "pg_dump", "pg_restore", "kubectl"}
+"""Programs of commands in the documents that are no part of this project and are not installed for its tests."""
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """The content of the document's fenced blocks in this language; "" is those that name none."""
+    return [content for name, content in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if name == language]
+
+
+def shell_commands(document: str = README) -> list[str]:
+    """The lines of its `sh` blocks, and commands in its text and in blocks of no language."""
+    unnamed = re.findall(
+        r"^(?:[A-Z_]+=\S+ )*python workflows/(?:[^\n]|(?<=\\)\n)*", "\n".join(blocks("", document)), re.M
+    )
+    text = "\n".join(blocks("sh", document) + unnamed).replace("\\\n", " ")
+    text = re.sub(r"^.*<<'EOF'\n.*?^EOF$", "", text, flags=re.DOTALL | re.MULTILINE)  # a script to type in
     inline = re.findall(
-        r"`((?:[A-Z_]+=\S+ )*(?:python|make|ray|serve) [^` ]+[ ][^`]+|make [^`]+)`",
-        re.sub(r"```.*?```", "", README, flags=re.DOTALL),
+        r"`((?:[A-Z_]+=\S+ )*(?:python|lsemvae|make|ray|serve) [^` ]+[ ][^`]+|make [^`]+)`",
+        re.sub(r"^( *)```.*?^\1```", "", document, flags=re.DOTALL | re.MULTILINE),
     )
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines() + inline]
     return [line for line in dict.fromkeys(lines) if line and "…" not in line]
@@ -61,17 +76,25 @@ def click_context(command, words: list[str]):
 
 
 def parse_workflow(script: str, words: list[str]) -> object:
-    """The result of parsing `python SCRIPT WORDS…`: the script runs up to its call of tyro."""
+    """The result of parsing `python SCRIPT WORDS…`: the script runs up to its call of tyro or argparse."""
 
     class Parsed(Exception):
         pass
 
-    def stop_after(*args: object, **kwargs: object) -> None:
-        raise Parsed(original(*args, **kwargs))
+    def stop_after(parse: Callable) -> Callable:
+        def stopped(*args: object, **kwargs: object) -> object:
+            nonlocal parsing
+            if parsing:  # tyro calls argparse
+                return parse(*args, **kwargs)
+            parsing = True
+            raise Parsed(parse(*args, **kwargs))
 
-    original = tyro.cli
+        return stopped
+
+    parsing = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tyro, "cli", stop_after)
+        patch.setattr(tyro, "cli", stop_after(tyro.cli))
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
         patch.setattr(sys, "argv", [script, *words])
         with pytest.raises((Parsed, SystemExit)) as caught:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -96,6 +119,8 @@ def parse_command(words: list[str]) -> object:
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
     match words:
+        case ["python", "-m", "http.server", "--directory", "site"]:
+            pass
         case ["python", script, *rest]:
             return parse_workflow(script, rest)
         case ["lsemvae", "serve" | "--help" | "--version" | "--print-completion", *_]:
@@ -126,7 +151,11 @@ def parse_command(words: list[str]) -> object:
             assert (ROOT / click_context(cli, rest).params["config_or_import_path"]).is_file()
         case ["docker", "build", "--file", file, "--tag", _, "."]:
             assert (ROOT / file).is_file()
-        case ["docker", "push", _] | ["export" | "." | "mkdir" | "openssl", *_]:
+        case ["docker", "compose", "--file", file, *_]:
+            assert (ROOT / file).is_file()
+        case ["docker", "push", _]:
+            pass
+        case [program, *_] if program in OTHER_PROGRAMS:
             pass
         case ["curl", url, *_]:
             options = load("serve/config.yaml")["http_options"]
