@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "explain/checks.py": {"torch", "pandas"},
     "explain/randomised.py": {"torch", "scipy"},
     "explain/truth.py": {"torch", "pandas"},
-    "plots/attribution.py": {"matplotlib"},
+    "plots/attribution.py": {"matplotlib", "PIL"},
     "plots/median_beat.py": {"matplotlib"},
     "plots/shares.py": {"matplotlib"},
     "plots/curves.py": {"matplotlib", "sklearn"},

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
 from lsemvae.leads import LEADS
-from lsemvae.plots.attribution import LOWERS, RAISES, Picture, Span, attribution_paper, smooth
+from lsemvae.plots.attribution import DPI, LOWERS, RAISES, Picture, Span, attribution_paper, smooth
 from lsemvae.plots.median_beat import median_beat
 from lsemvae.plots.shares import Cells, Panel, Values, bars, heat_maps, randomisation, removal_curves
 
@@ -256,6 +256,16 @@ def test_each_is_whole_as_png_and_as_svg(name: str):
     assert root.get("role") == "img" and root.get("aria-label") == picture.words
     assert not re.search(r"<script|<image|href=\"(?!#)|<metadata", svg)
     assert len(svg) < 400_000
+
+
+def test_a_png_is_small_and_keeps_its_colours():
+    """Also rare ones, such as a small band of a colour on a large paper."""
+    picture, drawn = paper(), io.BytesIO()
+    picture.figure.savefig(drawn, format="png", dpi=DPI)
+    png = picture.png()
+    assert len(png) < 0.5 * len(drawn.getvalue())
+    before, after = (matplotlib.image.imread(io.BytesIO(content))[..., :3] for content in (drawn.getvalue(), png))
+    assert np.abs(before - after).max() < 0.05
 
 
 def test_the_same_values_give_the_same_bytes():
