@@ -17,6 +17,7 @@ from command import run_command
 from lsemvae.bundle import save
 from lsemvae.errors import LsemvaeError
 from lsemvae.external import EXTERNAL, adapt
+from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
 
@@ -38,7 +39,7 @@ def main(args: Args) -> None:
         raise LsemvaeError(f"{EXTERNAL[args.encoder].where}: download it and name it in --weights")
     if args.output.exists() and not (args.output / "config.json").is_file():
         raise LsemvaeError(f"--output {args.output} exists and is no bundle: name a new folder")
-    with tempfile.TemporaryDirectory() as temporary:
+    with Bar(None, "convert"), tempfile.TemporaryDirectory() as temporary:
         described, model = adapt(args.encoder, local_file(args.encoder, args.weights, Path(temporary)), args.weights)
         saved = save(described, model, args.output)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -46,7 +47,8 @@ def main(args: Args) -> None:
     print(f"bundle:  {args.output}")
     if args.register:
         run = Run.start("adapt", args.encoder, {"encoder": args.encoder, "weights": saved.provenance["weights"]})
-        run.bundle(args.output)
+        with Bar(None, "register"):
+            run.bundle(args.output)
         version = run.register(args.register, {"digest": saved.digest, "kind": "encoder"}, CANDIDATE)
         run.end()
         print(f"model:   models:/{args.register}/{version} (alias {CANDIDATE})")

@@ -91,7 +91,8 @@ def main(args: Args) -> None:
         )
     has_echo = args.echo_days is not None or args.echo_columns
     echo = EchoOptions.of(args.echo_days, args.echo_columns) if has_echo else None
-    chosen = select(source, args.cohort, args.labels, args.limit, args.withdrawn, echo)
+    with Bar(None, "find recordings"):
+        chosen = select(source, args.cohort, args.labels, args.limit, args.withdrawn, echo)
     table, tasks, plan = make_plan(
         chosen.table,
         chosen.name,
@@ -196,7 +197,8 @@ def write_report(output: Storage) -> None:
     from lsemvae.reports.ingest import ingest_report  # imports matplotlib and scipy, which nothing else here needs
 
     unreadable = list(csv.DictReader(io.StringIO(output.read_bytes(UNREADABLE).decode())))
-    output.write_bytes(REPORT, ingest_report(ShardedDataset.open(output.uri), unreadable).encode())
+    with Bar(None, "write report"):
+        output.write_bytes(REPORT, ingest_report(ShardedDataset.open(output.uri), unreadable).encode())
 
 
 def summarise(manifest: Manifest, unreadable: list[dict[str, str]], output: Storage, seconds: float) -> None:

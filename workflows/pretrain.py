@@ -16,6 +16,7 @@ from options import RARE
 from lsemvae.config import PretrainRecipe
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
+from lsemvae.progress import Bar
 from lsemvae.recipes import PRETRAIN
 from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
@@ -117,8 +118,9 @@ def main(args: Args) -> None:
             f"training failed: {root_cause(error)} (--name {name} resumes this run from its newest checkpoint, with "
             "another learning rate too)"
         ) from error
-    digest, metrics = keep_bundle(place, run)
-    version = run.register(args.model_name, {"digest": digest, "kind": "encoder"}, alias=CANDIDATE)
+    with Bar(None, "register"):
+        digest, metrics = keep_bundle(place, run)
+        version = run.register(args.model_name, {"digest": digest, "kind": "encoder"}, alias=CANDIDATE)
     run.end()
     result = {
         "bundle": (place / "bundle").uri,
