@@ -3,19 +3,24 @@
 import csv
 import filecmp
 import json
-import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import command as command_module
 import numpy as np
 import pandas as pd
 import pytest
 import wfdb
 from scipy.signal import find_peaks
 from scipy.stats import norm
+from simulate import OnRay
 from sklearn.metrics import roc_auc_score
-from support.session import ROOT, workflow
+from support.session import ROOT, kept_signals, workflow
 
 from lsemvae.cohorts.simulated import (
     FILE_LEADS,
@@ -205,21 +210,30 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
     assert (folders[0] / "labels.csv").read_bytes() != (folders[2] / "labels.csv").read_bytes()
 
 
+def same_files(one, other) -> bool:
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(other)) for path in other.rglob("*") if path.is_file())
+    return filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
+
+
+def at_once(work, groups):
+    """Two groups of subjects at a time, ahead of what is written."""
+    with ThreadPoolExecutor(2) as pool:
+        yield from pool.map(work, groups)
+
+
 @pytest.mark.parametrize("subjects", [SUBJECTS_A_TASK - 1, 3 * SUBJECTS_A_TASK + 1])
-def test_any_number_of_processes_writes_the_same_bytes(tmp_path, subjects):
+def test_wherever_it_is_simulated_the_bytes_are_the_same(tmp_path, subjects):
     config = CohortConfig(subjects=subjects, mean_studies=1.2, seed=3, nan_share=0.2, flat_share=0.2)
     done = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        simulate_cohort(config, folder, lambda: done.append(1), processes)
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert names == sorted(str(p.relative_to(tmp_path / "1")) for p in (tmp_path / "1").rglob("*") if p.is_file())
-    assert filecmp.cmpfiles(tmp_path / "1", folder, names, shallow=False) == (names, [], [])
+    for name, run in (("one", map), ("other", at_once)):
+        simulate_cohort(config, tmp_path / name, lambda: done.append(1), run)
+    assert same_files(tmp_path / "one", tmp_path / "other")
     assert len(done) == 2 * subjects
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_cohort_that_cannot_be_finished_leaves_nothing(tmp_path, processes):
+@pytest.mark.parametrize("run", [map, at_once])
+def test_a_cohort_that_cannot_be_finished_leaves_nothing(tmp_path, run):
     """In the midst of it, the folder of the signals becomes a file."""
 
     def break_it():
@@ -230,16 +244,7 @@ def test_a_cohort_that_cannot_be_finished_leaves_nothing(tmp_path, processes):
 
     config = CohortConfig(subjects=10 * SUBJECTS_A_TASK, mean_studies=1)
     with pytest.raises(LsemvaeError, match=r"cohort cannot be written \(.*\): make room, or name another folder"):
-        simulate_cohort(config, tmp_path / "cohort", break_it, processes)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_process_is_named_in_one_line(tmp_path):
-    def kill_one():
-        multiprocessing.active_children()[0].kill()
-
-    with pytest.raises(LsemvaeError, match="a simulating process was killed, perhaps for lack of memory"):
-        simulate_cohort(CohortConfig(subjects=10 * SUBJECTS_A_TASK), tmp_path / "cohort", kill_one, 2)
+        simulate_cohort(config, tmp_path / "cohort", break_it, run)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,8 +270,6 @@ def test_a_cohort_appears_whole_or_not_at_all(tmp_path):
 def test_a_setting_out_of_range_is_named(tmp_path, setting, value):
     with pytest.raises(LsemvaeError, match=f"{setting} is .*: give a number from"):
         simulate_cohort(CohortConfig(**{setting: value}), tmp_path / "cohort")
-    with pytest.raises(LsemvaeError, match="processes is 0: give 1 or more"):
-        simulate_cohort(CohortConfig(), tmp_path / "cohort", processes=0)
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
@@ -424,3 +427,53 @@ def test_the_command_writes_a_cohort_and_names_a_mistake_in_one_line(tmp_path):
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1
+    none = workflow("simulate", "--output", tmp_path / "none", "--tasks", 0, check=False)
+    assert (none.returncode, none.stderr) == (2, "error: tasks is 0: give 1 or more\n")
+
+
+def killing(marker, work):
+    """`work` as a process that is killed when it is called for the first time."""
+
+    def once(group):
+        if not marker.exists():
+            marker.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return work(group)
+
+    return once
+
+
+@pytest.mark.ray
+def test_ray_tasks_write_the_same_bytes_also_when_one_is_killed(ray_cluster, tmp_path):
+    config = CohortConfig(subjects=3 * SUBJECTS_A_TASK + 1, mean_studies=1.2, seed=3)
+    simulate_cohort(config, tmp_path / "here")
+    done = []
+    run = lambda work, groups: OnRay(2)(killing(tmp_path / "killed", work), groups)  # noqa: E731
+    with kept_signals():
+        simulate_cohort(config, tmp_path / "ray", lambda: done.append(1), run)
+    assert (tmp_path / "killed").exists()
+    assert len(done) == config.subjects
+    assert same_files(tmp_path / "here", tmp_path / "ray")
+
+
+@pytest.mark.ray
+def test_a_task_that_is_lost_again_and_again_is_named_in_one_line(ray_cluster, tmp_path):
+    run = lambda work, groups: OnRay(2)(lambda group: os.kill(os.getpid(), signal.SIGKILL), groups)  # noqa: E731
+    with kept_signals(), pytest.raises(LsemvaeError, match=r"lost again and again.*give fewer --tasks"):
+        simulate_cohort(CohortConfig(subjects=4), tmp_path / "cohort", None, run)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_ctrl_c_says_so_in_one_line_and_leaves_nothing(ray_cluster, tmp_path):
+    words = [sys.executable, "workflows/simulate.py", "--output", tmp_path / "cohort", "--subjects", 20_000]
+    process = subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not any(tmp_path.rglob("*.dat")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == command_module.INTERRUPTED
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -11,21 +11,16 @@ reveal the subject's response: split by subject. On a finite cohort every AUROC 
 optimal score too: `cohort_auroc`.
 """
 
-import contextlib
 import csv
 import json
 import math
-import multiprocessing
 import secrets
 import shutil
-import signal
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +43,7 @@ NOT_MEASURABLE = {
     **dict.fromkeys(("p_axis", "qrs_axis", "t_axis"), (32767, -32768)),
 }
 SUBJECTS_A_TASK = 16
-"""How many subjects a process simulates at a time: about 50 recordings."""
+"""How many subjects are simulated at a time: about 50 recordings, 6 MB."""
 
 _REPORTS = tuple(f"report_{line}" for line in range(18))
 _IDS = ("subject_id", "study_id")
@@ -134,43 +129,53 @@ def best_auroc(config: CohortConfig, draws: int = 1_000_000) -> float:
     return float(ndtr(difference / (config.response_sd * math.sqrt(2))).mean())
 
 
+class Study(NamedTuple):
+    """One simulated recording: its row of every table, what the summary counts, and its two files."""
+
+    row: dict[str, Any]
+    outcome: "_Outcome"
+    header: str
+    content: bytes
+
+
+Work = Callable[[Sequence["_Subject"]], list[list[Study]]]
+"""Simulates some subjects -> the studies of each. It writes nothing, so it may run on any machine, and twice."""
+Run = Callable[[Work, Sequence[Sequence["_Subject"]]], Iterable[list[list[Study]]]]
+"""Applies the work to each group of subjects -> the results in the same order, as `map` does."""
+
+
 def simulate_cohort(
-    config: CohortConfig, folder: Path, progress: Callable[[], object] | None = None, processes: int = 1
+    config: CohortConfig, folder: Path, progress: Callable[[], object] | None = None, run: Run = map
 ) -> CohortSummary:
     """Write a cohort into `folder`, which appears only when it is complete; call `progress()` after each subject.
 
     It writes record_list.csv, machine_measurements.csv and files/ as in MIMIC-IV-ECG, and labels.csv with mpap_mmhg and
     ph (1 above 20 mmHg). The severity is in truth.csv and the best AUROC in truth.json: apart from the labels, so that
-    no training reads them by accident. Any number of `processes` writes the same bytes. Raises LsemvaeError if a
-    setting is out of range, and if `folder` is a file, holds something or cannot be written.
+    no training reads them by accident. `run` decides where the simulation runs; only this process writes, and the bytes
+    are always the same. Raises LsemvaeError if a setting is out of range, and if `folder` is a file, holds something or
+    cannot be written.
     """
     _check(config)
-    if processes < 1:
-        raise LsemvaeError(f"processes is {processes}: give 1 or more")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LsemvaeError(f"{folder} exists and is not an empty folder: name a new one, or remove it")
-    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
+    unfinished = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        summary = _summary(config, folder, _write_tables(config, partial, progress, processes))
-        (partial / "truth.json").write_text(json.dumps(_truth(config, summary), indent=2) + "\n")
-        partial.replace(folder)
+        unfinished.mkdir(parents=True)
+        summary = _summary(config, folder, _write(config, unfinished, progress, run))
+        (unfinished / "truth.json").write_text(json.dumps(_truth(config, summary), indent=2) + "\n")
+        unfinished.replace(folder)
     except OSError as error:
         raise LsemvaeError(
             f"{folder} cannot be written ({error.strerror}): make room, or name another folder"
         ) from None
-    except BrokenProcessPool:
-        raise LsemvaeError(
-            "a simulating process was killed, perhaps for lack of memory: give fewer processes"
-        ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
+        shutil.rmtree(unfinished, ignore_errors=True)  # it is gone if all went well
     return summary
 
 
 def _summary(config: CohortConfig, folder: Path, outcomes: Sequence["_Outcome"]) -> CohortSummary:
-    from scipy.stats import mannwhitneyu  # half of what a process would have to import, and only one needs it
+    from scipy.stats import mannwhitneyu  # half of what a worker would have to import, and none needs it
 
     severity, ph, nan, flat = np.array(outcomes).T
     healthy, overloaded = severity[ph == 0], severity[ph == 1]
@@ -233,13 +238,7 @@ class _Outcome(NamedTuple):
     has_flat: bool
 
 
-_Study = tuple[dict[str, Any], _Outcome]
-"""One record's row of every table, and its outcome."""
-
-
-def _write_tables(
-    config: CohortConfig, folder: Path, progress: Callable[[], object] | None, processes: int
-) -> list[_Outcome]:
+def _write(config: CohortConfig, folder: Path, progress: Callable[[], object] | None, run: Run) -> list[_Outcome]:
     """Write the signals and the tables, subject by subject."""
     outcomes = []
     with ExitStack() as stack:
@@ -248,53 +247,23 @@ def _write_tables(
             file = stack.enter_context((folder / name).open("w", newline=""))
             writers.append(csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n"))
             writers[-1].writeheader()
-        # Closed in any case: no process may still write when the folder is removed.
-        for studies in stack.enter_context(closing(_simulated(config, folder, processes))):
-            for row, outcome in studies:
+        for studies in _simulated(config, run):
+            for study in studies:
+                _write_wfdb(folder, study)
                 for writer in writers:
-                    writer.writerow(row)
-                outcomes.append(outcome)
+                    writer.writerow(study.row)
+                outcomes.append(study.outcome)
             if progress:
                 progress()
     return outcomes
 
 
-def _simulated(config: CohortConfig, folder: Path, processes: int) -> Generator[list[_Study]]:
-    """Simulate the subjects and write their signals -> the studies of each subject, in the order of the subjects."""
+def _simulated(config: CohortConfig, run: Run) -> Iterator[list[Study]]:
+    """The studies of each subject, in the order of the subjects."""
     subjects = _draw_subjects(config)
-    tasks = [subjects[first : first + SUBJECTS_A_TASK] for first in range(0, len(subjects), SUBJECTS_A_TASK)]
-    processes = min(processes, len(tasks))
-    if processes == 1:
-        for subject in subjects:
-            yield _simulate_subject(config, folder, subject)
-        return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
-    running: deque[Future[list[list[_Study]]]] = deque()
-    try:
-        for task in tasks:
-            with _no_interrupts():  # it starts processes
-                running.append(pool.submit(_simulate_subjects, config, folder, task))
-            if len(running) > 2 * processes:  # so that memory stays bounded
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Holds Ctrl-C back. A process that is started now is deaf to it before it runs `_leave_interrupts`, too."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process of the terminal; the one that started the others ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    groups = [subjects[first : first + SUBJECTS_A_TASK] for first in range(0, len(subjects), SUBJECTS_A_TASK)]
+    for of_group in run(partial(_simulate_subjects, config), groups):
+        yield from of_group
 
 
 def _draw_subjects(config: CohortConfig) -> list[_Subject]:
@@ -313,27 +282,26 @@ def _draw_subjects(config: CohortConfig) -> list[_Subject]:
     ]
 
 
-def _simulate_subjects(config: CohortConfig, folder: Path, subjects: Sequence[_Subject]) -> list[list[_Study]]:
-    return [_simulate_subject(config, folder, subject) for subject in subjects]
+def _simulate_subjects(config: CohortConfig, subjects: Sequence[_Subject]) -> list[list[Study]]:
+    return [_simulate_subject(config, subject) for subject in subjects]
 
 
-def _simulate_subject(config: CohortConfig, folder: Path, subject: _Subject) -> list[_Study]:
-    """Write the signals of one subject -> its studies. Depends on no other subject."""
+def _simulate_subject(config: CohortConfig, subject: _Subject) -> list[Study]:
+    """The studies of one subject, which depend on no other subject."""
     rng = np.random.default_rng([config.seed, 1 + subject.number])
     heart = draw_heart(config, rng)
     response = config.response_sd * rng.standard_normal()
-    return [_simulate_study(config, folder, subject, study_id, heart, response, rng) for study_id in subject.study_ids]
+    return [_simulate_study(config, subject, study_id, heart, response, rng) for study_id in subject.study_ids]
 
 
 def _simulate_study(
     config: CohortConfig,
-    folder: Path,
     subject: _Subject,
     study_id: int,
     heart: EcgParameters,
     response: float,
     rng: np.random.Generator,
-) -> _Study:
+) -> Study:
     mpap = float(subject.mpap_mmhg * np.exp(config.pressure_drift * rng.standard_normal()))
     severity, ph = float(severity_of(mpap)) + response, mpap > PH_ABOVE_MMHG
     parameters = replace(draw_another_day(heart, rng), severity=severity)
@@ -342,10 +310,11 @@ def _simulate_study(
     when = datetime(2110, 1, 1) + timedelta(minutes=int(rng.integers(90 * 365 * 24 * 60)))
     row = _machine_row(config, parameters, measured, rng)
     row |= {"subject_id": subject.subject_id, "study_id": study_id, "file_name": study_id, "ecg_time": when}
-    row |= {"path": _write_wfdb(folder, subject.subject_id, study_id, when, stored)}
+    row |= {"path": f"files/p{str(subject.subject_id)[:4]}/p{subject.subject_id}/s{study_id}/{study_id}"}
     written = np.clip(mpap, *PLAUSIBLE["mpap_mmhg"])  # ingest refuses what no adult has
     row |= {"mpap_mmhg": f"{written:.2f}", "ph": int(ph), "severity": f"{severity:.6f}"}
-    return row, _Outcome(severity, ph, has_nan, has_flat)
+    header = _header(subject.subject_id, study_id, when, stored)
+    return Study(row, _Outcome(severity, ph, has_nan, has_flat), header, stored.T.tobytes())
 
 
 def draw_heart(config: CohortConfig, rng: np.random.Generator) -> EcgParameters:
@@ -387,18 +356,21 @@ def _store(config: CohortConfig, signal_mv_LT: np.ndarray, rng: np.random.Genera
     return stored, bool(has_nan), bool(has_flat)
 
 
-def _write_wfdb(folder: Path, subject_id: int, study_id: int, when: datetime, stored: np.ndarray) -> str:
-    """Write `stored`, int16 [12, T], as .hea and .dat (format 16) -> their path without extension."""
-    path = f"files/p{str(subject_id)[:4]}/p{subject_id}/s{study_id}/{study_id}"
-    (folder / path).parent.mkdir(parents=True)
+def _header(subject_id: int, study_id: int, when: datetime, stored: np.ndarray) -> str:
+    """The .hea of `stored`, int16 [12, T], whose .dat has format 16."""
     lines = [f"{study_id} {len(stored)} {RATE_HZ} {stored.shape[1]} {when:%H:%M:%S %d/%m/%Y}"]
     checksums = stored.sum(axis=1, dtype=np.int64) % 65536  # unsigned, as in the published headers
     for lead, first, checksum in zip(FILE_LEADS, stored[:, 0], checksums, strict=True):
         lines.append(f"{study_id}.dat 16 {LSB_PER_MV:.1f}(0)/mV 16 0 {first} {checksum} 0 {lead}")
     lines.append(f"# <subject_id>: {subject_id}")
-    (folder / f"{path}.hea").write_text("\n".join(lines) + "\n")
-    (folder / f"{path}.dat").write_bytes(stored.T.tobytes())
-    return path
+    return "\n".join(lines) + "\n"
+
+
+def _write_wfdb(folder: Path, study: Study) -> None:
+    path = folder / study.row["path"]
+    path.parent.mkdir(parents=True)
+    path.with_suffix(".hea").write_text(study.header)
+    path.with_suffix(".dat").write_bytes(study.content)
 
 
 def _machine_row(

@@ -18,8 +18,8 @@ from lsemvae.data.shards import ShardedDataset
 
 
 def test_in_a_terminal_every_process_gets_it(tmp_path: Path):
-    """The processes that simulate are started meanwhile: none of them may print a traceback."""
-    words = ("workflows/simulate.py", "--output", str(tmp_path / "cohort"), "--subjects", "600", "--processes", "2")
+    """Simulating on Ray is interrupted in tests/test_simulate.py."""
+    words = ("workflows/simulate.py", "--output", str(tmp_path / "cohort"), "--subjects", "900")
     status, shown = in_terminal(*words, interrupt_at="simulate:")
     assert status == 130 and "Traceback" not in shown, shown
     assert shown.rstrip().splitlines()[-1] == command.INTERRUPTED
