@@ -8,6 +8,7 @@ import pandas as pd
 
 from lsemvae.cohorts.demographics import AGES
 from lsemvae.explain.igar import PEAKS
+from lsemvae.explain.intervals import times
 from lsemvae.explain.waves import WAVES
 
 COLUMNS = ("group", "lead", "wave", "signed", "signed_low", "signed_high", "absolute", "absolute_low", "absolute_high")
@@ -104,7 +105,7 @@ def _interval(
     found = []
     size = max(_CELLS // len(subjects), 1)
     for start in range(0, draws, size):
-        weight_DS = _counts(min(size, draws - start), len(subjects), rng)
+        weight_DS = times(len(subjects), min(size, draws - start), rng).astype(np.float32)
         found.append(_difference([_mean(weight_DS, *of_group) for of_group in of_groups]))
     low_K, high_K = _percentiles(np.concatenate(found))
     return low_K, mean_K, high_K
@@ -126,12 +127,6 @@ def _by_subject(
     frame = pd.DataFrame(value_BK[in_B]).groupby(code_B[in_B]).mean().reindex(range(subjects))
     mean_SK = frame.to_numpy()
     return np.nan_to_num(mean_SK), ~np.isnan(mean_SK)
-
-
-def _counts(draws: int, subjects: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each draw, with replacement, takes each subject: [D, S]."""
-    drawn_DS = rng.integers(subjects, size=(draws, subjects), dtype=np.int32)
-    return np.stack([np.bincount(drawn_S, minlength=subjects) for drawn_S in drawn_DS]).astype(np.float32)
 
 
 def _mean(weight_DS: np.ndarray, mean_SK: np.ndarray, there_SK: np.ndarray) -> np.ndarray:

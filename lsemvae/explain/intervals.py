@@ -1,4 +1,4 @@
-"""95 % bootstrap intervals over subjects, for the checks of explanations."""
+"""95 % bootstrap intervals over subjects, for explanations of a cohort and their checks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,9 +23,12 @@ def resampled(subject_B: Sequence[str] | np.ndarray, draws: int, seed: int) -> n
     subjects = int(subject_of_B.max()) + 1
     if subjects < 2:
         return np.full((draws, len(subject_of_B)), np.nan)
-    rng = np.random.default_rng(seed)
-    times_DS = rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws)
-    return times_DS[:, subject_of_B].astype(float)
+    return times(subjects, draws, np.random.default_rng(seed))[:, subject_of_B].astype(float)
+
+
+def times(subjects: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """times_DS: how often each draw, with replacement, takes each subject."""
+    return rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws)
 
 
 def interval(value: float, drawn_D: np.ndarray) -> Interval:
