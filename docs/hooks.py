@@ -24,6 +24,8 @@ RECIPES = "<!-- recipes -->"
 
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+_PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
+_NAMED = re.compile(r"(\S.*?) {2,}(\S.*)")
 _MATH = re.compile(r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', re.DOTALL)
 
 
@@ -64,13 +66,29 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Equations become MathML, which browsers draw without a script."""
+    """Equations become MathML, which browsers draw without a script; columns of a docstring become a list."""
 
     def drawn(match: re.Match[str]) -> str:
         display = "block" if match[1] == "[" else "inline"
         return convert(html.unescape(match[2]).strip(), display=display)
 
-    return _MATH.sub(drawn, html_text)
+    html_text = _MATH.sub(drawn, html_text)
+    return _PARAGRAPH.sub(_as_list, html_text) if page.file.src_uri.startswith("api/") else html_text
+
+
+def _as_list(match: re.Match[str]) -> str:
+    """A paragraph of lines `name   what it is`, as docstrings have them -> a list of definitions; else as it was."""
+    items: list[list[str]] = []
+    for line in match[1].splitlines():
+        if named := _NAMED.fullmatch(line):
+            items.append([*named.groups()])
+        elif not items:
+            return match[0]
+        else:
+            items[-1][1] += f" {line.strip()}"
+    if len(items) < 2:
+        return match[0]
+    return "<dl>" + "".join(f"<dt><code>{name}</code></dt><dd>{text}</dd>" for name, text in items) + "</dl>"
 
 
 def _outside_fences(markdown: str, change: Any) -> str:

@@ -142,6 +142,7 @@ def test_every_documented_module_is_in_the_reference(site: Path) -> None:
     text = "".join(path.read_text() for path in (site / "api").glob("*.html"))
     for name in ("lsemvae.formats.read", "lsemvae.bundle.Scorer.score", "lsemvae.models.lsemvae.LSEMVAEConfig.gamma"):
         assert f'id="{name}"' in text
+    assert "<dt><code>focal_gamma</code></dt><dd>focusing of the focal loss" in text  # the columns of a docstring
     assert not [name for name in named if f'id="{name}"' not in text]
 
 
