@@ -5,9 +5,9 @@ Everything is real and local. Each result is made once a session, by the command
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +16,22 @@ import pytest
 import servers
 from command import prepare_environment
 from support import swift_server
-from support.session import AUTHENTICATION, SHARED_DATA, Cluster, Trained, end_group, wait_for, workflow
+from support.session import (
+    ANY_WORKER_PORT,
+    AUTHENTICATION,
+    SHARED_DATA,
+    Cluster,
+    Trained,
+    end_group,
+    ray_folder,
+    wait_for,
+    workflow,
+)
 
 os.environ.update(AUTHENTICATION)
+# Ray starts a worker a CPU for the first driver of a cluster. Ours pass their workers an environment of its own, so
+# they would never use those.
+os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"})
 prepare_environment()
 SERVERS = {"mlflow_server", "s3", "object_store", "ray_cluster", "proxy", "url", "running"}
 """Fixtures that start a server, a proxy or a browser."""
@@ -26,10 +39,12 @@ SERVERS = {"mlflow_server", "s3", "object_store", "ray_cluster", "proxy", "url",
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a server with `server`, so that `-m "not server"` cannot start one by way of a fixture."""
+    """Mark tests by their fixtures: `-m "not server"` can then start no server by way of a fixture."""
     for item in items:
         if SERVERS & set(item.fixturenames):
             item.add_marker("server")
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker("cluster")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +57,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server on SQLite; `MLFLOW_TRACKING_URI` names it for the rest of the session."""
-    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow")) as uri:
+    # Not the preferred port: another process of this test run may be about to take it.
+    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow"), servers.free_port()) as uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri
         yield uri
 
@@ -83,7 +99,9 @@ def object_store(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """`ray start --head` with token authentication, as on a user's cluster."""
     port, dashboard_port = servers.free_port(), servers.free_port()
+    place = ray_folder()
     environment = AUTHENTICATION | {
+        "RAY_TMPDIR": str(place),
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard_port}",  # what the `serve` command asks
@@ -95,8 +113,9 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
     log = folder / "ray.log"
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
     command += [f"--port={port}", f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
-    # The default port is the same for every cluster of a machine: a second cluster would have no agent and no jobs.
+    # The default ports are the same for every cluster of a machine: a second cluster would have no agent and no jobs.
     command += [f"--dashboard-agent-listen-port={servers.free_port()}"]
+    command += [f"--ray-client-server-port={servers.free_port()}", *ANY_WORKER_PORT]
     command += [f"--object-store-memory={2 * 2**30}", "--node-ip-address=127.0.0.1"]
     start = {key: value for key, value in environment.items() if key not in ("RAY_ADDRESS",)}
     with log.open("w") as stream:
@@ -111,10 +130,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
 
     ray.shutdown()
     end_group(process)
-    # A killed head leaves its address behind; clients that name no address would wait for it.
-    traces = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-    if traces.is_file() and environment["RAY_ADDRESS"] in traces.read_text():
-        traces.unlink()
+    shutil.rmtree(place, ignore_errors=True)
     for key in environment.keys() - {"PATH", *AUTHENTICATION}:
         os.environ.pop(key, None)
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -533,7 +532,8 @@ def test_logs_are_json_lines_that_name_nobody(service: Service, recordings):
     service.client.post(f"{service.url}/v1/score/file", files={"files": (f"{mark}.hea", b"nothing")})
     service.client.get(f"{service.url}/v1/{mark}", params={"who": mark})
     names = {replica["log_file_path"].lstrip("/") for replica in service.state()["deployments"]["ecg"]["replicas"]}
-    logs = [log for name in names for log in Path(tempfile.gettempdir()).glob(f"ray/session_2*/logs/{name}")]
+    place = Path(service.cluster.environment["RAY_TMPDIR"])
+    logs = [log for name in names for log in place.glob(f"ray/session_2*/logs/{name}")]
     assert len(logs) == REPLICAS
 
     def answered() -> list[dict]:

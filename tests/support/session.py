@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -28,6 +29,20 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Ray reads these when it is first imported, which may be long before a test asks for the cluster.
 AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+ANY_WORKER_PORT = ("--min-worker-port=0", "--max-worker-port=0")
+"""For `ray start`, whose default is one range of ports for every cluster of a machine."""
+
+
+def ray_folder() -> Path:
+    """A value for RAY_TMPDIR, which each cluster needs for itself.
+
+    Ray writes down there which cluster was started last. Ray Train's clean-up in a worker asks that cluster whether its
+    run lives; another one that was started on the same machine would say that it does not. The path is short, because
+    the names of Ray's sockets hold it and may have 107 characters.
+    """
+    return Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
 
 
 def text_of(path: Path) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from support.checkpoints import checkpoints, saved
 from support.checkpoints import newest as newest_step
 from support.faults import Between, Fault
-from support.session import ROOT, end_group, kept_signals, text_of
+from support.session import ANY_WORKER_PORT, ROOT, end_group, kept_signals, ray_folder, text_of
 from support.watched import Attempt, Watched
 
 from lsemvae import bundle as bundles
@@ -125,7 +126,9 @@ class Machines:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port, dashboard = servers.free_port(), servers.free_port()
+        self.ray_folder = ray_folder()
         self.environment = {
+            "RAY_TMPDIR": str(self.ray_folder),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ADDRESS": f"127.0.0.1:{self.port}",
@@ -146,7 +149,8 @@ class Machines:
 
     def _start(self, *options: str) -> subprocess.Popen:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
-        command += [*options, f"--object-store-memory={2**29}"]
+        command += [*options, f"--object-store-memory={2**29}", *ANY_WORKER_PORT]
+        command += [f"--dashboard-agent-listen-port={servers.free_port()}"]
         start = {name: value for name, value in (os.environ | self.environment).items() if name != "RAY_ADDRESS"}
         log = self.folder / f"node-{time.time_ns()}.log"
         with log.open("w") as stream:
@@ -186,6 +190,7 @@ class Machines:
         for pid in every:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.ray_folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
