@@ -20,9 +20,9 @@ PORTS = range(20_000, 30_000)
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
+def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     """Run an MLflow server on SQLite in the folder while the context lasts -> its URI."""
-    port, log = free_port(5000), folder / "mlflow.log"
+    port, log = port or free_port(5000), folder / "mlflow.log"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
         "--backend-store-uri",
@@ -63,8 +63,8 @@ def free_port(preferred: int = 0) -> int:
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
-    """Return when the URL answers 200; raise LsemvaeError if the server ends, fails, or needs more than minutes."""
-    for _ in range(240):
+    """Return when the URL answers 200; raise LsemvaeError if the server ends, fails, or needs more than ten minutes."""
+    for _ in range(1200):
         if server.poll() is not None:
             break
         try:

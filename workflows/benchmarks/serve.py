@@ -254,7 +254,7 @@ NPY, JSON = "application/x-npy", "application/json"
 def endpoint(folder: Path, leads: Sequence[str], bodies: Mapping[str, Sequence[bytes]]) -> Iterator[Server]:
     """Run `serve run serve/config.yaml` with the bundle as its model."""
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
-    config["http_options"]["port"] = port = free_port(8000)
+    config["http_options"]["port"] = port = free_port()
     config["applications"][0]["args"] |= {"models": [str(folder / "bundle")], "bundles": str(folder / "kept")}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     token = secrets.token_hex(32)
