@@ -10,11 +10,12 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
 DEMO ?= demo
-# Two processes of one torch thread each: with more threads than cores they wait for each other.
-QUICK := env OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not ray and not server" -n 2
+# Processes of one torch thread each: with more threads than cores they wait for each other.
+PYTEST := env OMP_NUM_THREADS=1 $(RUN)/python -m pytest
+QUICK := not ray and not server
 export PATH := $(RUN):$(PATH)
 
-.PHONY: demo test check lint format ui docs clean
+.PHONY: demo test test-cluster test-servers test-quick check lint format ui docs clean
 
 $(VENV)/.installed: pyproject.toml infra/constraints.txt
 	@echo "Installing into $(VENV) (once, about two minutes) …"
@@ -26,12 +27,21 @@ $(VENV)/.installed: pyproject.toml infra/constraints.txt
 demo: $(VENV)/.installed
 	$(RUN)/python workflows/demo.py --folder $(DEMO) $(if $(DATA),--data $(DATA)) $(if $(LABELS),--labels $(LABELS)) $(if $(TASK),--task $(TASK))
 
+# Three test runs at once, because tests of servers often wait: those of the Ray cluster that they share, those that
+# start servers or a Ray of their own, and the quick ones. The output of each appears when it ends.
 test: $(VENV)/.installed
-	$(QUICK) $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none of these
-	$(RUN)/python -m pytest -m "ray or server" $(ARGS) || [ $$? -eq 5 ]
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
+		test-cluster test-servers test-quick
+
+test-cluster: CHOSEN := cluster
+test-servers: CHOSEN := (ray or server) and not cluster
+test-quick: CHOSEN := $(QUICK)
+test-quick: PYTEST := nice $(PYTEST)  # it ends first: the others determine how long all take
+test-cluster test-servers test-quick: $(VENV)/.installed
+	$(PYTEST) -m "$(CHOSEN)" --durations=10 $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none of these
 
 check: lint
-	$(QUICK) $(ARGS)
+	$(PYTEST) -m "$(QUICK)" -n 2 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
