@@ -546,7 +546,7 @@ def test_above_the_error_rate_it_stops_with_status_3_and_goes_on_when_mended(ray
     for number in range(6):
         (source / f"r{number}.xml").write_bytes(xml(number) if number else b"<CardiologyXML>")
     arguments = ("--model", bundles[6], "--source", source, "--output", output, "--max-unreadable", 0.1)
-    stopped = workflow("score", *arguments, check=False, alone=True)
+    stopped = workflow("score", *arguments, check=False)
     assert stopped.returncode == TOO_MANY_UNREADABLE
     assert "1 of 6 recordings are unreadable" in stopped.stderr and "Traceback" not in stopped.stderr
     assert not list(output.glob("scores-*")) and not (output / "summary.json").exists()

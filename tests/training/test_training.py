@@ -88,7 +88,7 @@ def test_pretraining_reads_and_writes_s3_and_says_when_it_collapses(
     done = workflow(
         "pretrain", "smoke", "--data", "s3://ecg/pretrain/shards", "--storage", "s3://ecg/pretrain/runs",
         "--name", "s3", "--model-name", "s3", "--optim.epochs", 1, "--model.reconstruction-weight", 0,
-        "--preprocess-on", "device",
+        "--preprocess-on", "device", "--num-workers", 1,
     )  # fmt: skip
     on_device, on_cpu = (logged(name, "pretrain")[1].data.metrics for name in ("s3", "encoder"))
     assert {split: on_device[f"{split}.records"] for split in ("train", "val")} == {
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(ray_cluster: Cluster, shards: 
     Both commands read what the first epoch has prepared from the cache.
     """
     options = ["smoke", "--data", str(shards), "--storage", str(tmp_path), "--name", "killed", "--model-name", "killed"]
-    options += ["--optim.epochs", "5", "--cache", str(tmp_path / "cache")]
+    options += ["--optim.epochs", "5", "--cache", str(tmp_path / "cache"), "--num-workers", "1"]
     attempt, steps = Attempt(tmp_path / "watched"), -(-ShardedDataset.open(str(shards)).manifest.rows_in("train") // 32)
     attempt.until(2 * steps)  # there it waits until it is killed
     process = subprocess.Popen(
@@ -146,7 +146,7 @@ def test_the_same_file_runs_as_a_ray_job(ray_cluster: Cluster, shards: Path, tmp
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
     command += ["--runtime-env-json", json.dumps(runtime_env), "--", "python", "workflows/pretrain.py", "smoke"]
     command += ["--data", str(shards), "--storage", str(tmp_path), "--name", "job", "--model-name", "job"]
-    command += ["--optim.epochs", "1"]
+    command += ["--optim.epochs", "1", "--num-workers", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "succeeded" in done.stdout

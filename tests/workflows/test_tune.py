@@ -343,9 +343,7 @@ def test_mistakes_are_said_before_anything_changes(changes: dict, says: str, sea
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path: Path):
-    done = workflow(
-        "tune", tmp_path / "no.json", "--data", tmp_path, "--storage", tmp_path, *GRID, check=False, alone=True
-    )
+    done = workflow("tune", tmp_path / "no.json", "--data", tmp_path, "--storage", tmp_path, *GRID, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: there is no recipe {tmp_path / 'no.json'}: check the path\n"
 
