@@ -20,6 +20,7 @@ import servers
 import torch
 import yaml
 from mlflow import MlflowClient
+from support.browser import browsing
 from support.session import ROOT, Cluster, end_group, end_serve, lines_of, wait_for
 
 from lsemvae import bundle as bundles
@@ -33,6 +34,7 @@ from lsemvae.models.lsemvae import LSEMVAEConfig
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.tracking import BUNDLE_FOLDER, CHAMPION, Run, fetch, promote
 from serve import registry as registries
+from serve.app import Config
 from serve.reconstruct import load_encoder
 from serve.registry import Registry, Served
 
@@ -158,6 +160,31 @@ def test_the_champion_is_followed_there_and_back(two: str, tmp_path: Path):
     assert before[two].described.version == 1  # whoever holds the old snapshot still has all of it
     digests = [bundles.describe(tmp_path / folder).digest for folder in ("one", "two")]
     assert before[two].described.digest == digests[0] != digests[1] == registry.served[two].described.digest
+
+
+ALIASES = '[data-component-id*="modelversionviewaliaseditor"]'
+ALIAS = '[role="dialog"] input[role="combobox"]'
+SAVE = '[data-component-id="mlflow.edit-aliases-modal.save-button"]'
+
+
+def test_a_person_promotes_a_version_on_its_page_in_mlflow(two: str, mlflow_server: str, tmp_path: Path):
+    with browsing(tmp_path) as page:
+        registry = Registry([f"models:/{two}@champion"], tmp_path / "kept", 1)
+        assert version_of(registry, two) == 1
+        page.size(1400)
+        page.open(f"{mlflow_server}/#/models/{two}", f"document.body.innerText.includes({json.dumps(two)})")
+        page.click(f'a[href$="/models/{two}/versions/2"]')
+        page.click(ALIASES)
+        page.click(ALIAS)
+        page.call("Input.insertText", text=CHAMPION)
+        page.press("Enter")
+        page.click(SAVE)
+        page.wait(f"document.querySelector({json.dumps(ALIASES)})?.parentElement.innerText.includes('champion')")
+        page.screenshot(tmp_path / "promoted.png")
+        while version_of(registry, two) != 2:
+            time.sleep(0.2)
+    assert registry.problems == {} and MlflowClient().get_model_version_by_alias(two, CHAMPION).version == "2"
+    assert Config.model_fields["poll_s"].default <= 30
 
 
 def test_two_promotions_in_a_row_load_the_last(two: str, tmp_path: Path, between: Between, monkeypatch):

@@ -119,6 +119,19 @@ class Browser:
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", files=[str(path) for path in paths], nodeId=node)
 
+    def click(self, selector: str) -> None:
+        """The mouse on the middle of the element, once it is there and no longer moves."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        middle = f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())"
+        self.wait(f"{element} && {element}.checkVisibility()")
+        self.run(f"{element}.scrollIntoView({{block: 'center'}})")
+        before = None
+        while (place := self.run(middle)) != before:
+            before = place
+            time.sleep(0.1)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+
     def press(self, key: str) -> None:
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=KEYS[key], **text)
