@@ -267,8 +267,9 @@ class Run:
             source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{BUNDLE_FOLDER}"
             made_from = ""
             if encoder:
-                made_from = self._made_from(encoder)
-                tags = {**tags, "encoder": shown(encoder["uri"]), "encoder_digest": encoder["digest"]}
+                found = self._versions_with(encoder["digest"]) or [shown(encoder["uri"])]
+                made_from = f"Encoder: {', '.join(map(_as_link, found))}, digest {encoder['digest']}"
+                tags = {**tags, "encoder": found[0], "encoder_digest": encoder["digest"]}
                 self._client.set_tag(self.run_id, "mlflow.note.content", made_from)
             text = "\n\n".join(filter(None, (made_from, description))) or None
             version = self._client.create_model_version(
@@ -278,14 +279,10 @@ class Run:
                 self._client.set_registered_model_alias(name, alias, version.version)
         return int(version.version)
 
-    def _made_from(self, encoder: Mapping[str, str]) -> str:
-        """A line of Markdown with a link to the encoder's page, or its URI where no version has its digest.
-
-        The alias in a URI moves, and a folder has no page; the digest identifies the version.
-        """
-        found = self._client.search_model_versions(f"tags.digest = '{encoder['digest']}'", max_results=100)
-        links = [f"[models:/{v.name}/{v.version}](#/models/{quote(v.name)}/versions/{v.version})" for v in found]
-        return f"Encoder: {', '.join(links) or shown(encoder['uri'])}, digest {encoder['digest']}"
+    def _versions_with(self, digest: str) -> list[str]:
+        """The registered versions of a bundle, as `models:/NAME/3`. An alias in a URI moves; the digest does not."""
+        found = self._client.search_model_versions(f"tags.digest = '{digest}'", max_results=100)
+        return [f"models:/{version.name}/{version.version}" for version in found]
 
     def end(self, status: str = "FINISHED") -> None:
         self.flush()
@@ -325,6 +322,14 @@ def system_metrics(run_id: str) -> Iterator[None]:
         yield
     finally:
         monitor.finish()
+
+
+def _as_link(uri: str) -> str:
+    """A version as a link to its page, in Markdown; any other URI as it is."""
+    if not uri.startswith("models:/"):
+        return uri
+    name, _, number = parse_model(uri)
+    return f"[{uri}](#/models/{quote(name)}/versions/{number})" if number else uri
 
 
 def _fitting(description: str | None) -> str | None:
