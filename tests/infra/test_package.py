@@ -194,10 +194,10 @@ def test_an_unknown_command_names_the_nearest(installed, tmp_path):
 
 
 def test_a_wheel_runs_the_workflows(built, tmp_path):
-    """With the libraries of this environment, and the wheel in place of the repository; it starts two processes."""
+    """With the libraries of this environment, and the wheel in place of the repository."""
     with ZipFile(built[1]) as wheel:
         wheel.extractall(tmp_path / "wheel")
-    words = ("simulate", "--output", "cohort", "--subjects", "4", "--processes", "2")
+    words = ("simulate", "--output", "cohort", "--subjects", "4")
     program = "from lsemvae.cli import main; main()"
     succeed(sys.executable, "-c", program, *words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "wheel"))
     assert (tmp_path / "cohort" / "truth.json").exists()
