@@ -20,6 +20,7 @@ from support.session import ROOT, Cluster, Trained, workflow
 from support.watched import Attempt
 
 from lsemvae import bundle as bundles
+from lsemvae import mlmodel
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import build
@@ -72,9 +73,10 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
         assert [metric.step for metric in history] == list(range(epochs * steps)), name
     pictures = [item.path for item in client.list_artifacts(run.info.run_id, "reconstructions")]
     assert pictures
-    assert {item.path for item in client.list_artifacts(run.info.run_id, "bundle")} == {
-        "bundle/config.json", "bundle/model.safetensors",
-    }  # fmt: skip
+    stored = {item.path for item in client.list_artifacts(run.info.run_id, "bundle")}
+    assert stored == {f"bundle/{name}" for name in mlmodel.FILES - {mlmodel.WRITTEN_BY_MLFLOW}}
+    (read,) = run.inputs.dataset_inputs
+    assert read.dataset.digest == manifest.digest
 
 
 @pytest.mark.ray
