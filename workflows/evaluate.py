@@ -327,7 +327,7 @@ def features(of: LeadSet, setup: Setup) -> dict[str, np.ndarray] | None:
     title = setup.methods[0].title
     if title not in of.material.embedded.h_BF:
         return None
-    return dict(zip(of.material.embedded.record_B.tolist(), of.material.embedded.h_BF[title], strict=True))
+    return dict(zip(of.material.embedded.record_B.tolist(), of.material.embedded.h_BF[title][:], strict=True))
 
 
 def reconstructions(setup: Setup, of: LeadSet) -> bytes | None:

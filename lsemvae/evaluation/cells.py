@@ -202,7 +202,7 @@ def train_together(cells: Sequence[Cell], material: Material, device: str = "cpu
         return [train_row(first, material, device)]
     embedded, name, seed = material.embedded, first.row.features[first.seed], first.row.recipe.optim.seed
     trainings = [Training(material.train_rows(cell), seed + cell.seed) for cell in cells]
-    tables = embedded.h_BF[name], embedded.observed_BF[name], embedded.y_B
+    tables = embedded.h_BF[name][:], embedded.observed_BF[name][:], embedded.y_B
     return train_heads(*tables, trainings, first.row.recipe, device)
 
 

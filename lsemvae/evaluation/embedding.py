@@ -1,4 +1,7 @@
-"""What the protocol needs of each labelled recording, computed once on Ray Data: features, model input, labels."""
+"""What the protocol needs of each labelled recording, computed once on Ray Data: features, model input, labels.
+
+Features and model input stay in Ray's object store: see `lsemvae.evaluation.stored`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +16,10 @@ from lsemvae.data.shards import LABEL_PREFIX, ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.evaluation import classical
 from lsemvae.evaluation.noise import AddNoise, Noise
+from lsemvae.evaluation.stored import Kept, Table, keep
 from lsemvae.models import Embeds, Encoder, build
 from lsemvae.models.parts.shifts import recorded_samples
 from lsemvae.preprocess import FIXED_MV, PreprocessConfig
-from lsemvae.progress import Bar
 from lsemvae.tracking import fetched
 
 CLASSICAL, QUANTILES = "classical features", "amplitude quantiles"
@@ -31,13 +34,13 @@ class Embedded:
     refused       labelled recordings that preprocessing refused; they are not among the B
     """
 
-    h_BF: dict[str, np.ndarray]
-    observed_BF: dict[str, np.ndarray]
+    h_BF: dict[str, Table]
+    observed_BF: dict[str, Table]
     y_B: np.ndarray
     record_B: np.ndarray
     subject_B: np.ndarray
     refused: int
-    inputs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    inputs: dict[str, tuple[Table, Table]] = field(default_factory=dict)
 
 
 class Pretrained(NamedTuple):
@@ -77,7 +80,7 @@ class Embedder:
             for name, encoder in self._encoders.items():
                 batch[f"h.{name}"] = encoder.embed(x_BLT, mask_BL).cpu().numpy()
                 batch[f"observed.{name}"] = encoder.observed(mask_BL).cpu().numpy()
-        return batch | ({"x": x_LT, "mask": mask_L} if self._keep_input else {})
+        return batch | ({"x": x_LT, "mask": mask_L.astype(bool)} if self._keep_input else {})
 
 
 def untrained(model: Any, seed: int) -> Any:
@@ -130,26 +133,27 @@ def embed(
     rows = model_input(preprocess)
     if unit_mv:
         rows = rows.map_batches(measure, batch_size=batch_size)
-    whole = _gathered(rows.map_batches(Embedder, **embedder), total, title)
+    whole = keep(rows.map_batches(Embedder, **embedder), [*columns, "refused"], total, title)
+    measured = whole
     if not unit_mv:  # the model's input has lost its voltages
         in_mv = model_input(replace(preprocess, scale="none"))
-        measured = _gathered(in_mv.map_batches(measure, batch_size=batch_size), total, "measure")
-        assert (whole["record_id"] == measured["record_id"]).all()
-        whole |= {features: measured[features] for features in (CLASSICAL, QUANTILES)}
-    accepted = pd.isna(whole["refused"])
-    h_BF = {encoder: whole[f"h.{encoder}"][accepted] for encoder in encoders}
-    observed_BF = {encoder: whole[f"observed.{encoder}"][accepted].astype(bool) for encoder in encoders}
-    for measured_by in (CLASSICAL, QUANTILES):
-        values_BF = whole[measured_by][accepted]
-        h_BF[measured_by], observed_BF[measured_by] = np.nan_to_num(values_BF), np.isfinite(values_BF)
+        in_mv = in_mv.map_batches(measure, batch_size=batch_size).drop_columns(["x_LT", "lead_mask_L"])
+        measured = keep(in_mv, ["record_id"], total, "measure")
+        assert (whole.small["record_id"] == measured.small["record_id"]).all()
+    accepted = pd.isna(whole.small["refused"])
+    kept_in: dict[str, Kept] = dict.fromkeys(encoders, whole) | dict.fromkeys((CLASSICAL, QUANTILES), measured)
+
+    def columns_of(kind: str) -> dict[str, Table]:
+        return {name: kept.column(f"{kind}.{name}", accepted) for name, kept in kept_in.items()}
+
     return Embedded(
-        h_BF=h_BF,
-        observed_BF=observed_BF,
-        y_B=whole[column][accepted].astype(np.int64),
-        record_B=whole["record_id"][accepted].astype(str),
-        subject_B=whole["subject_id"][accepted].astype(str),
+        h_BF=columns_of("h"),
+        observed_BF=columns_of("observed"),
+        y_B=whole.small[column][accepted].astype(np.int64),
+        record_B=whole.small["record_id"][accepted].astype(str),
+        subject_B=whole.small["subject_id"][accepted].astype(str),
         refused=int((~accepted).sum()),
-        inputs={name: (whole["x"][accepted], whole["mask"][accepted].astype(bool))} if keep_input else {},
+        inputs={name: (whole.column("x", accepted), whole.column("mask", accepted))} if keep_input else {},
     )
 
 
@@ -158,13 +162,15 @@ def merged(parts: Sequence[Embedded]) -> Embedded:
     common = sorted(set.intersection(*(set(part.record_B.tolist()) for part in parts)))
     rows = [np.searchsorted(part.record_B, common) for part in parts]  # sorted by record id
     first = parts[0]
-    h_BF: dict[str, np.ndarray] = {}
-    observed_BF: dict[str, np.ndarray] = {}
-    inputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    h_BF: dict[str, Table] = {}
+    observed_BF: dict[str, Table] = {}
+    inputs: dict[str, tuple[Table, Table]] = {}
     for part, kept in zip(parts, rows, strict=True):
-        h_BF = {name: values[kept] for name, values in part.h_BF.items()} | h_BF
-        observed_BF = {name: values[kept] for name, values in part.observed_BF.items()} | observed_BF
-        inputs = {name: (x[kept], mask[kept]) for name, (x, mask) in part.inputs.items()} | inputs
+        h_BF = {name: values.take(kept, axis=0) for name, values in part.h_BF.items()} | h_BF
+        observed_BF = {name: values.take(kept, axis=0) for name, values in part.observed_BF.items()} | observed_BF
+        inputs = {
+            name: (x.take(kept, axis=0), mask.take(kept, axis=0)) for name, (x, mask) in part.inputs.items()
+        } | inputs
     return Embedded(
         h_BF=h_BF,
         observed_BF=observed_BF,
@@ -189,16 +195,6 @@ class Classical:
             signal_mv_LT = x_LT[:, :size].astype(np.float64) * self._unit_mv
             found[CLASSICAL].append(classical.beat_features(signal_mv_LT, mask_L, self._rate_hz, self._leads))
             found[QUANTILES].append(classical.quantile_features(signal_mv_LT, mask_L))
-        return batch | {name: np.stack(rows) for name, rows in found.items()}
-
-
-def _gathered(rows: Any, total: int, what: str) -> dict[str, np.ndarray]:
-    """All rows, sorted by record id: Ray Data keeps no order, and results must depend on data and seed alone."""
-    parts: list[dict[str, np.ndarray]] = []
-    with Bar(total, what, "records") as bar:
-        for batch in rows.iter_batches(batch_size=None):
-            parts.append(batch)
-            bar.update(len(batch["record_id"]))
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.argsort(whole["record_id"], kind="stable")
-    return {name: values[order] for name, values in whole.items()}
+        whole = {name: np.stack(rows) for name, rows in found.items()}
+        batch |= {f"h.{name}": np.nan_to_num(values_BF) for name, values_BF in whole.items()}
+        return batch | {f"observed.{name}": np.isfinite(values_BF) for name, values_BF in whole.items()}

@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "evaluation/classical.py": {"scipy"},
     "evaluation/linear.py": {"sklearn", "torch"},
     "evaluation/embedding.py": {"torch", "ray", "pandas"},
+    "evaluation/stored.py": {"ray"},
     "evaluation/significance.py": {"scipy"},
     "evaluation/compare.py": {"pandas"},
     "evaluation/tables.py": {"pandas"},
