@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from lsemvae.bundle import CHUNK, Scorer, describe, load
 from lsemvae.errors import LsemvaeError, Refused

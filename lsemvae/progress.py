@@ -93,9 +93,7 @@ class Bar:
         if self._closed.wait(FIRST_S):
             return
         told = None if self._unit else "{desc}: {elapsed} so far"
-        self._bar = tqdm(
-            total=self._total, desc=self._what, unit=self._unit, initial=self._first, bar_format=told
-        )
+        self._bar = tqdm(total=self._total, desc=self._what, unit=self._unit, initial=self._first, bar_format=told)
         while not self._closed.wait(TERMINAL_S):
             with self._lock:
                 self._bar.n = self._done
