@@ -2,7 +2,7 @@
 # make test      all tests; ARGS= passes options to pytest
 # make check     lint, types and the tests that need neither Ray nor a server: at most five minutes
 # make lint      ruff and mypy        make format   let ruff rewrite the files
-# make ui        the MLflow UI of the last demo
+# make ui        the MLflow UI of the last demo     make serve-demo   its models' endpoint, with a page for people
 # make docs      the documents as a site, in site/
 # The first target that you run makes the virtual environment .venv; changed pins make it install again.
 
@@ -15,7 +15,7 @@ PYTEST := env OMP_NUM_THREADS=1 $(RUN)/python -m pytest
 QUICK := not ray and not server
 export PATH := $(RUN):$(PATH)
 
-.PHONY: demo test test-cluster test-servers test-quick check lint format ui docs clean
+.PHONY: demo serve-demo test test-cluster test-servers test-quick check lint format ui docs clean
 
 $(VENV)/.installed: pyproject.toml infra/constraints.txt
 	@echo "Installing into $(VENV) (once, about two minutes) …"
@@ -51,6 +51,9 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+serve-demo: $(VENV)/.installed
+	$(RUN)/python workflows/demo.py --folder $(DEMO) --serve
 
 ui: $(VENV)/.installed
 	$(RUN)/python workflows/demo.py --folder $(DEMO) --ui

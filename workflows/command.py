@@ -1,10 +1,13 @@
 """What all workflows share: the environment, the command line, logging, Ray, and how a user's mistake is reported."""
 
+import atexit
+import fcntl
 import json
 import logging
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +27,8 @@ Args = TypeVar("Args")
 log = logging.getLogger(__name__)
 
 LEAST_OBJECT_STORE_BYTES = 2 * 2**30
+NATIVE_NOISE = (b"has constructor arguments in the object store and max_restarts > 0",)
+"""Ray's core says this of every actor of Ray Data. Their arguments live as long as the command, so it never applies."""
 INTERRUPTED = "interrupted: give the same command again to go on"
 
 # Settings that make Ray and MLflow quieter and quicker on small runs, as measured. What the user has set wins.
@@ -93,6 +98,7 @@ def prepare_environment() -> None:
 def run_command(main: Callable[[Args], None], args_type: type[Args], default: Args | None = None) -> None:
     """Parse `sys.argv` into `args_type` and call `main`; a user's mistake is one line and exit status 2."""
     prepare_environment()
+    quiet_native_code()
     _quiet_logs()
     try:  # a recipe refuses values while the command line is read
         main(_parse(args_type, default, sys.modules[main.__module__].__doc__))
@@ -225,6 +231,44 @@ def _object_store_bytes() -> int:
     except FileNotFoundError:  # only Linux has /dev/shm
         return LEAST_OBJECT_STORE_BYTES
     return max(LEAST_OBJECT_STORE_BYTES, min(get_system_memory() // 12, free_bytes))
+
+
+def quiet_native_code() -> None:
+    """Drop the lines of `NATIVE_NOISE` from what native code writes to standard error; everything else appears.
+
+    Ray's core has no other switch than one that hides its errors, too. Python's own standard error stays what it was,
+    so a terminal is still recognised. Nothing is done where it is not the process's, as in tests.
+    """
+    if sys.stderr is not sys.__stderr__ or sys.stderr is None or sys.stderr.fileno() != 2:
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    sys.stderr = os.fdopen(kept, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    reading, writing = os.pipe()
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux; native code that writes must not wait for the thread that reads
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 2**20)
+    os.dup2(writing, 2)
+    os.close(writing)
+    passing = threading.Thread(target=_pass_on, args=(reading, kept), daemon=True, name="stderr")
+    passing.start()
+
+    def restore() -> None:
+        os.dup2(kept, 2)  # closes the pipe, unless another process has it
+        passing.join(timeout=1)
+
+    atexit.register(restore)
+
+
+def _pass_on(reading: int, to: int) -> None:
+    """A line at a time, except those of `NATIVE_NOISE`."""
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        rest = b""
+        while part := pipe.read(2**16):
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                if not any(noise in line for noise in NATIVE_NOISE):
+                    os.write(to, line + b"\n")
+        os.write(to, rest)
 
 
 def _quiet_logs() -> None:

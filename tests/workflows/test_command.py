@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import command
 import pytest
 from support.session import ROOT
+from support.terminal import in_terminal
 
 WORKFLOWS = ("ingest", "pretrain", "tune", "finetune", "promote", "score", "simulate", "scale", "demo", "bench")
 PASSWORD = "hunter2-of-the-tests"
@@ -111,3 +112,31 @@ print(json.dumps([uris, shown]))
     assert uris == [uri, uri]
     assert "MALLOC_ARENA_MAX" in shown  # what is passed is listed
     assert PASSWORD not in shown
+
+
+WRITES = """
+import os, subprocess, sys
+from dataclasses import dataclass
+import command
+
+@dataclass
+class Args: pass
+
+def main(args):
+    os.write(2, b"E] core.cc: an actor has constructor arguments in the object store and max_restarts > 0. If\\n")
+    os.write(2, b"E] core_worker.cc: another error of native code\\nand the last, without an e")
+    os.write(2, b"nd")
+    subprocess.run(["sh", "-c", "echo from a program >&2"])
+    print("terminal", sys.stderr.isatty(), file=sys.stderr)
+    raise RuntimeError("a bug")
+
+command.run_command(main, Args)
+"""
+
+
+def test_of_what_native_code_writes_only_ray_s_known_noise_is_left_out():
+    status, shown = in_terminal("-c", WRITES)
+    assert status == 1
+    assert "object store" not in shown
+    for kept in ("another error of native code", "without an end", "from a program", "terminal True", "a bug"):
+        assert kept in shown
