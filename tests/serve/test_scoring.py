@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -26,17 +26,22 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from scipy import signal as sps
+from support.bundles import SMALL, records
 from support.session import ROOT, Cluster, Trained, end_serve, lines_of, text_of, wait_for, workflow
 
-from lsemvae.bundle import describe
+from lsemvae import bundle as bundles
+from lsemvae.bundle import Bundle, Scorer, describe
 from lsemvae.formats import read
 from lsemvae.leads import LEADS, LIMB_LEADS
-from lsemvae.preprocess import PreprocessConfig
+from lsemvae.models import build
+from lsemvae.models.classifier import ClassifierConfig
+from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 from lsemvae.record import Record
 from lsemvae.scoring.drift import DRIFT, LEAST_SCORES, ScoreBins, stability_index
 from lsemvae.tracking import resolve
 
 LEAD_SETS = {"6": LIMB_LEADS, "12": LEADS}
+CHEST_LEADS = LEADS[6:]
 ALERTS = ROOT / "infra" / "prometheus" / "alerts.yaml"
 
 
@@ -90,13 +95,32 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(finetuned, pretrained, ray_cluster: Cluster, tmp_path_factory) -> Iterator[Service]:
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundles of the other features, scored over several shifts. Untrained, and only for the six chest leads."""
+    found = {}
+    for features, shifts in (("fused", 4), ("pooled", 2)):
+        config = replace(ClassifierConfig(encoder=SMALL, hidden=8), features=features, shifts=shifts)
+        torch.manual_seed(shifts)
+        model = build(config, CHEST_LEADS).eval()
+        preprocess = PreprocessConfig(min_lead_share=1.0)  # a recording without a model named does not come here
+        known = preprocess_signals([r.signal_for(CHEST_LEADS) for r in records(8)], [500] * 8, CHEST_LEADS, preprocess)
+        x_BLT, mask_BL = torch.from_numpy(known.x_BLT), torch.from_numpy(known.lead_mask_BL)
+        model.head.standardise_from(model.embed(x_BLT, mask_BL), model.observed(mask_BL))
+        found[features] = tmp_path_factory.mktemp("others") / features
+        bundle = Bundle.of(model, preprocess, task="ph", threshold=0.5)
+        bundles.save(bundle, model, found[features])
+    return found
+
+
+@pytest.fixture(scope="module")
+def service(finetuned, pretrained, others, ray_cluster: Cluster, tmp_path_factory) -> Iterator[Service]:
     """`serve run` of serve/config.yaml with its own port and token, two replicas, and less patience."""
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     config["http_options"]["port"] = port = servers.free_port()
     folder = tmp_path_factory.mktemp("serve")
     (application,) = config["applications"]
     application["args"] |= {"encoder": str(pretrained.folder / "bundle"), "bundles": str(folder / "kept")}
+    application["args"]["models"] += map(str, others.values())
     application["args"] |= {"body_timeout_s": 2, "threads": 1}  # two replicas on this machine
     # `serve deploy` sends no code, and in the image PYTHONPATH says where it is.
     environment = {"LSEMVAE_TOKENS": f"{TOKEN} of-somebody-else-too", "PYTHONPATH": str(ROOT)}
@@ -272,14 +296,33 @@ def test_batch_online_and_plain_torch_agree(leads, service, recordings, batch_sc
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("features", ["fused", "pooled"])
+def test_other_features_and_shifts_give_the_librarys_score(features, service: Service, others, recordings):
+    given, scorer = list(recordings.values()), Scorer(others[features])
+    expected_B = [score.score for score in scorer.score(given)]
+    answers = service.score(*(as_json(r, LEADS, seed=b) for b, r in enumerate(given)), model=features).json()
+    answered_B = [result["score"] for result in answers["results"]]
+    assert [score is None for score in answered_B] == [score is None for score in expected_B]
+    answered_B, expected_B = (np.array(scores, dtype=float) for scores in (answered_B, expected_B))
+    np.testing.assert_allclose(answered_B, expected_B, atol=1e-5)
+    assert np.nanmax(expected_B) - np.nanmin(expected_B) > 0.01  # they agree on something
+    scorer.model.config = replace(scorer.model.config, shifts=1)
+    once_B = np.array([score.score for score in scorer.score(given)], dtype=float)
+    if features == "fused":  # pooled features are the same under every shift
+        assert np.nanmax(np.abs(once_B - expected_B)) > 0.01
+
+
+@pytest.mark.ray
 def test_the_service_describes_itself_and_asks_for_a_token(service: Service):
     models = service.client.get(f"{service.url}/v1/models").json()
+    assert {m["name"] for m in models if m["version"] is None} == {"fused", "pooled"}  # the others are registered
+    models = [m for m in models if m["version"]]
     assert [(m["name"], m["leads"]) for m in models] == [("ph-12L", list(LEADS)), ("ph-6L", list(LIMB_LEADS))]
     assert all(m["preprocess_digest"] == PreprocessConfig().digest for m in models)
     assert all(m["provenance"]["encoder"]["digest"] for m in models)
     ready = httpx.get(f"{service.url}/readyz").json()
     assert ready["ready"] and ready["problems"] == {}
-    assert ready["models"] == [f"{m['name']}/{m['version']}" for m in models]
+    assert ready["models"] == [*(f"{m['name']}/{m['version']}" for m in models), "fused", "pooled"]
     assert "/v1/score" in httpx.get(f"{service.url}/openapi.json").json()["paths"]
     assert "Content-Security-Policy" in httpx.get(f"{service.url}/").headers
     for token in ("", "Bearer wrong", f"Bearer {TOKEN}x"):
@@ -511,7 +554,8 @@ def test_the_dashboard_asks_for_metrics_that_are_there(service: Service, recordi
             ), (query, exposed[name][:3])
     served = {(labels["model"], labels["version"]) for labels in exposed["ray_lsemvae_scores_total"]}
     # In a whole test run the cluster also holds the counts of earlier services.
-    assert served >= {(m["name"], str(m["version"])) for m in service.client.get(f"{service.url}/v1/models").json()}
+    registered = [m for m in service.client.get(f"{service.url}/v1/models").json() if m["version"]]
+    assert served >= {(m["name"], str(m["version"])) for m in registered}
     assert "leads" in {labels["reason"] for labels in exposed["ray_lsemvae_refusals_total"]}
     rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
     for rule in rules:
