@@ -90,11 +90,13 @@ def test_rows_of_a_scaled_model_are_measured_in_millivolts_without_their_padding
     short_LT[:, 3000:] = 0
     batch = {"x_LT": np.stack([x_LT, short_LT]), "lead_mask_L": np.ones((2, 12), dtype=bool)}
     found = Classical(LEADS, 500, FIXED_MV)(batch)
-    assert found.keys() == {"x_LT", "lead_mask_L", CLASSICAL, QUANTILES}
+    features = {f"{kind}.{name}" for kind in ("h", "observed") for name in (CLASSICAL, QUANTILES)}
+    assert found.keys() == {"x_LT", "lead_mask_L"} | features
     for row, samples in enumerate((5000, 3000)):
         part_mv_LT, mask_L = signal_mv_LT[:, :samples], np.ones(12, dtype=bool)
         expected = classical.beat_features(part_mv_LT, mask_L, 500, LEADS)
-        np.testing.assert_allclose(found[CLASSICAL][row], expected, rtol=1e-3, atol=1e-4)
+        assert found[f"observed.{CLASSICAL}"][row].all() and found[f"observed.{QUANTILES}"][row].all()
+        np.testing.assert_allclose(found[f"h.{CLASSICAL}"][row], expected, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(
-            found[QUANTILES][row], classical.quantile_features(part_mv_LT, mask_L), rtol=1e-4, atol=1e-5
+            found[f"h.{QUANTILES}"][row], classical.quantile_features(part_mv_LT, mask_L), rtol=1e-4, atol=1e-5
         )

@@ -199,11 +199,13 @@ def test_environment_comes_from_the_settings(pod: dict) -> None:
 
 
 def test_clusters_set_every_variable_that_the_code_reads() -> None:
-    """On AWS and on Kubernetes. Optional: the address of a store other than S3, and alternative names."""
+    """On AWS and on Kubernetes. Optional: the address of a store other than S3, alternative names, limits of time."""
     sources = [path.read_text() for folder in ("lsemvae", "serve") for path in (ROOT / folder).rglob("*.py")]
     needed = set(re.findall(r"""environ(?:\.get\(|\[)["'](\w+)""", "\n".join(sources)))
     assert "MLFLOW_TRACKING_URI" in needed
     needed -= {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS"}
+    needed -= {"MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"}
+    needed -= {"MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "PYTHONPATH"}
     # The endpoint's tokens are secret: a file on AWS, a Secret on Kubernetes.
     needed -= {"LSEMVAE_TOKENS", "LSEMVAE_TOKENS_FILE", "LSEMVAE_COHORT_PREFIXES", "LSEMVAE_COHORT_ARGS"}
     (settings,) = [d["data"] for d in documents("settings") if d["kind"] == "ConfigMap"]
