@@ -161,7 +161,7 @@ def _start(
     head = new_head(tables.h_BF.shape[1], y_B[training.rows_N], recipe)
     generator = torch.Generator()
     generator.set_state(torch.get_rng_state())  # alone, a head's masks follow its initial weights
-    rows_N = torch.from_numpy(training.rows_N).to(tables.h_BF.device)
+    rows_N = torch.tensor(training.rows_N, device=tables.h_BF.device)  # a copy: arrays of Ray's store are read-only
     head.to(rows_N.device)
     head.standardise_from(tables.h_BF[rows_N], None if tables.observed_BF is None else tables.observed_BF[rows_N])
     return head, generator
@@ -170,7 +170,7 @@ def _start(
 def _steps(trainings: Sequence[Training], recipe: FinetuneRecipe, epoch: int) -> Iterator[list[Tensor]]:
     """For each step of the epoch, the batch of each head, as positions in the tables."""
     orders = [shuffled(len(training.rows_N), _with_seed(recipe, training), epoch) for training in trainings]
-    rows = [torch.from_numpy(training.rows_N) for training in trainings]
+    rows = [torch.tensor(training.rows_N) for training in trainings]
     for parts in zip(*orders, strict=True):
         yield [rows_N[part] for rows_N, part in zip(rows, parts, strict=True)]
 
