@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -64,11 +65,12 @@ def discrimination(y_B: np.ndarray, scores: Mapping[str, np.ndarray], path: Path
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     roc, precision_recall = figure.subplots(1, 2)
-    for name, score_B in scores.items():
+    # Lines of different styles can be told apart in grey.
+    for (name, score_B), style in zip(scores.items(), cycle(("-", "--", "-.", ":")), strict=False):
         false_positive, true_positive, _ = roc_curve(y_B, score_B)
         precision, recall, _ = precision_recall_curve(y_B, score_B)
-        roc.plot(false_positive, true_positive, label=name)
-        precision_recall.plot(recall, precision, label=name)
+        roc.plot(false_positive, true_positive, style, label=name)
+        precision_recall.plot(recall, precision, style, label=name)
     roc.plot([0, 1], [0, 1], color="0.7", linestyle=":", linewidth=1)
     precision_recall.axhline(y_B.mean(), color="0.7", linestyle=":", linewidth=1)
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, out of fold")
