@@ -492,10 +492,18 @@ def test_a_shifted_cohort_drifts_and_the_training_cohort_hardly(service: Service
     version = {m["name"]: str(m["version"]) for m in service.client.get(f"{service.url}/v1/models").json()}["ph-12L"]
 
     def counts() -> list[float]:
-        return [in_bins(service, "ray_lsemvae_score_bins_total", version)[str(n)] for n in range(len(bins.shares))]
+        found = in_bins(service, "ray_lsemvae_score_bins_total", version)
+        return [found.get(str(n), 0.0) for n in range(len(bins.shares))]
+
+    def settled() -> list[float]:
+        """The counts with the scores of earlier tests: Ray exports metrics every ten seconds."""
+        found: list[float] = []
+        while found != (found := counts()):
+            time.sleep(15)
+        return found
 
     def index_of(gain: float) -> float:
-        before, scores = counts(), []
+        before, scores = settled(), []
         while len(scores) < LEAST_SCORES:
             for record in records:
                 body = io.BytesIO()
