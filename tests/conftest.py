@@ -118,6 +118,7 @@ def ray_cluster(mlflow_server: str, s3: str, tmp_path_factory: pytest.TempPathFa
     command += [f"--ray-client-server-port={servers.free_port()}", *ANY_WORKER_PORT]
     command += [f"--object-store-memory={2 * 2**30}", "--node-ip-address=127.0.0.1"]
     start = {key: value for key, value in environment.items() if key not in ("RAY_ADDRESS",)}
+    start |= {name: str(servers.free_port()) for name in ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")}
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, env=os.environ | start, cwd=folder, stdout=stream, stderr=stream, start_new_session=True

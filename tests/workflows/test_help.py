@@ -7,7 +7,7 @@ import pytest
 from support.session import workflow
 
 FIRST = {
-    "simulate": ["output", "processes"],
+    "simulate": ["output", "tasks"],
     "ingest": ["source", "output", "cohort", "labels"],
     "pretrain": ["data", "storage"],
     "tune": ["data", "storage", "grid"],
