@@ -229,8 +229,23 @@ class Run:
         self._try(lambda: self._client.log_inputs(self.run_id, [entry]))
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Store a table, such as `results.json`, that MLflow's page shows beside those of other runs."""
-        self._try(lambda: self._client.log_table(self.run_id, {key: list(of) for key, of in columns.items()}, name))
+        """Store a table, such as `results.json`, that MLflow's page shows beside those of other runs.
+
+        It replaces the table of that name that an interrupted command may have stored.
+        """
+        self._try(partial(self._table, name, columns))
+
+    def _table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        import pandas as pd
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+        # MLflow's own `log_table` adds rows to a table that is there.
+        text = pd.DataFrame(dict(columns)).to_json(orient="split", index=False)
+        self._client.log_text(self.run_id, text, name)
+        known = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        entry = {"path": name, "type": "table"}
+        if entry not in known:
+            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*known, entry]))
 
     def file(self, path: Path, folder: str = "") -> None:
         """Store a small file, such as a picture. Training waits for it, so it does not wait as long as `bundle`."""

@@ -179,7 +179,8 @@ def test_a_run_names_its_data_its_table_and_its_encoder(mlflow_server: str, tmp_
     bundles.save(tmp_path / "model")
     run = Run.start("lineage", "model", {})
     run.reads(data)
-    run.table("results.json", {"method": ["LS-EMVAE", "naive"], "AUROC": [0.8, 0.5]})
+    run.table("results.json", {"method": ["interrupted"], "AUROC": [0.1]})
+    run.table("results.json", {"method": ["LS-EMVAE", "naive"], "AUROC": [0.8, float("nan")]})
     run.bundle(tmp_path / "model")
     made_from = {"uri": "models:/lineage-encoder@candidate", "digest": encoder.digest}
     run.register("lineage-6L", {}, description="# Card", encoder=made_from)
@@ -194,10 +195,10 @@ def test_a_run_names_its_data_its_table_and_its_encoder(mlflow_server: str, tmp_
     assert columns["signal"] == "binary" and columns["label.ph"] == "double"
     assert json.loads(used.dataset.profile)["subjects"] == data.manifest.subjects
     assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
-    assert mlflow.artifacts.load_dict(f"{client.get_run(run.run_id).info.artifact_uri}/results.json")["data"][0] == [
-        "LS-EMVAE",
-        0.8,
-    ]
+    table = mlflow.artifacts.load_dict(f"{client.get_run(run.run_id).info.artifact_uri}/results.json")
+    assert table == {"columns": ["method", "AUROC"], "data": [["LS-EMVAE", 0.8], ["naive", None]]}
+    shown = json.loads(client.get_run(run.run_id).data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "results.json", "type": "table"}]
     link = f"[models:/lineage-encoder/{version}](#/models/lineage-encoder/versions/{version})"
     first, second = (client.get_model_version("lineage-6L", number) for number in ("1", "2"))
     assert first.description == f"Encoder: {link}, digest {encoder.digest}\n\n# Card"

@@ -302,7 +302,7 @@ def finish(args: Args, setup: Setup, done: Sequence[LeadSet], failed: Sequence[t
         for path in sorted(args.output.glob("*.*")):
             run.file(path)
         table = main_table(comparison)
-        run.table("comparison.json", pd.DataFrame(table.rows, columns=table.header).to_dict("list"))
+        run.table("comparison_table.json", pd.DataFrame(table.rows, columns=table.header).to_dict("list"))
         run.metrics(numbers(comparison))
     except BaseException:
         run.end("FAILED")
