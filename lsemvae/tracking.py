@@ -236,12 +236,11 @@ class Run:
         self._try(partial(self._table, name, columns))
 
     def _table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        import pandas as pd
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-        # MLflow's own `log_table` adds rows to a table that is there.
-        text = pd.DataFrame(dict(columns)).to_json(orient="split", index=False)
-        self._client.log_text(self.run_id, text, name)
+        # In the form of MLflow's own `log_table`, which adds rows to a table that is there. NaN is no JSON.
+        rows = [[None if value != value else value for value in row] for row in zip(*columns.values(), strict=True)]
+        self._client.log_dict(self.run_id, {"columns": list(columns), "data": rows}, name)
         known = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         entry = {"path": name, "type": "table"}
         if entry not in known:
