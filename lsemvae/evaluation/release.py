@@ -13,6 +13,7 @@ from lsemvae.fields import as_json
 from lsemvae.models.classifier import Classifier
 from lsemvae.models.parts.head import Head
 from lsemvae.preprocess import PreprocessConfig
+from lsemvae.progress import Bar
 from lsemvae.scoring.drift import SCORE_BINS, ScoreBins
 from lsemvae.tracking import CANDIDATE, Run
 
@@ -80,6 +81,7 @@ def release(
     text = card(described)
     described = replace(described, provenance={**described.provenance, MODEL_CARD: text})
     saved = save(described, trained.classifier, folder)
-    run.bundle(folder)
     tags = {"digest": saved.digest, "task": task, "leads": ",".join(trained.classifier.leads)}
-    return saved, run.register(model_name, tags, CANDIDATE, text, encoder=trained.encoder)
+    with Bar(None, "register"):
+        run.bundle(folder)
+        return saved, run.register(model_name, tags, CANDIDATE, text, encoder=trained.encoder)
