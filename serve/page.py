@@ -11,6 +11,7 @@ import numpy as np
 from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 
+from lsemvae.formats.plain import as_csv
 from lsemvae.leads import LEADS
 from lsemvae.quality import FLAGS
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
@@ -65,5 +66,4 @@ def example_csv() -> str:
     """Ten simulated seconds of twelve leads as `formats/plain.py` reads them; always the same."""
     parameters = EcgParameters(severity=0.6, heart_rate_bpm=72.0)
     signal_mv_LT, _ = simulate_ecg(parameters, np.random.default_rng(EXAMPLE_SEED))
-    rows = "\n".join(",".join(f"{value:.3f}" for value in row) for row in signal_mv_LT.T)
-    return f"# simulated: nobody's heart\n# rate_hz: {RATE_HZ}\n# unit: mV\n{','.join(LEADS)}\n{rows}\n"
+    return "# simulated: nobody's heart\n" + as_csv(signal_mv_LT, RATE_HZ, LEADS, decimals=3)

@@ -29,6 +29,7 @@ from lsemvae.bundle import describe
 from lsemvae.cohorts.labels import NO_TASKS
 from lsemvae.data.shards import ShardedDataset, unpack
 from lsemvae.errors import LsemvaeError
+from lsemvae.formats.plain import as_csv
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.record import Record
 
@@ -133,7 +134,7 @@ def walk(args: Args, folder: Path, place: Path, mlflow_answers: Callable[[], Non
         wait()
         record = held_out(place, data)
         marked = "# simulated: nobody's heart\n" if args.data is None else ""  # so that the page says so, too
-        models.recording.write_text(marked + as_csv(record))
+        models.recording.write_text(marked + as_csv(record.signal_for(LEADS), record.rate_hz, LEADS, decimals=4))
         for leads in (LIMB_LEADS, LEADS):
             say_answer(len(leads), ask(url, record, leads))
     (folder / LAST).write_text(json.dumps({"place": place.name, "task": models.task}))
@@ -299,12 +300,6 @@ def held_out(place: Path, data: ShardedDataset) -> Record:
     """The first recording that pre-training has held out."""
     shard = data.manifest.of_split("val")[0]
     return unpack(pd.read_parquet(place / "shards" / shard.path, engine="pyarrow").iloc[0].to_dict())
-
-
-def as_csv(record: Record) -> str:
-    """A recording as `lsemvae/formats/plain.py` reads it."""
-    rows = "\n".join(",".join(f"{value:.4f}" for value in row) for row in record.signal_for(LEADS).T)
-    return f"# rate_hz: {record.rate_hz:g}\n# unit: mV\n{','.join(LEADS)}\n{rows}\n"
 
 
 def ask(url: str, record: Record, leads: tuple[str, ...]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import io
 import math
 import re
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -53,6 +53,12 @@ class _Declaration:
     rate_hz: float
     uv_per_unit: float
     leads: tuple[str, ...] = ()
+
+
+def as_csv(signal_mv_LT: np.ndarray, rate_hz: float, leads: Sequence[str], decimals: int) -> str:
+    """The text of a CSV that `read_csv` reads, of a signal [L, T] in mV whose rows are these leads."""
+    rows = "\n".join(",".join(f"{value:.{decimals}f}" for value in row) for row in signal_mv_LT.T)
+    return f"# rate_hz: {rate_hz:g}\n# unit: mV\n{','.join(leads)}\n{rows}\n"
 
 
 def recognise_csv(head: bytes) -> bool:

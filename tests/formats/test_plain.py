@@ -289,3 +289,12 @@ def test_decimal_commas_are_named() -> None:
 @pytest.mark.parametrize("header", ["record_id,score,I", "C3,C4,Cz", "model,D1,D2", "fold;auroc;V1"])
 def test_a_table_of_results_is_no_recording(header: str) -> None:
     assert not plain.recognise_csv(f"{header}\n1,2,3\n".encode())
+
+
+def test_what_is_written_as_csv_is_read_again():
+    signal_mv_LT = np.random.default_rng(0).normal(size=(2, 50)).round(4)
+    signal_mv_LT[1, 7] = np.nan
+    content = plain.as_csv(signal_mv_LT, 250.5, ("V1", "II"), decimals=4).encode()
+    record = plain.read_csv("r.csv", content, {}.__getitem__)
+    assert record.rate_hz == 250.5
+    np.testing.assert_allclose(record.signal_for(("V1", "II")), signal_mv_LT, atol=1e-6)
