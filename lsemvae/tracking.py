@@ -525,9 +525,9 @@ def fetch(model: str, folder: Path) -> FetchedBundle:
 
 
 @contextmanager
-def fetched(model: str) -> Iterator[FetchedBundle]:
-    """`fetch`, into a temporary folder that is gone after the block."""
-    with temporary_folder() as folder:
+def fetched(model: str, within: Path | None = None) -> Iterator[FetchedBundle]:
+    """`fetch`, into a temporary folder, in the folder `within` if it is given, that is gone after the block."""
+    with temporary_folder(within) as folder:
         yield fetch(model, folder / "bundle")
 
 

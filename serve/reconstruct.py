@@ -15,8 +15,7 @@ from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import in_order
 from lsemvae.preprocess import preprocess
 from lsemvae.record import Record
-from lsemvae.temporary import temporary_folder
-from lsemvae.tracking import fetch, locate, parse_model
+from lsemvae.tracking import fetched, locate, parse_model
 from serve.schema import LeadOut, Origin, ReconstructOut, RefusedOut
 from serve.scoring import TORCH
 from serve.shelf import Kept, Shelf, locked_shelf
@@ -95,8 +94,8 @@ def load_encoder(uri: str, folder: Path, device: str) -> Reconstructor:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not uri.startswith("models:/"):
-        with temporary_folder(folder) as temporary:
-            return Reconstructor(fetch(uri, temporary / "bundle").folder, device)
+        with fetched(uri, folder) as found:
+            return Reconstructor(found.folder, device)
     with locked_shelf(folder, "encoder", parse_model(uri)[0]) as shelf:
         kept = shelf.kept()
         try:

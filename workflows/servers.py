@@ -41,7 +41,7 @@ def mlflow_starting(folder: Path, port: int | None = None) -> Iterator[tuple[str
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     print("Starting MLflow …", flush=True)
     uri = f"http://127.0.0.1:{port}"
-    with _running(command, log, folder, environment) as server:
+    with running(command, log, folder, environment) as server:
         yield uri, lambda: wait_until_healthy(f"{uri}/health", server, log)
 
 
@@ -56,12 +56,12 @@ def endpoint(config: Mapping[str, Any], path: Path, **environment: str) -> Itera
     log, serve = path.with_suffix(".log"), str(Path(sys.executable).with_name("serve"))
     print(f"$ serve run {path}      (log: {log})", flush=True)
     url = f"http://127.0.0.1:{config['http_options']['port']}"
-    with _running([serve, "run", str(path)], log, ROOT, {"RAY_ADDRESS": "local"} | os.environ | environment) as server:
+    with running([serve, "run", str(path)], log, ROOT, {"RAY_ADDRESS": "local"} | os.environ | environment) as server:
         yield url, lambda: wait_until_healthy(f"{url}/readyz", server, log)
 
 
 @contextmanager
-def _running(
+def running(
     command: list[str], log: Path, folder: Path, environment: Mapping[str, str]
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """A server in a session of its own, which a Ctrl-C in the terminal does not reach: it ends with the context."""

@@ -28,7 +28,7 @@ import torch
 import yaml
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
-from servers import end, free_port, wait_until_healthy
+from servers import free_port, running, wait_until_healthy
 
 from benchmarks.load import Generator, Run, generator
 from benchmarks.measure import Row, less_is_better, more_is_better
@@ -305,22 +305,11 @@ def mlflow_models(folder: Path, leads: Sequence[str], bodies: Mapping[str, Seque
 
 @contextmanager
 def started(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> Iterator[subprocess.Popen]:
-    """Start a server in its own process group, wait until it answers, and end it with the context."""
+    """Start a server, wait until it answers, and end it with the context."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `mlflow` finds uvicorn through PATH
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PATH": path} | environment,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-    try:
+    with running([*command], log, ROOT, os.environ | {"PATH": path} | environment) as process:
         try:
             wait_until_healthy(url, process, log)
         except LsemvaeError as error:
             raise LsemvaeError(f"{error}: {log.read_text()[-2000:]}") from None
         yield process
-    finally:
-        end(process)
