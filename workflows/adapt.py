@@ -49,7 +49,7 @@ def main(args: Args) -> None:
         run = Run.start("adapt", args.encoder, {"encoder": args.encoder, "weights": saved.provenance["weights"]})
         with Bar(None, "register"):
             run.bundle(args.output)
-        version = run.register(args.register, {"digest": saved.digest, "kind": "encoder"}, CANDIDATE)
+            version = run.register(args.register, {"digest": saved.digest, "kind": "encoder"}, CANDIDATE)
         run.end()
         print(f"model:   models:/{args.register}/{version} (alias {CANDIDATE})")
         print(f"MLflow:  {run.url}")
