@@ -30,6 +30,8 @@ LEAST_OBJECT_STORE_BYTES = 2 * 2**30
 NATIVE_NOISE = (b"has constructor arguments in the object store and max_restarts > 0",)
 """Ray's core says this of every actor of Ray Data. Their arguments live as long as the command, so it never applies."""
 INTERRUPTED = "interrupted: give the same command again to go on"
+_interrupted = threading.Event()
+_writing_stderr = threading.Lock()
 
 # Settings that make Ray and MLflow quieter and quicker on small runs, as measured. What the user has set wins.
 DEFAULTS = {
@@ -105,6 +107,8 @@ def run_command(main: Callable[[Args], None], args_type: type[Args], default: Ar
     except LsemvaeError as error:
         _say_and_exit(error)
     except KeyboardInterrupt:
+        with _writing_stderr:  # what Ray's core says of the tasks that Ctrl-C ends would follow, and hide, this line
+            _interrupted.set()
         print(INTERRUPTED, file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -234,7 +238,7 @@ def _object_store_bytes() -> int:
 
 
 def quiet_native_code() -> None:
-    """Drop the lines of `NATIVE_NOISE` from what native code writes to standard error; everything else appears.
+    """Drop the lines of `NATIVE_NOISE` from what native code writes to standard error, and all lines after Ctrl-C.
 
     Ray's core has no other switch than one that hides its errors, too. Python's own standard error stays what it was,
     so a terminal is still recognised. Nothing is done where it is not the process's, as in tests.
@@ -253,22 +257,28 @@ def quiet_native_code() -> None:
     passing.start()
 
     def restore() -> None:
-        os.dup2(kept, 2)  # closes the pipe, unless another process has it
+        after = os.open(os.devnull, os.O_WRONLY) if _interrupted.is_set() else kept
+        os.dup2(after, 2)  # closes the pipe, unless another process has it
         passing.join(timeout=1)
 
     atexit.register(restore)
 
 
 def _pass_on(reading: int, to: int) -> None:
-    """A line at a time, except those of `NATIVE_NOISE`."""
+    """A line at a time, except those of `NATIVE_NOISE` and those after Ctrl-C."""
+
+    def write(line: bytes) -> None:
+        with _writing_stderr:
+            if not (_interrupted.is_set() or any(noise in line for noise in NATIVE_NOISE)):
+                os.write(to, line)
+
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         rest = b""
         while part := pipe.read(2**16):
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
-                if not any(noise in line for noise in NATIVE_NOISE):
-                    os.write(to, line + b"\n")
-        os.write(to, rest)
+                write(line + b"\n")
+        write(rest)
 
 
 def _quiet_logs() -> None:

@@ -140,3 +140,28 @@ def test_of_what_native_code_writes_only_ray_s_known_noise_is_left_out():
     assert "object store" not in shown
     for kept in ("another error of native code", "without an end", "from a program", "terminal True", "a bug"):
         assert kept in shown
+
+
+INTERRUPTED = """
+import atexit, os, threading
+from dataclasses import dataclass
+import command
+
+@dataclass
+class Args: pass
+
+atexit.register(lambda: os.write(2, b"E] at the very end\\n"))
+
+def main(args):
+    os.write(2, b"E] before\\n")
+    threading.Timer(0.5, lambda: os.write(2, b"E] Failed to push error to driver\\n")).start()
+    threading.Event().wait(0.2)
+    raise KeyboardInterrupt
+
+command.run_command(main, Args)
+"""
+
+
+def test_after_ctrl_c_nothing_that_native_code_writes_follows_the_last_line():
+    status, shown = in_terminal("-c", INTERRUPTED)
+    assert (status, shown.split()) == (130, ["E]", "before", *command.INTERRUPTED.split()])
