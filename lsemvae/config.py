@@ -25,8 +25,8 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     accumulate: int = 1
-    """Split each worker's batch into so many parts, which go through the model one after another: less memory, the same
-    gradient."""
+    """Split each worker's batch into so many parts, which go through the model one after another, in training and in
+    validation: less memory, the same gradient and metrics."""
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0 to its full value."""

@@ -89,9 +89,10 @@ def fit(
 ) -> None:
     """Train to `config.epochs`, or until `watcher.on_epoch` returns True.
 
-    `model(batch)` follows `lsemvae.models.contract.Trains`. `batches(epoch)` gives that epoch's batches, in the epoch
-    `start.epoch` from `start.step` on. A batch may have `weight_B`: how much each record counts in the mean over the
-    whole step, over all workers; a record of weight 0 takes no part. A scalar in a batch is for the whole batch.
+    `model(batch)` follows `lsemvae.models.contract.Trains`; `optimizer` is one of `make_optimizer`. `batches(epoch)`
+    gives that epoch's batches, in the epoch `start.epoch` from `start.step` on. A batch may have `weight_B`: how much
+    each record counts in the mean over the whole step, over all workers; a record of weight 0 takes no part. A scalar
+    in a batch is for the whole batch.
     `config.accumulate` parts of a batch go through the model one after another, for one step of the optimiser. After
     every `checkpoint_every` steps a checkpoint is due.
 
@@ -140,7 +141,7 @@ def _take_step(
     optimizer.zero_grad(set_to_none=True)
     terms: dict[str, Tensor] = {}
     goods = []
-    parts = _split(shared, config.accumulate)
+    parts = split(shared, config.accumulate)
     no_sync: Any = getattr(model, "no_sync", None)  # of DDP
     for number, part in enumerate(parts):
         with ExitStack() as stack:
@@ -153,10 +154,14 @@ def _take_step(
         for name, term in of_part.items():
             terms[name] = terms[name] + term.detach() if name in terms else term.detach()
     tally.settle()  # the step before has ended by now; on an accelerator this one is still running
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     later = _Later(at, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers)
-    # Fused optimisers read it and leave the step out. The numbers are those of all workers, so they agree.
-    optimizer.found_inf = (~later.finite).float()  # type: ignore[attr-defined]
+    # A fused optimiser divides the gradient by `grad_scale` and leaves the step out where `found_inf` is 1, both as it
+    # reads the gradient. clip_grad_norm_ would read and write the gradient once more. `finite` is that of all workers,
+    # so they agree.
+    fused: Any = optimizer
+    fused.grad_scale = ((norm + 1e-6) / config.clip_norm).clamp(min=1).float() if config.clip_norm else None
+    fused.found_inf = (~later.finite).float()
     optimizer.step()
     return later
 
@@ -286,7 +291,8 @@ def _with_shares(batch: Batch, workers: int) -> tuple[dict[str, Tensor], Tensor]
     return {**batch, "share_B": weight_B * (workers / total.clamp(min=1e-9))}, total
 
 
-def _split(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
+def split(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
+    """The batch in so many parts; in fewer where it has fewer records. A scalar belongs to every part."""
     if parts == 1:
         return [dict(batch)]
     whole = {name: values for name, values in batch.items() if not values.ndim}
@@ -312,7 +318,7 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
 def make_optimizer(
     model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over all parameters; fused, so that it leaves out a step that is not finite.
+    """AdamW over all parameters; fused, so that it clips the gradient and leaves out a step that is not finite.
 
     `rates` are learning rates of parameters by the start of their name, such as {"encoders.": 3e-4}; all others have
     `config.learning_rate`. Each follows the schedule.

@@ -184,7 +184,8 @@ class Worker(Watcher):
     def validate(self, feed: Feed) -> tuple[dict[str, float], dict[str, torch.Tensor] | None]:
         """Metrics named `val.…` over all workers, and an example for a picture."""
         self.damaged = 0
-        found, example = validate(self.model, self.batches(feed, 0), self.recipe.optim.precision)
+        optim = self.recipe.optim
+        found, example = validate(self.model, self.batches(feed, 0), optim.precision, optim.accumulate)
         unreadable = _require_readable(self.damaged, feed.order.records, self.recipe.max_damaged_share)
         return {f"val.{name}": value for name, value in (found | {"damaged": unreadable}).items()}, example
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.contract import Reconstructs
-from lsemvae.training.fit import Batch, sum_over_workers
+from lsemvae.training.fit import Batch, split, sum_over_workers
 
 EXAMPLES = 3
 """Recordings in a picture of reconstructions."""
@@ -16,12 +16,13 @@ EXAMPLES = 3
 
 @torch.no_grad()
 def validate(
-    model: Any, batches: Iterable[Batch], precision: str = "float32"
+    model: Any, batches: Iterable[Batch], precision: str = "float32", accumulate: int = 1
 ) -> tuple[dict[str, float], dict[str, Tensor] | None]:
     """Metrics of the model's own validation over the held-out records of all workers, and "records", their number.
 
-    `model` is a `lsemvae.models.contract.Pretrains`. Also gives the first records with their reconstructions, for a
-    picture, where it can reconstruct. Records of weight 0 take no part. Raises LsemvaeError when there is no other.
+    `model` is a `lsemvae.models.contract.Pretrains`. Each batch goes through it in `accumulate` parts: less memory, the
+    same metrics. Also gives the first records with their reconstructions, for a picture, where it can reconstruct.
+    Records of weight 0 take no part. Raises LsemvaeError when there is no other.
     """
     was_training = model.training
     model.eval()
@@ -34,7 +35,8 @@ def validate(
         if not len(kept["x_BLT"]):
             continue
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            validation.update(kept)
+            for part in split(kept, accumulate):
+                validation.update(part)
             if example is None and isinstance(model, Reconstructs):
                 example = _example(model, kept)
         records += len(kept["x_BLT"])

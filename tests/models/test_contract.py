@@ -256,6 +256,37 @@ def test_it_validates_and_hands_on_what_embeds(config: EncoderConfig):
         model.embedder(("V1",))
 
 
+class Sized:
+    """A validation pass that notes how many records it is given at a time."""
+
+    def __init__(self, inner: Any, sizes: list[int]) -> None:
+        self.inner, self.sizes = inner, sizes
+        self.tensors, self.metrics = inner.tensors, inner.metrics
+
+    def update(self, batch: dict[str, Tensor]) -> None:
+        self.sizes.append(len(batch["x_BLT"]))
+        self.inner.update(batch)
+
+
+@every_encoder
+@pytest.mark.parametrize("parts", [2, 4, 9])
+def test_validation_in_parts_gives_the_metrics_of_the_whole_batch(
+    config: EncoderConfig, parts: int, monkeypatch: pytest.MonkeyPatch
+):
+    """One of the records counts nothing, so the parts are of different sizes; nine parts are more than there are."""
+    model = model_of(config)
+    batch = batch_of(model) | {"weight_B": torch.tensor([1.0, 1, 1, 1, 0, 1])}
+    del batch["y_B"]
+    whole, example = validate(model, [batch])
+    sizes: list[int] = []
+    monkeypatch.setattr(model, "validation", lambda empty=model.validation: Sized(empty(), sizes))
+    metrics, of_parts = validate(model, [batch], accumulate=parts)
+    assert sum(sizes) == 5 and max(sizes) == -(-5 // parts)
+    assert metrics == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    if example is not None:
+        assert torch.equal(of_parts["x_BLT"], example["x_BLT"])
+
+
 CLASSIFIERS = [config for config in CONFIGS if isinstance(config, ClassifierConfig)]
 
 

@@ -307,6 +307,24 @@ def test_too_many_bad_steps_end_the_run_with_the_weights_of_the_last_good_one(mo
     assert_same(good, model, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0, 600.0, 1e6])
+def test_clipping_in_the_optimiser_is_clipping_before_it(clip_norm: float):
+    """Twelve steps equal those of clip_grad_norm_ and AdamW; a norm of 600 clips some of them, 1e6 none."""
+    config = OptimConfig(epochs=4, batch_size=10, learning_rate=1e-2, clip_norm=clip_norm)
+    model, other = model_of(), model_of()
+    seen = train(model, config)
+    optimizer, norms = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=config.weight_decay), []
+    for batch in (batch for epoch in range(4) for batch in without_noise(batches_of)(epoch)):
+        optimizer.zero_grad()
+        weight_B = batch["weight_B"]
+        other(batch | {"share_B": weight_B / weight_B.sum()})["loss"].backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(other.parameters(), clip_norm or float("inf"))))
+        optimizer.step()
+    assert [step.terms["grad_norm"] for step in seen.steps] == pytest.approx(norms, rel=1e-4)
+    assert min(norms) < 600 < max(norms)
+    assert_same(other, model, rtol=1e-4, atol=1e-6)
+
+
 class HalfFinite(torch.nn.Module):
     """A loss with a term that has no gradient: where it is infinite, the gradient of the rest is finite."""
 
