@@ -10,11 +10,13 @@ import pytest
 import wfdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import signal as sps
 
 from lsemvae.formats import read
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.quality import FLAGS, heart_rate_bpm, quality_flags
 from lsemvae.record import Record
+from lsemvae.simulate import EcgParameters, simulate_ecg
 
 # --- one fault at a time, in a recording that is otherwise good ---------------------------------------------
 
@@ -223,6 +225,41 @@ def test_length_and_rate(samples: int, rate_hz: float, flags: tuple[str, ...]) -
     assert quality_flags(good_record(samples=samples, rate_hz=rate_hz)) == flags
 
 
+def labelled(record: Record, recorded_hz: float, labelled_hz: float) -> Record:
+    """20 s of the recording as a recorder of this rate would store it, with another rate in its label."""
+    twice_mv_LT = np.concatenate([record.signal_mv_LT, record.signal_mv_LT], axis=1)
+    signal_mv_LT = sps.resample_poly(twice_mv_LT, int(recorded_hz), int(record.rate_hz), axis=1).astype(np.float32)
+    return replace(record, signal_mv_LT=signal_mv_LT, rate_hz=labelled_hz, uv_per_lsb_L=None)
+
+
+def has_time_scale(record: Record) -> bool:
+    return "time_scale" in quality_flags(record)
+
+
+def test_a_rate_labelled_twice_or_half_as_high_is_flagged_by_its_beats() -> None:
+    """5,000 samples at 250 Hz labelled 500 have the right length and the right rate: only the beats contradict."""
+    found, rng = Counter(), np.random.default_rng(20)
+    for bpm in np.tile([55.0, 66.0, 75.0, 88.0, 100.0], 8):
+        signal_mv_LT, _ = simulate_ecg(EcgParameters(severity=rng.uniform(), heart_rate_bpm=bpm), rng)
+        record = Record.from_leads(dict(zip(LEADS, signal_mv_LT, strict=True)), 500)
+        fast, slow = labelled(record, 250, 500), replace(record, rate_hz=250.0)
+        assert fast.signal_mv_LT.shape == slow.signal_mv_LT.shape == (12, 5000)
+        assert {"length", "rate"} <= set(quality_flags(slow)) and not {"length", "rate"} & set(quality_flags(fast))
+        given = {"true": record, "true at 250": labelled(record, 250, 250), "fast": fast, "slow": slow}
+        found.update(name for name, each in given.items() if has_time_scale(each))
+    assert found["true"] == found["true at 250"] == 0
+    assert min(found["fast"], found["slow"]) >= 38
+
+
+@pytest.mark.shared_data
+def test_a_wrong_rate_is_found_in_real_recordings(real_records: list[Record]) -> None:
+    every = real_records[::5]
+    fast = sum(has_time_scale(labelled(record, 250, 500)) for record in every)
+    slow = sum(has_time_scale(replace(record, rate_hz=250.0)) for record in every)
+    limbs = sum(has_time_scale(limb_leads_only(labelled(record, 250, 500))) for record in every)
+    assert min(fast, slow, limbs) >= 0.9 * len(every)
+
+
 def test_a_single_sample_is_flagged_not_a_crash() -> None:
     assert quality_flags(Record.from_leads({"II": [0.1]}, 500)) == ("flat:II", "length")
 
@@ -328,10 +365,16 @@ def test_few_flags_on_real_recordings(real_records: list[Record]) -> None:
     assert flagged == {
         "00162_hr": ("einthoven",),  # seven samples of aVR and aVF are off by 2.6 mV
         "00197_hr": ("mains:I", "mains:III", "mains:aVL"),  # at the left arm alone
+        "00222_hr": ("time_scale",),  # 117 bpm with narrow complexes
+        "00351_hr": ("time_scale",),  # atrial fibrillation at 161 bpm
+        "00449_hr": ("time_scale",),  # supraventricular tachycardia at 172 bpm
+        "00477_hr": ("time_scale",),  # 31 bpm with a right bundle branch block
         "00346_hr": ("swapped:arm-leg",),  # left bundle branch block with a left axis
         "00421_hr": ("out_of_range:V4",),
         "109": ("rail:II", "rail:V4"),
         "111": ("swapped:arms",),
+        "127": ("time_scale",),  # 40 bpm
+        "24": ("time_scale",),  # 50 bpm with a left bundle branch block
         "74": ("swapped:arms",),
     }
 
@@ -366,12 +409,12 @@ def test_heart_rates_are_those_of_the_annotated_beats(shared_data: Path) -> None
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("JS11438", {f"flat:V{number}" for number in range(1, 7)}),
+        ("JS11438", {f"flat:V{number}" for number in range(1, 7)} | {"time_scale"}),  # a child of 4 years, 131 bpm
         ("E00271", set()),
         ("1111834", {"length", "rate"}),
         (
             "1111554",
-            {"flat:V5", "flat:V6", "rail:III", "einthoven", "length", "rate"}
+            {"flat:V5", "flat:V6", "rail:III", "einthoven", "length", "rate", "time_scale"}
             | {f"out_of_range:{lead}" for lead in LEADS}
             | {f"mains:{lead}" for lead in ("V1", "V3", "V4")}
             | {f"wander:{lead}" for lead in (*LIMB_LEADS, "V2", "V4")},

@@ -255,13 +255,15 @@ def row(record: Record, lead: str) -> np.ndarray:
         (lambda r: as_json(r) | {"leads": {lead: (1000 * row(r, lead)).tolist() for lead in LEADS}},
          "out_of_range:II", "amplitude"),
         (lambda r: as_json(r) | {"leads": {lead: row(r, lead)[::2].tolist() for lead in LEADS}}, "length", None),
-        (lambda r: as_json(r, rate_hz=250), "rate", None),
+        (lambda r: as_json(r) | {"leads": {lead: 2 * row(r, lead)[::2].tolist() for lead in LEADS}}, "time_scale",
+         None),
+        (lambda r: as_json(r, rate_hz=250), "time_scale", None),
         (lambda r: as_json(r) | {"leads": {lead: [0.1] * 5000 for lead in LEADS}}, "flat:I", "leads"),
         (lambda r: as_json(r) | {"leads": {lead: row(r, lead)[:600].tolist() for lead in LEADS}}, "length",
          "too_short"),
     ],
     ids=["flat", "null", "saturated", "offset", "aVL and aVF swapped", "arms swapped", "microvolts", "250 Hz as 500",
-         "500 Hz as 250", "all flat", "short"],
+         "5,000 samples of 250 Hz as 500", "500 Hz as 250", "all flat", "short"],
 )  # fmt: skip
 def test_a_doubtful_signal_is_flagged_or_refused_never_silently_scored(api, record, fault, flag: str, refused):
     answer = score(api, fault(record))
