@@ -221,8 +221,17 @@ def describe(folder: Path) -> Bundle:
         example=example,
         provenance=content.get("provenance", {}),
         weights_sha256=content["weights_sha256"],
-        digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+        digest=_digest(text.encode()),
     )
+
+
+def is_unaltered(folder: Path, digest: str) -> bool:
+    """Whether a bundle's folder holds the bytes with this digest, whichever version wrote them."""
+    try:
+        config = (folder / CONFIG).read_bytes()
+        return _digest(config) == digest and _sha256(folder / WEIGHTS) == json.loads(config)["weights_sha256"]
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[Bundle, nn.Module]:
@@ -254,6 +263,10 @@ def _check_tensors(path: Path, found: Mapping[str, torch.Tensor], wanted: Mappin
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape:
             raise BundleError(f"{path}: {name!r} is {list(found[name].shape)}, must be {list(tensor.shape)}")
+
+
+def _digest(config: bytes) -> str:
+    return hashlib.sha256(config).hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:

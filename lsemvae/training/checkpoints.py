@@ -1,17 +1,21 @@
 """Checkpoints: a run resumes from the newest intact one.
 
 A checkpoint is a folder with the bundle, the optimiser's tensors, and `state.json`, which is written last and holds the
-digests of both. So an incomplete or altered checkpoint is recognised, wherever it comes from.
+digests of both. So an incomplete or altered checkpoint is recognised, wherever it comes from. The newest is the one
+with the highest epoch and step: folders are named by the local time of the machine that wrote them, whose clock may be
+wrong.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, load, save
+from lsemvae import __version__
+from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, is_unaltered, load, save
 from lsemvae.config import PretrainRecipe
 from lsemvae.data.order import ORDER_VERSION, Order
 from lsemvae.errors import BundleError, LsemvaeError, StorageError
@@ -84,11 +89,26 @@ def newest_whole(
 
 
 def _checkpoints(place: Storage) -> list[tuple[str, Any]]:
-    """Names and Ray's Checkpoint of each, newest first: they are named by their time."""
+    """Names and Ray's Checkpoint of each: first those whose state cannot be read, then by epoch and step, newest first.
+
+    Ray names them by local time, which a wrong clock, another time zone or daylight saving puts into another order.
+    """
     from ray.train import Checkpoint
 
-    names = {path.split("/")[0] for path in place.list() if path.startswith("checkpoint_") and "/" in path}
-    return [(name, Checkpoint(place.path(name), place.filesystem)) for name in sorted(names, reverse=True)]
+    def position(name: str) -> tuple[float, float, str]:
+        try:
+            state = _whole_state(place.read_bytes(f"{name}/{STATE}"), f"{place.uri}/{name}/{STATE}")
+        except (BundleError, FileNotFoundError):  # `_load` says what is wrong
+            return math.inf, 0, name
+        return state.get("epoch", math.inf), state.get("step", 0), name
+
+    names = sorted(folders(place), key=position, reverse=True)
+    return [(name, Checkpoint(place.path(name), place.filesystem)) for name in names]
+
+
+def folders(place: Storage) -> set[str]:
+    """The names of the checkpoints in a run's folder, whole or not."""
+    return {path.split("/")[0] for path in place.list() if path.startswith("checkpoint_") and "/" in path}
 
 
 def _newest(
@@ -101,10 +121,10 @@ def _newest(
     loud: bool = True,
 ) -> tuple[str | None, Started]:
     for name, checkpoint in kept:
-        started, damage = None, None
+        started, damage, written_by = None, None, None
         try:
             with explained(f"{place.uri}/{name}"), checkpoint.as_directory() as path:
-                started = _load(Path(path), recipe, order, device)
+                started, written_by = _load(Path(path), recipe, order, device)
         except BundleError as error:
             damage = error
         if sum_over_workers(torch.tensor(float(damage is not None))) > 0:  # of any worker
@@ -114,6 +134,8 @@ def _newest(
         assert started is not None
         if loud:
             log.info(f"resuming at epoch {started[0].epoch}, step {started[0].step}, from {name}")
+            if written_by and written_by != versions():
+                log.warning(f"{name} was written by {_as_words(written_by)}; this is {_as_words(versions())}")
         return name, started
     if kept:
         raise LsemvaeError(f"every checkpoint of {place.uri} is damaged: give another --name to start anew")
@@ -122,22 +144,35 @@ def _newest(
     return None, (Progress(), model, make_optimizer(model, recipe.optim))
 
 
-def _load(folder: Path, recipe: PretrainRecipe, order: Order, device: torch.device) -> Started:
-    """A checkpoint's folder. Raises BundleError for a damaged one, LsemvaeError for one of another run."""
+def _load(
+    folder: Path, recipe: PretrainRecipe, order: Order, device: torch.device
+) -> tuple[Started, dict[str, str] | None]:
+    """A checkpoint's folder -> what is in it, and the versions that wrote it if it says so.
+
+    Raises BundleError for a damaged one, LsemvaeError for one of another run, or of a version that cannot be read.
+    """
     state = read_state(folder)
-    bundle, model = load(folder / BUNDLE)
-    if bundle.digest != state["bundle"]:
-        raise BundleError(f"{folder / BUNDLE} is not the one of this checkpoint")
-    model = model.train().to(device)
-    optimizer = make_optimizer(model, recipe.optim)
-    load_optimizer(optimizer, folder)
-    began, now = state["order"], _meaning_of(order)
+    if "bundle" in state and not is_unaltered(folder / BUNDLE, state["bundle"]):
+        raise BundleError(f"{folder / BUNDLE} is not the one of this checkpoint, or was altered")
+    try:  # the files are those that were written, so what fails now is no damage
+        began = state["order"]
+        model = load(folder / BUNDLE)[1].train().to(device)
+        optimizer = make_optimizer(model, recipe.optim)
+        load_optimizer(optimizer, folder)
+    except (ValueError, KeyError) as error:
+        raise LsemvaeError(
+            f"the checkpoint is whole, but {_as_words(state.get('written_by'))} wrote it and "
+            f"{_as_words(versions())} cannot read it ({error}): resume with the versions that wrote it, or give "
+            "another --name to start anew"
+        ) from error
+    now = _meaning_of(order)
     changed = [f"{key}={began.get(key)}, not {value}" for key, value in now.items() if began.get(key) != value]
     if changed:
         raise LsemvaeError(f"the run began with {'; '.join(changed)}: resume it with the same, or give another --name")
     if model.config != recipe.model or model.leads != recipe.leads:
         raise LsemvaeError("the run began with another model: resume it with the same, or give another --name")
-    return Progress(**{name: state[name] for name in vars(Progress()) if name in state}), model, optimizer
+    progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
+    return (progress, model, optimizer), state.get("written_by")
 
 
 def save_checkpoint(
@@ -151,7 +186,19 @@ def save_checkpoint(
 ) -> None:
     """Writes all of it into an empty folder."""
     digest = save(bundle, model, folder / BUNDLE).digest
-    save_optimizer(optimizer, folder, **vars(progress), workers=workers, order=_meaning_of(order), bundle=digest)
+    about = {"workers": workers, "order": _meaning_of(order), "bundle": digest, "written_by": versions()}
+    save_optimizer(optimizer, folder, **vars(progress), **about)
+
+
+def versions() -> dict[str, str]:
+    """What decides how a checkpoint is written and read."""
+    return {"lsemvae": __version__, "torch": str(torch.__version__), "ray": version("ray")}
+
+
+def _as_words(written_by: Mapping[str, str] | None) -> str:
+    if not written_by:
+        return "an earlier release of lsemvae"
+    return ", ".join(f"{name} {number}" for name, number in written_by.items())
 
 
 def keep_as_best(folder: Path, place: Storage) -> None:
@@ -213,15 +260,26 @@ def _digest(state: Mapping[str, Any]) -> str:
 def read_state(folder: Path) -> dict[str, Any]:
     """The numbers that `save_optimizer` was given. Raises BundleError unless the checkpoint is whole."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        content = (folder / STATE).read_bytes()
         with (folder / OPTIMIZER).open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{folder} is no whole checkpoint: {type(error).__name__}") from None
-    if not isinstance(state, dict) or state.pop("state_sha256", None) != _digest(state):
-        raise BundleError(f"{folder / STATE} is not the file that was saved (its SHA-256 differs)")
+    except OSError as error:
+        gone = f": {Path(error.filename).name} is gone" if isinstance(error, FileNotFoundError) else f" ({error})"
+        raise BundleError(f"{folder} is no whole checkpoint{gone}") from None
+    state = _whole_state(content, str(folder / STATE))
     if digest != state.get("optimizer_sha256"):
         raise BundleError(f"{folder / OPTIMIZER} is not the file that was saved (its SHA-256 differs)")
+    return state
+
+
+def _whole_state(content: bytes, shown: str) -> dict[str, Any]:
+    """The content of a `state.json`. Raises BundleError unless it is what was saved."""
+    try:
+        state = json.loads(content)
+    except ValueError:
+        raise BundleError(f"{shown} is cut or altered: it is no JSON") from None
+    if not isinstance(state, dict) or state.pop("state_sha256", None) != _digest(state):
+        raise BundleError(f"{shown} is not the file that was saved (its SHA-256 differs)")
     return state
 
 

@@ -28,6 +28,7 @@ from lsemvae.tracking import Run, fetched
 from lsemvae.training.checkpoints import BUNDLE
 from lsemvae.training.failures import end_at_once
 from lsemvae.training.pretrain import PretrainJob, pretrain_worker
+from lsemvae.training.reported import require_checkpoints
 
 if TYPE_CHECKING:
     import ray.train
@@ -208,10 +209,14 @@ def make_trainer(
     max_failures: int,
     callbacks: "list[ray.train.UserCallback] | None" = None,
 ) -> "TorchTrainer":
-    """The trainer of the run `name` in the storage. Its `fit` resumes from the newest checkpoint that is there."""
+    """The trainer of the run `name` in the storage. Its `fit` resumes from the newest checkpoint that is there.
+
+    Raises LsemvaeError where checkpoints of the run are gone.
+    """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    require_checkpoints(storage / name)
     return TorchTrainer(
         pretrain_worker,
         train_loop_config={"job": replace(job, place=storage / name)},

@@ -12,6 +12,7 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
 from lsemvae.storage import Storage
 from lsemvae.tracking import flatten
+from lsemvae.training.checkpoints import folders
 from lsemvae.training.grid import searched
 
 RESULT, HISTORY = "result.json", "epochs.json"
@@ -66,8 +67,7 @@ def read_history(place: Storage) -> list[dict[str, float]]:
 
 def forget_checkpoints(place: Storage) -> None:
     """Delete the checkpoints of a trial that has ended: the optimiser's tensors are twice the bundle's size."""
-    folders = {path.split("/")[0] for path in place.list() if path.startswith("checkpoint_20")}
-    for folder in folders:
+    for folder in folders(place):
         place.filesystem.delete_dir(place.path(folder))
 
 

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from lsemvae import bundle as bundles
 from lsemvae.errors import LsemvaeError
-from lsemvae.training.checkpoints import read_state
+from lsemvae.models import build
+from lsemvae.training.checkpoints import Progress, read_state, save_checkpoint
+from lsemvae.training.fit import make_optimizer
 
 
 def checkpoints(place: Path) -> list[Path]:
@@ -29,3 +33,19 @@ def saved(checkpoint: Path, steps: int) -> int:
 def newest(place: Path, steps: int) -> int:
     """The step at which a run resumes from its newest whole checkpoint; 0 where there is none."""
     return max((saved(checkpoint, steps) for checkpoint in checkpoints(place)), default=0)
+
+
+def write_checkpoint(run: Path, epoch: int, step: int = 0, name: str | None = None) -> Path:
+    """A checkpoint of the golden recipe in a run's folder, with the name that Ray Train gives it now."""
+    from golden import make
+    from ray.train.v2._internal.execution.storage import StorageContext
+
+    torch.manual_seed(epoch)
+    model = build(make.RECIPE.model, make.RECIPE.leads)
+    optimizer = make_optimizer(model, make.RECIPE.optim)
+    make.steps(model, optimizer, 1, make.records()[:4])
+    folder = run / (name or StorageContext.make_default_checkpoint_dir_name())
+    folder.mkdir(parents=True)
+    bundle = bundles.Bundle.of(model, make.SMALL, provenance={"metrics": {"epoch": epoch - 1}})
+    save_checkpoint(folder, bundle, model, optimizer, Progress(epoch, step), make.ORDER, 1)
+    return folder
