@@ -8,6 +8,7 @@ Functions import mlflow when they run, not this module: the import reads MLFLOW_
 first.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -41,6 +42,10 @@ log = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
 BUNDLE_FOLDER = "bundle"
 
+_PLACE = "lsemvae.place"  # the tag that holds the digest of the folder that belongs to a run
+# The codes of what MLflow does not have. It answers the second of a run that was deleted.
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_EXISTS = "RESOURCE_ALREADY_EXISTS"
 _DESCRIPTION = 5000  # characters that MLflow's database holds of a version's description
 _METRICS_A_CALL = 1000  # MLflow accepts no more in one request
 _OUTBOX = 100_000  # metrics that wait at most
@@ -139,10 +144,13 @@ class Run:
         *,
         resume: str | None = None,
         parent: str | None = None,
+        place: str | None = None,
     ) -> "Run":
         """Start a new run, or reopen the run with the id `resume` if it still exists.
 
-        `parent` is the id of the run below which MLflow shows this one.
+        `parent` is the id of the run below which MLflow shows this one. `place` is the URI of the folder that belongs
+        to this run alone: empty runs of that place, whose ids did not arrive when they were made, are deleted. Raises
+        LsemvaeError where MLflow does not answer, or fails: only a run that is gone is replaced by a new one.
         """
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
@@ -153,12 +161,16 @@ class Run:
                 try:
                     client.update_run(resume, status="RUNNING")
                     return cls(resume)
-                except MlflowException:
+                except MlflowException as error:
+                    if error.error_code not in _ABSENT:
+                        raise
                     log.warning(f"MLflow run {resume} is gone: starting a new one")
-            found = client.get_experiment_by_name(experiment)
-            experiment_id = found.experiment_id if found else _create_experiment(client, experiment)
+            experiment_id = _experiment(client, experiment)
             tags = {"mlflow.parentRunId": parent} if parent else {}
+            tags |= {_PLACE: _place_digest(place)} if place else {}
             run = client.create_run(experiment_id, run_name=name, tags=tags)
+            if place:
+                _delete_empty_runs(client, experiment_id, place, run.info.run_id)
             # A batch takes at most 100 parameters, each at most 6,000 characters.
             entries = [Param(key, str(value)[:500]) for key, value in flatten(params).items()]
             for start in range(0, len(entries), 100):
@@ -273,11 +285,11 @@ class Run:
         """Register the run's bundle as a new version of the model `name`, with `alias` -> the version's number.
 
         `description` is Markdown, such as the model card; of a longer one MLflow gets the first 5,000 characters.
-        `encoder` are URI and digest of the encoder that the model was made from: the version and the run link to it.
+        `encoder` are URI and digest of the encoder that the model was made from: the version and the run link to it. A
+        bundle of this run that is registered already, by its `digest` in the tags, is not registered again.
         """
         with _explained(f"registering {name}"):
-            if not self._client.search_registered_models(filter_string=f"name='{name}'"):
-                self._client.create_registered_model(name)
+            _require_model(self._client, name)
             source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{BUNDLE_FOLDER}"
             made_from = ""
             if encoder:
@@ -286,12 +298,26 @@ class Run:
                 tags = {**tags, "encoder": found[0], "encoder_digest": encoder["digest"]}
                 self._client.set_tag(self.run_id, "mlflow.note.content", made_from)
             text = "\n\n".join(filter(None, (made_from, description))) or None
-            version = self._client.create_model_version(
-                name, source, run_id=self.run_id, tags=dict(tags), description=_fitting(text)
-            )
+            number = self._registered(name, tags.get("digest"))
+            if number is None:
+                made = self._client.create_model_version(
+                    name, source, run_id=self.run_id, tags=dict(tags), description=_fitting(text)
+                )
+                # The lowest: the client repeats a request whose answer is lost, and each makes a version.
+                number = self._registered(name, tags.get("digest")) or int(made.version)
             if alias:
-                self._client.set_registered_model_alias(name, alias, version.version)
-        return int(version.version)
+                self._client.set_registered_model_alias(name, alias, str(number))
+        return number
+
+    def _registered(self, name: str, digest: str | None) -> int | None:
+        """The number of this run's version of the model with this digest: an earlier command may have made it."""
+        if digest is None:
+            return None
+        found = self._client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'", max_results=1000)
+        numbers = sorted(int(version.version) for version in found if version.tags.get("digest") == digest)
+        for extra in numbers[1:]:
+            self._client.delete_model_version(name, str(extra))
+        return numbers[0] if numbers else None
 
     def _versions_with(self, digest: str) -> list[str]:
         """The registered versions of a bundle, as `models:/NAME/3`. An alias in a URI moves; the digest does not."""
@@ -304,11 +330,15 @@ class Run:
 
     @property
     def url(self) -> str:
+        """The address of the run's page, or the run's id and the server where there is no page or no answer."""
+        from mlflow.exceptions import MlflowException
+
         uri = shown(tracking_uri())
-        if not uri.startswith("http"):
-            return f"run {self.run_id} in {uri}"
-        experiment_id = self._client.get_run(self.run_id).info.experiment_id
-        return f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
+        if uri.startswith("http"):
+            with suppress(MlflowException):
+                experiment_id = self._client.get_run(self.run_id).info.experiment_id
+                return f"{uri}/#/experiments/{experiment_id}/runs/{self.run_id}"
+        return f"run {self.run_id} in {uri}"
 
     def _try(self, call: Callable[[], Any]) -> bool:
         from mlflow.exceptions import MlflowException
@@ -354,12 +384,47 @@ def _fitting(description: str | None) -> str | None:
     return description[: _DESCRIPTION - len(note)].rpartition("\n")[0] + note
 
 
-def _create_experiment(client: "MlflowClient", name: str) -> str:
-    uri = tracking_uri()
+def _experiment(client: "MlflowClient", name: str) -> str:
+    """The id of the experiment of this name, which is made if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    uri, where = tracking_uri(), None
     if uri.startswith("sqlite:///"):  # by default MLflow would put artefacts below its current folder
-        place = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns"
-        return client.create_experiment(name, artifact_location=place.as_uri())
-    return client.create_experiment(name)
+        where = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns").as_uri()
+    try:
+        return client.create_experiment(name, artifact_location=where)
+    except MlflowException as error:
+        found = client.get_experiment_by_name(name) if error.error_code == _EXISTS else None
+        if found is None:
+            raise
+        return found.experiment_id  # another command has made it meanwhile, or the first answer was lost
+
+
+def _require_model(client: "MlflowClient", name: str) -> None:
+    """Make the registered model if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if client.search_registered_models(filter_string=f"name='{name}'"):
+        return
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != _EXISTS:
+            raise
+
+
+def _place_digest(place: str) -> str:
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def _delete_empty_runs(client: "MlflowClient", experiment_id: str, place: str, but: str) -> None:
+    """Delete runs of this place that hold nothing: MLflow's client repeats a request whose answer is lost."""
+    wanted = f"tags.`{_PLACE}` = '{_place_digest(place)}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment_id], wanted):
+        if run.info.run_id != but and not run.data.metrics and not run.data.params:
+            client.delete_run(run.info.run_id)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -396,6 +461,10 @@ class Version:
     digest: str | None = None
 
 
+class NoSuchVersion(LsemvaeError):
+    """MLflow answers, and has no such model, version or alias."""
+
+
 def parse_model(model: str) -> tuple[str, str | None, int | None]:
     """`models:/NAME@alias` or `models:/NAME/3` -> (name, alias or None, number or None); raises LsemvaeError."""
     reference = model.removeprefix("models:/")
@@ -417,15 +486,15 @@ def locate(model: str) -> Version:
     try:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, str(number))
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code not in _ABSENT:
             with _explained(f"looking up {model}"):
                 raise
         if alias:
-            raise LsemvaeError(
+            raise NoSuchVersion(
                 f"{shown(tracking_uri())} has no model {name!r} with alias {alias!r}: fine-tune it, then "
                 f"`python workflows/promote.py --name {name}`, or set the alias in the MLflow UI"
             ) from None
-        raise LsemvaeError(f"{shown(tracking_uri())} has no version {number} of model {name!r}") from None
+        raise NoSuchVersion(f"{shown(tracking_uri())} has no version {number} of model {name!r}") from None
     return Version(name, int(found.version), found.source or "", found.tags.get("digest"))
 
 
@@ -537,7 +606,7 @@ def promote(name: str, source: str = CANDIDATE, target: str = CHAMPION) -> tuple
     _, version = resolve(reference)
     try:
         before: int | None = resolve(f"models:/{name}@{target}")[1]
-    except LsemvaeError:
+    except NoSuchVersion:
         before = None
     with _explained(f"promoting {name}"):
         _client().set_registered_model_alias(name, target, str(version))

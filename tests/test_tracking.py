@@ -1,12 +1,13 @@
 """Bundles on their way to and from MLflow, what its pages show of runs and versions, and secrets that stay here."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -15,12 +16,13 @@ import pytest
 from mlflow import MlflowClient
 from support import bundles
 from support.faults import Between, Fault
+from support.mlflow_faults import locked, silent
 
 from lsemvae.bundle import CONFIG, WEIGHTS
 from lsemvae.data.shards import MANIFEST, Manifest, ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.temporary import temporary_folder
-from lsemvae.tracking import Run, fetch, fetched
+from lsemvae.tracking import Run, fetch, fetched, promote, resolve
 from serve.app import Config, make_service
 from serve.cohorts import handed_on
 
@@ -208,3 +210,104 @@ def test_a_run_names_its_data_its_table_and_its_encoder(mlflow_server: str, tmp_
     assert second.tags["encoder"] == "s3://bucket/encoder"
     assert second.description == f"Encoder: s3://bucket/encoder, digest {'0' * 16}"
     assert "secret" not in str(second) + str(client.get_run(run.run_id))
+
+
+# ---- a server that fails: one run for one training, and no version is lost or made twice
+
+
+def runs_of(experiment: str) -> list[str]:
+    client = MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    return [run.info.run_id for run in client.search_runs([found.experiment_id])] if found else []
+
+
+def versions_of(name: str) -> list[str]:
+    return [version.version for version in MlflowClient().search_model_versions(f"name = '{name}'")]
+
+
+def test_a_run_whose_answer_is_lost_is_made_once(between: Between, monkeypatch: pytest.MonkeyPatch):
+    lost = Fault("lost", times=1, method="POST", part="runs/create")
+    between.faults.append(lost)
+    with pytest.raises(LsemvaeError, match="starting an MLflow run failed"):
+        Run.start("lost-run", "a", {"x": 1}, place="s3://bucket/a")
+    run = Run.start("lost-run", "a", {"x": 1}, place="s3://bucket/a")  # the same command again
+    assert runs_of("lost-run") == [run.run_id]
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the client itself repeats the request
+    lost.times = 1
+    other = Run.start("lost-run", "b", {"x": 1}, place="s3://bucket/b")
+    assert lost.times == 0 and sorted(runs_of("lost-run")) == sorted([run.run_id, other.run_id])
+
+
+@contextlib.contextmanager
+def fault(between: Between, kind: str) -> Iterator[None]:
+    between.faults.append(Fault(kind))
+    yield
+    between.faults.clear()
+
+
+FAILING: dict[str, Callable[[Between, str], contextlib.AbstractContextManager]] = {
+    "503": lambda between, uri: fault(between, "503"),
+    "away": lambda between, uri: fault(between, "reset"),
+    "silent": lambda between, uri: silent(uri),
+    "locked": lambda between, uri: locked(uri),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_while_mlflow_fails_no_second_run_is_started_and_no_version_is_lost(
+    kind: str, between: Between, mlflow_server: str, tmp_path: Path
+):
+    """Resuming, registering and promoting end in one line; afterwards the same commands find what there is."""
+    name, saved = f"failing-{kind}", bundles.save(tmp_path / "bundle")
+    run = Run.start(name, name, {"x": 1}, place=f"s3://bucket/{kind}")
+    run.metrics({"loss": 1.0})
+    run.bundle(tmp_path / "bundle")
+    run.end("KILLED")
+    with FAILING[kind](between, mlflow_server), pytest.raises(LsemvaeError, match="starting an MLflow run failed at"):
+        Run.start(name, name, {"x": 1}, resume=run.run_id, place=f"s3://bucket/{kind}")
+    again = Run.start(name, name, {"x": 1}, resume=run.run_id, place=f"s3://bucket/{kind}")
+    assert again.run_id == run.run_id and runs_of(name) == [run.run_id]
+
+    with FAILING[kind](between, mlflow_server), pytest.raises(LsemvaeError, match=f"registering {name} failed at"):
+        again.register(name, {"digest": saved.digest})
+    assert again.register(name, {"digest": saved.digest}) == 1
+    assert again.register(name, {"digest": saved.digest}) == 1  # the same command again
+    assert versions_of(name) == ["1"] and resolve(f"models:/{name}@candidate") == (name, 1)
+
+    with FAILING[kind](between, mlflow_server), pytest.raises(LsemvaeError, match=f"{name}.* failed at"):
+        promote(name)
+    assert promote(name)[0] == 1 and resolve(f"models:/{name}@champion") == (name, 1)
+    again.end()
+
+
+def test_a_version_whose_answer_is_lost_is_made_once(between: Between, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved = bundles.save(tmp_path / "bundle")
+    run = Run.start("lost", "lost", {})
+    run.bundle(tmp_path / "bundle")
+    lost = Fault("lost", times=1, method="POST", part="model-versions/create")
+    between.faults.append(lost)
+    with pytest.raises(LsemvaeError, match="registering lost-version failed"):
+        run.register("lost-version", {"digest": saved.digest})
+    assert run.register("lost-version", {"digest": saved.digest}) == 1
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the client itself repeats the request
+    lost.times = 1
+    assert run.register("lost-again", {"digest": saved.digest}) == 1
+    assert lost.times == 0
+    for name in ("lost-version", "lost-again"):
+        assert versions_of(name) == ["1"] and resolve(f"models:/{name}@candidate") == (name, 1)
+    run.end()
+
+
+def test_a_promotion_that_cannot_say_what_was_before_changes_nothing(between: Between, tmp_path: Path):
+    bundles.save(tmp_path / "bundle")
+    run = Run.start("unknown-before", "unknown-before", {})
+    run.bundle(tmp_path / "bundle")
+    for _ in range(2):
+        run.register("unknown-before", {})
+    run.end()
+    assert promote("unknown-before", "1") == (1, None)
+    between.faults.append(Fault("503", times=1, method="GET", part="alias=champion"))
+    with pytest.raises(LsemvaeError, match="looking up models:/unknown-before@champion failed"):
+        promote("unknown-before")
+    assert resolve("models:/unknown-before@champion") == ("unknown-before", 1)
+    assert promote("unknown-before") == (2, 1)

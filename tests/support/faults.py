@@ -1,7 +1,8 @@
 """A proxy in front of an object store or MLflow. It injects faults.
 
 These are 503, resets, cut or silent connections, short reads, and a slow store: the proxy takes a file at once, and
-answers when the store would have written it, as MLflow's server does.
+answers when the store would have written it, as MLflow's server does. "lost" passes the request on, and resets the
+connection in place of an answer.
 """
 
 import http.client
@@ -98,6 +99,8 @@ def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
             answer = upstream.getresponse()
             content, headers = answer.read(), answer.getheaders()
             upstream.close()
+            if kind == "lost":
+                return self._reset()
             if kind == "slow":
                 time.sleep(len(content) / between.bytes_per_s)
             half = content[: len(content) // 2]

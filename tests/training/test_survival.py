@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from support.checkpoints import checkpoints, saved
 from support.checkpoints import newest as newest_step
 from support.faults import Between, Fault
+from support.mlflow_faults import silent
 from support.session import ANY_WORKER_PORT, ROOT, end_group, kept_signals, ray_folder, text_of
 from support.watched import Attempt, Watched
 
@@ -339,19 +340,6 @@ class Running:
             lines = re.sub("\r|\x1b\\[[0-9;]*[A-Za-z]", "\n", printed).splitlines()  # a bar moves the cursor
             (printed,) = [line for line in lines if line.startswith("error: ")]
         return printed
-
-
-@contextlib.contextmanager
-def silent(uri: str) -> Iterator[None]:
-    """The server neither answers nor refuses."""
-    port = uri.rpartition(":")[2]
-    server = min(pid for pid, command in below(os.getpid()).items() if "mlflow server" in command and port in command)
-    group = os.getpgid(server)
-    os.killpg(group, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.killpg(group, signal.SIGCONT)
 
 
 def newest(place: Path) -> int:
