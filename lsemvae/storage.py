@@ -12,17 +12,18 @@ Passing faults (503, a connection that is reset, cut or silent) are tried again,
 growing random pauses: half a minute. Lasting faults (403, 404) fail at once.
 """
 
+import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
@@ -107,6 +108,22 @@ class Storage:
             with self.filesystem.open_input_file(self.path(relative)) as stream:
                 self._require_size(relative, stream.size(), max_bytes)
                 return stream.read()
+
+    def read_json(self, relative: str, mend: str, needs: Collection[str] = ()) -> dict[str, Any]:
+        """A file that holds one JSON object with at least the keys `needs`.
+
+        Raises LsemvaeError, which ends with `mend`, where the file is cut or garbled; otherwise as `read_bytes`.
+        """
+        content = self.read_bytes(relative)
+        try:
+            found = json.loads(content)
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            found = None
+        if not isinstance(found, dict):
+            raise LsemvaeError(f"{self._shown(relative)} is damaged: it is not JSON. {mend}")
+        if absent := sorted(set(needs) - found.keys()):
+            raise LsemvaeError(f"{self._shown(relative)} is damaged: it lacks {', '.join(absent)}. {mend}")
+        return found
 
     def head(self, relative: str, n_bytes: int) -> bytes:
         """The first `n_bytes` of the file, or all of it if it is shorter; no more is read. Raises as `read_bytes`."""

@@ -16,12 +16,14 @@ from options import RARE
 from lsemvae.config import PretrainRecipe
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
+from lsemvae.lease import Lease
 from lsemvae.progress import Bar
 from lsemvae.recipes import PRETRAIN
 from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
 from lsemvae.training.failures import root_cause
 from lsemvae.training.launch import (
+    Feeds,
     Source,
     data_digest,
     data_uri,
@@ -36,7 +38,11 @@ from lsemvae.training.launch import (
     train,
 )
 
-RESULT = "result.json"
+RESULT, RUN = "result.json", "run.json"
+AGAIN = "Delete it and give the same command again: it is made from the run's newest checkpoint"
+AGAIN_ANOTHER_RUN = (
+    "Delete it and give the same command again: the training goes on from its newest checkpoint, in a new MLflow run"
+)
 
 
 @dataclass(frozen=True)
@@ -81,25 +87,39 @@ def main(args: Args) -> None:
     storage = Storage.open(args.storage)
     name = args.name or f"pretrain-{_digest(recipe, sources, args.all, args.exclude)}"
     place = storage / name
-    if place.exists(RESULT):
-        result = json.loads(place.read_bytes(RESULT))
-        print(f"{name} is finished: nothing to do. Give another --name to train again.")
-        _say_where(result)
+    if _is_finished(place, name):
         return
-
     require_writable(place)
+    with Lease(place) as lease:
+        if not _is_finished(place, name):  # by now, by another command
+            _run(args, sources, feeds, storage, name, lease)
+
+
+def _is_finished(place: Storage, name: str) -> bool:
+    """Whether the run has its result; then says where it is."""
+    if not place.exists(RESULT):
+        return False
+    result = place.read_json(RESULT, AGAIN, ("bundle", "digest", "model", "run", "metrics"))
+    print(f"{name} is finished: nothing to do. Give another --name to train again.")
+    _say_where(result)
+    return True
+
+
+def _run(args: Args, sources: Sequence[Source], feeds: Feeds, storage: Storage, name: str, lease: Lease) -> None:
+    """Train from the newest checkpoint, register the bundle and write the result."""
+    recipe, workers, place = args.recipe, parse_workers(args.num_workers), storage / name
+    previous = place.read_json(RUN, AGAIN_ANOTHER_RUN, ("run",))["run"] if place.exists(RUN) else None
 
     start_ray()
     import ray.train
 
     require_resources(workers[0], args.use_gpu, args.wait_s)
     params = as_json(recipe, every_tag=True)
-    previous = json.loads(place.read_bytes("run.json"))["run"] if place.exists("run.json") else None
-    run = Run.start("pretrain", name, params, resume=previous)
+    run = Run.start("pretrain", name, params, resume=previous, place=place.uri)
     run.tags({"data": data_uri(sources), "data_digest": data_digest(sources), "storage": place.uri})
     for source in sources:
         run.reads(source.data)
-    place.write_bytes("run.json", json.dumps({"run": run.run_id}).encode())
+    place.write_bytes(RUN, json.dumps({"run": run.run_id}).encode())
     job = make_job(sources, recipe, feeds, run.run_id)
     rows = job.provenance["data"]["rows"]
     print(
@@ -108,7 +128,7 @@ def main(args: Args) -> None:
     )
     print(f"MLflow: {run.url}", flush=True)
     try:
-        train(make_trainer(job, storage, name, workers, args.use_gpu, args.max_failures))
+        train(make_trainer(job, storage, name, workers, args.use_gpu, args.max_failures), lease.require)
     except KeyboardInterrupt:
         run.end("KILLED")
         raise

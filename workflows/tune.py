@@ -24,6 +24,7 @@ from lsemvae.config import PretrainRecipe, recipe_from, with_settings
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.errors import LsemvaeError
 from lsemvae.fields import as_json
+from lsemvae.lease import Lease
 from lsemvae.recipes import PRETRAIN, recipe_json
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run
@@ -47,6 +48,7 @@ from lsemvae.training.trials import (
 )
 
 PLAN = "tune.json"
+AGAIN = "Delete it and give the same command again"
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,53 @@ def main(args: Args) -> None:
     feeds = {trial.id: make_feeds([Source(data)], trial.recipe, cache=args.cache) for trial in trials}
     for of_trial in feeds.values():
         of_trial.train.order.streams_of(0, args.num_workers)
-
-    outcomes = {id: outcome for id in plan["trials"] if (outcome := read_outcome(place / TRIALS / id))}
-    left = [trial for trial in trials if trial.id not in outcomes]
-    told = json.loads(place.read_bytes(RESULT)) if place.exists(RESULT) else {"trials": [], "select": None}
-    if not left and {trial.id for trial in trials} <= set(told["trials"]) and told["select"] == args.select:
-        print(f"{name} is finished: nothing to do. Give other values to try more, or another --name to start anew.")
-        say_results(make_table(plan["trials"], args.recipe, outcomes, args.select), place, args.select, plan["url"])
+    if is_finished(args, data, trials, place, name):
         return
-
     require_writable(place)
+    with Lease(place) as lease:
+        if not is_finished(args, data, trials, place, name):  # by now, by another command
+            run_search(args, data, trials, feeds, name, place, lease)
+
+
+def is_finished(args: Args, data: ShardedDataset, trials: Sequence[Trial], place: Storage, name: str) -> bool:
+    """Whether the search has its result; then shows it."""
+    told = {"trials": [], "select": None}
+    if place.exists(RESULT):
+        told = place.read_json(RESULT, f"{AGAIN}: it is made from the trials' results", ("trials", "select"))
+    plan = read_plan(place, args.recipe, data.manifest.digest)
+    outcomes = outcomes_of(plan, place)
+    ids = {trial.id for trial in trials}
+    if not (ids <= outcomes.keys() and ids <= set(told["trials"]) and told["select"] == args.select):
+        return False
+    print(f"{name} is finished: nothing to do. Give other values to try more, or another --name to start anew.")
+    say_results(make_table(plan["trials"], args.recipe, outcomes, args.select), place, args.select, plan["url"])
+    return True
+
+
+def outcomes_of(plan: Mapping[str, Any], place: Storage) -> dict[str, Outcome]:
+    """How the trials of the plan ended, of those that have."""
+    return {id: outcome for id in plan["trials"] if (outcome := read_outcome(place / TRIALS / id))}
+
+
+def run_search(
+    args: Args,
+    data: ShardedDataset,
+    trials: Sequence[Trial],
+    feeds: Mapping[str, Feeds],
+    name: str,
+    place: Storage,
+    lease: Lease,
+) -> None:
+    """Run the trials that are left, and write the results."""
+    plan = read_plan(place, args.recipe, data.manifest.digest)
+    for trial in trials:
+        plan["trials"].setdefault(trial.id, {"settings": trial.settings})
+    outcomes = outcomes_of(plan, place)
+    left = [trial for trial in trials if trial.id not in outcomes]
     if left:
         start_ray()
         most = trials_at_once(args, len(left))
-    run = Run.start("tune", name, as_json(args.recipe), resume=plan.get("run"))
+    run = Run.start("tune", name, as_json(args.recipe), resume=plan.get("run"), place=place.uri)
     run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "storage": place.uri})
     run.reads(data)
     plan |= {"run": run.run_id, "url": run.url}
@@ -127,9 +162,10 @@ def main(args: Args) -> None:
     settings = SearchSettings(args.select, args.asha, args.num_workers, args.use_gpu, args.max_failures)
     try:
         if left:
-            outcomes |= search(trials, jobs, outcomes, numbers_of(plan), place, settings, most)
+            outcomes |= search(trials, jobs, outcomes, numbers_of(plan), place, settings, most, lease.require)
         finish(plan, outcomes, trials, place, run, args)
     except BaseException:
+        lease.require()  # otherwise the command that has taken over goes on with this MLflow run
         run.end("FAILED")
         raise
 
@@ -139,7 +175,9 @@ def read_plan(place: Storage, recipe: PretrainRecipe, data_digest: str) -> dict[
     wanted = {"recipe": json.loads(recipe_json(recipe)), "data_digest": data_digest}
     if not place.exists(PLAN):
         return wanted | {"trials": {}}
-    plan = json.loads(place.read_bytes(PLAN))
+    plan = place.read_json(
+        PLAN, f"{AGAIN}: finished trials are kept, and get new MLflow runs", ("recipe", "data_digest", "trials")
+    )
     for same, what in (
         (recipe_from(PretrainRecipe, plan["recipe"]) == recipe, "another recipe"),
         (plan["data_digest"] == data_digest, "other data"),

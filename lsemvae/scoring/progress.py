@@ -2,15 +2,13 @@
 
 import json
 import logging
-import os
-import secrets
-import socket
 import threading
 import time
 from collections import Counter
 from typing import Any
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.lease import is_dead, new_owner
 from lsemvae.storage import Storage
 
 PROGRESS = "progress.json"
@@ -29,7 +27,7 @@ class Progress:
 
     def __init__(self, output: Storage, about: dict[str, Any], total: int) -> None:
         self._output, self._about, self._total = output, about, total
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._owner = new_owner()
         self._created, self._beat, self._state = time.time(), 0, "running"
         self._began = self._ended = 0.0
         self._stopped, self._lost = threading.Event(), False
@@ -119,13 +117,13 @@ class Progress:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._output.read_bytes(PROGRESS))
-        except (FileNotFoundError, ValueError):  # also LsemvaeError: a storage that fails does not show another command
+            return self._output.read_json(PROGRESS, "It is written again", ("owner", "beat", "state"))
+        except (FileNotFoundError, LsemvaeError):  # a damaged file, or a storage that fails, shows no other command
             return None
 
     def _wait_for_others(self) -> None:
         last, since, said = None, time.monotonic(), False
-        while (other := self._read()) and other["state"] == "running" and not _is_dead(other["owner"]):
+        while (other := self._read()) and other["state"] == "running" and not is_dead(other["owner"]):
             if (other["owner"], other["beat"]) != last:
                 last, since = (other["owner"], other["beat"]), time.monotonic()
             elif time.monotonic() - since > SILENT_S:
@@ -137,17 +135,3 @@ class Progress:
                 )
                 said = True
             time.sleep(1)
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether the owner was a process of this machine that has ended."""
-    host, pid, _ = owner.rsplit(":", 2)
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False

@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -180,8 +180,8 @@ def make_job(sources: Sequence[Source], recipe: PretrainRecipe, feeds: Feeds, ru
     return PretrainJob(recipe, feeds.train, feeds.val, run_id, provenance, terminal=sys.stderr.isatty())
 
 
-def train(trainer: "TorchTrainer") -> None:
-    """Trains to the end, in a thread of its own.
+def train(trainer: "TorchTrainer", require: Callable[[], None] = lambda: None) -> None:
+    """Trains to the end, in a thread of its own. Each second it calls `require`, whose error ends the training.
 
     In the main thread Ray Train would take Ctrl-C over: the command would end with status 1, without a word.
     """
@@ -195,7 +195,9 @@ def train(trainer: "TorchTrainer") -> None:
 
     thread = threading.Thread(target=fit, daemon=True, name="fit")
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(1.0)
+        require()
     if raised:
         raise raised[0]
 

@@ -153,11 +153,14 @@ class Ledger:
         self._say(id, f"{outcome.state}: {settings}: {outcome.reason or describe_metrics(outcome.metrics)}")
 
 
-def _follow(ledger: Ledger) -> Any:
-    """A callback of Ray Tune that keeps the ledger."""
+def _follow(ledger: Ledger, require: Callable[[], None]) -> Any:
+    """A callback of Ray Tune that keeps the ledger, and calls `require` again and again."""
     from ray import tune
 
     class Follow(tune.Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            require()
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ledger.started(trial.config["trial"])
 
@@ -184,8 +187,12 @@ def search(
     place: Storage,
     settings: SearchSettings,
     max_concurrent: int,
+    require: Callable[[], None] = lambda: None,
 ) -> dict[str, Outcome]:
-    """Run the trials that are not `done`, at most `max_concurrent` at the same time -> how they ended."""
+    """Run the trials that are not `done`, at most `max_concurrent` at the same time -> how they ended.
+
+    An error of `require`, which is called again and again, ends the search.
+    """
     from ray import tune
 
     left = {trial.id: trial for trial in trials if trial.id not in done}
@@ -215,7 +222,7 @@ def search(
                 storage_path=place.base,
                 storage_filesystem=place.filesystem,
                 verbose=0,
-                callbacks=[_follow(ledger)],
+                callbacks=[_follow(ledger, require)],
             ),
         ).fit()
     place.filesystem.delete_dir(place.path(STATE))  # Tune's own state; what is needed again is in `trials`

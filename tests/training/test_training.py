@@ -16,13 +16,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from sklearn.metrics import roc_auc_score
 from support.checkpoints import newest
-from support.session import ROOT, Cluster, Trained, workflow
+from support.session import ROOT, Cluster, Trained, text_of, workflow
 from support.watched import Attempt
 
 from lsemvae import bundle as bundles
 from lsemvae import mlmodel
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.leads import LEADS, LIMB_LEADS
+from lsemvae.lease import RUNNING
 from lsemvae.models import build
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.recipes import FINETUNE, PRETRAIN
@@ -113,7 +114,8 @@ def test_the_same_command_again_says_it_is_finished(shards: Path, pretrained: Tr
 def test_a_killed_run_goes_on_from_its_checkpoint(ray_cluster: Cluster, shards: Path, tmp_path: Path):
     """SIGKILL of the driver after its first checkpoints; the same command then trains only the epochs that are left.
 
-    Both commands read what the first epoch has prepared from the cache.
+    It is given while the first one still runs, and waits for it. Both commands read what the first epoch has prepared
+    from the cache.
     """
     options = ["smoke", "--data", str(shards), "--storage", str(tmp_path), "--name", "killed", "--model-name", "killed"]
     options += ["--optim.epochs", "5", "--cache", str(tmp_path / "cache"), "--num-workers", "1"]
@@ -126,12 +128,21 @@ def test_a_killed_run_goes_on_from_its_checkpoint(ray_cluster: Cluster, shards: 
     while not newest(tmp_path / "killed", steps) or not losses_of("killed"):
         assert process.poll() is None, "it ended before its first checkpoint"
         time.sleep(0.1)
+    log = tmp_path / "second.log"
+    with log.open("w") as stream:
+        second = subprocess.Popen(
+            [sys.executable, str(ROOT / "workflows" / "pretrain.py"), *options], cwd=ROOT, stdout=stream, stderr=stream
+        )
+    while "another command works in" not in text_of(log):
+        assert second.poll() is None, text_of(log)
+        time.sleep(0.1)
+    run = logged("killed", "pretrain")[1]
+    assert 1 <= len(losses_of("killed")) < 5
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "result.json").exists()
-    run = logged("killed", "pretrain")[1]
-    assert 1 <= len(losses_of("killed")) < 5
-    workflow("pretrain", *options)
+    assert second.wait() == 0, text_of(log)[-3000:]
+    assert not (tmp_path / "killed" / RUNNING).exists()
     assert logged("killed", "pretrain")[1].info.run_id == run.info.run_id  # the same MLflow run goes on
     epochs = [metric.step for metric in losses_of("killed")]
     assert sorted(set(epochs)) == list(range(5))

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from support.checkpoints import newest
-from support.session import ROOT, Trained, workflow
+from support.session import ROOT, Trained, text_of, workflow
 from support.watched import Attempt
 
 from lsemvae import bundle as bundles
@@ -233,7 +233,10 @@ class Searched(Trained):
 
 @pytest.fixture(scope="session")
 def searched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
-    """A search that is killed after the first trial and one checkpoint of the second, and then resumed."""
+    """A search that is killed after the first trial and one checkpoint of the second, and goes on.
+
+    The second command is given while the first one runs, and waits for it.
+    """
     storage = tmp_path_factory.mktemp("tune")
     command = (*TINY, "--data", shards, "--storage", storage, "--name", "g", "--max-concurrent", 1, *GRID)
     steps = -(-ShardedDataset.open(str(shards)).manifest.rows_in("train") // 8)
@@ -253,11 +256,19 @@ def searched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched
     attempt.until(3 * steps)  # the second trial waits there until it is killed
     (first,) = trials.glob("*/result.json")
     wait_until(lambda: any(newest(place, steps) for place in trials.iterdir() if place != first.parent))
-    process.kill()
-    process.wait()
+    out, err = (attempt.folder / f"second.{name}" for name in ("out", "err"))
+    with out.open("w") as stdout, err.open("w") as stderr:
+        second = subprocess.Popen(
+            [sys.executable, str(ROOT / "workflows" / "tune.py"), *map(str, command)], cwd=ROOT,
+            stdout=stdout, stderr=stderr,
+        )  # fmt: skip
+    wait_until(lambda: "another command works in" in text_of(err) or second.poll() is not None)
     before = {path: path.stat().st_mtime_ns for path in trials.glob("*/result.json")}
     assert not (storage / "g" / "result.json").exists()
-    return Searched(storage / "g", workflow("tune", *command, alone=True).stdout, command, before)
+    process.kill()
+    process.wait()
+    assert second.wait() == 0, text_of(err)[-3000:]
+    return Searched(storage / "g", text_of(out), command, before)
 
 
 @pytest.mark.ray
