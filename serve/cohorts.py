@@ -291,7 +291,7 @@ def described(client: JobSubmissionClient, job_id: str, details: JobDetails) -> 
 def _progress(about: Mapping[str, str]) -> dict[str, Any]:
     """The content of progress.json. Empty when there is none yet, or when it belongs to another job."""
     try:
-        progress = json.loads(Storage.open(about["output"]).read_bytes(PROGRESS))
-    except (OSError, LsemvaeError, ValueError):
+        progress = Storage.open(about["output"]).read_json(PROGRESS, "It is written again", ("digest", "input"))
+    except (OSError, LsemvaeError):  # also a damaged file: the command that runs writes it again
         return {}
     return progress if (progress["digest"], progress["input"]) == (about["digest"], about["input"]) else {}

@@ -32,6 +32,7 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.formats.plain import as_csv
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.record import Record
+from lsemvae.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 PREFERRED_TASKS = ("ph", "norm")
@@ -290,7 +291,7 @@ def until_interrupted(check: Callable[[], None]) -> NoReturn:
 
 def read_last(folder: Path) -> Models:
     try:
-        last = json.loads((folder / LAST).read_text())
+        last = Storage.open(folder).read_json(LAST, "Run make demo again", ("place", "task"))
         return Models(folder / last["place"], last["task"])
     except FileNotFoundError:
         raise LsemvaeError(f"{folder} has no finished demo: run make demo first") from None

@@ -8,6 +8,7 @@ model's probability is its score, calibrated on the out-of-fold scores. If it is
 same --output or --storage goes on after the trainings that had finished.
 """
 
+import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ from lsemvae.storage import Storage
 from lsemvae.tracking import CANDIDATE, Run
 from lsemvae.training.finetune import new_head
 from lsemvae.training.grid import digest
+
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,15 @@ def main(args: Args) -> None:
         "leads": ",".join(leads),
         "encoder": args.encoder,
     }
-    run = Run.start("finetune", model_name, params)
-    run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": pretrained.digest})
-    run.reads(data)
     kept_in = args.storage or (str(args.output) if args.output else None)
     # Equal for equal data, encoder, recipe and release: the same command goes on.
     made_of = digest(
         data.manifest.digest, data.since_ingest, args.task, leads, pretrained.digest, as_json(recipe), __version__
     )
     keep = Storage.open(kept_in) / f"folds-{made_of}" if kept_in else None
+    run = start_run(model_name, params, keep)
+    run.tags({"data": data.storage.uri, "data_digest": data.manifest.digest, "encoder_digest": pretrained.digest})
+    run.reads(data)
     trials = Trials(keep, args.max_concurrent, args.gpus)
     try:
         material, rows = material_of(embedded, recipe, title, start), rows_of(recipe, title)
@@ -170,6 +173,17 @@ def main(args: Args) -> None:
         print(f"files:   {args.output}")
     print(f"MLflow:  {run.url}")
     print(f"promote: python workflows/promote.py --name {model_name}")
+
+
+def start_run(name: str, params: dict[str, Any], keep: Storage | None) -> Run:
+    """The MLflow run of this command; where finished trainings are kept, that of the command that was interrupted."""
+    if keep is None:
+        return Run.start("finetune", name, params)
+    mend = "Delete it and give the same command again: finished trainings are kept, in a new MLflow run"
+    previous = keep.read_json(RUN, mend, ("run",))["run"] if keep.exists(RUN) else None
+    run = Run.start("finetune", name, params, resume=previous, place=keep.uri)
+    keep.write_bytes(RUN, json.dumps({"run": run.run_id}).encode())
+    return run
 
 
 def facts(args: Args, data: ShardedDataset, recipe: FinetuneRecipe, trained: Trained) -> dict[str, Any]:

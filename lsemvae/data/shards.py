@@ -300,13 +300,11 @@ class ShardedDataset:
     def _of_manifest(cls, uri: str) -> "ShardedDataset":
         storage = Storage.open(uri)
         try:
-            content = json.loads(storage.read_bytes(MANIFEST))
+            content = storage.read_json(MANIFEST, "Ingest again")
         except FileNotFoundError:
             raise LsemvaeError(
                 f"{storage.uri} holds no {MANIFEST}: make one with `python workflows/ingest.py --source … --output …`"
             ) from None
-        except json.JSONDecodeError as error:
-            raise LsemvaeError(f"{storage.uri}/{MANIFEST} is not JSON ({error}): ingest again") from None
         if content.get("schema") != SCHEMA_VERSION:
             raise LsemvaeError(
                 f"{storage.uri}/{MANIFEST} has schema {content.get('schema')}, this version reads "

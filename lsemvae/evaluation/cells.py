@@ -5,6 +5,7 @@ that fold. Fold -1 trains on all recordings; such a cell scores other cohorts.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from lsemvae.config import FinetuneRecipe
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.evaluation.embedding import Embedded
 from lsemvae.evaluation.folds import Fold, make_folds
 from lsemvae.evaluation.linear import train_linear
@@ -27,6 +28,8 @@ from lsemvae.storage import Storage
 from lsemvae.training.batched_heads import Training, train_heads
 from lsemvae.training.finetune import Inputs, from_scratch, logits_and_doubts, train_all, train_head
 from lsemvae.training.grid import digest
+
+log = logging.getLogger(__name__)
 
 ALL = -1
 """The fold that trains on all recordings."""
@@ -334,7 +337,13 @@ class _Kept:
         """Scores and doubts, unless the cell is not finished or has not scored all of these tests."""
         if self._place is None or not self._place.exists(f"{cell.name}.json"):
             return None
-        found = json.loads(self._place.read_bytes(f"{cell.name}.json"))
+        try:
+            found = self._place.read_json(f"{cell.name}.json", "It is trained again")
+        except LsemvaeError as error:
+            if isinstance(error, StorageError):
+                raise
+            log.warning(str(error))
+            return None
         doubts = found.pop(_DOUBTS, {})  # files of before doubts have none
         if any(len(found.get(name, ())) != len(rows) for name, (_, rows) in tests.items()):
             return None

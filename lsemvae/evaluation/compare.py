@@ -106,7 +106,7 @@ class Scores:
         rest = {}
         if place.exists("doubts.parquet"):
             rest["doubts"] = pd.read_parquet(io.BytesIO(_content(place, "doubts.parquet")))
-        return cls(json.loads(_content(place, "facts.json")), people, scores, _table(place, "failed"), **rest)
+        return cls(_facts(place, "facts.json"), people, scores, _table(place, "failed"), **rest)
 
     def doubts_of(self, method: str, leads: str) -> dict[str, pd.DataFrame]:
         """By measure, the doubts of a method's recordings: a row for each seed, a column for each record id."""
@@ -152,7 +152,7 @@ class Comparison:
         names = ["metrics", "differences", "subgroups"]
         names += ["abstention"] if place.exists("abstention.csv") else []
         tables = {name: _table(place, name) for name in names}
-        return cls(**tables, **json.loads(_content(place, "comparison.json")))
+        return cls(**tables, **_facts(place, "comparison.json"))
 
     def set_aside(self, method: str, leads: str) -> pd.DataFrame:
         """The lines of `abstention` of a method on these leads."""
@@ -440,6 +440,11 @@ def _content(place: Storage, name: str) -> bytes:
         return place.read_bytes(name)
     except FileNotFoundError:
         raise LsemvaeError(f"{place.uri} has no {name}: run the evaluation again") from None
+
+
+def _facts(place: Storage, name: str) -> dict[str, Any]:
+    _content(place, name)
+    return place.read_json(name, "Run the evaluation again")
 
 
 def _table(place: Storage, name: str) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from lsemvae.scoring.parts import Job, part_path, unreadable_in
 from lsemvae.storage import Storage, explained
 
 JOB, SUMMARY = "job.json", "summary.json"
+_DELETE = "Delete it and give the same command again: finished parts are kept"
 
 
 def claim(output: Storage, about: dict[str, Any]) -> None:
@@ -29,7 +30,7 @@ def claim(output: Storage, about: dict[str, Any]) -> None:
     """
     for name in (SUMMARY, JOB):
         try:
-            before = json.loads(output.read_bytes(name))
+            before = output.read_json(name, _DELETE, ("plan",))
         except FileNotFoundError:
             continue
         if before.get("plan") != about["plan"]:
@@ -63,7 +64,7 @@ def _named(about: dict[str, Any]) -> str:
 def finished(output: Storage, plan: str) -> dict[str, Any] | None:
     """The summary, if every file that it names is there and whole; otherwise None."""
     try:
-        summary = json.loads(output.read_bytes(SUMMARY))
+        summary = output.read_json(SUMMARY, _DELETE, ("plan", "files"))
         whole = all(sha256_of(output, name) == digest for name, digest in summary["files"].items())
     except FileNotFoundError:
         return None

@@ -1,6 +1,7 @@
 """How trials ended: outcomes that outlive the command, and the table of them."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from lsemvae.storage import Storage
 from lsemvae.tracking import flatten
 from lsemvae.training.checkpoints import folders
 from lsemvae.training.grid import searched
+
+log = logging.getLogger(__name__)
 
 RESULT, HISTORY = "result.json", "epochs.json"
 TABLE, PLOT, BEST = "results.csv", "results.png", "best_recipe.json"
@@ -53,7 +56,11 @@ def score(metrics: Mapping[str, float], select: Select) -> float:
 
 
 def read_outcome(place: Storage) -> Outcome | None:
-    return Outcome(**json.loads(place.read_bytes(RESULT))) if place.exists(RESULT) else None
+    if not place.exists(RESULT):
+        return None
+    mend = "Delete it and give the same command again: the trial goes on from its newest checkpoint"
+    found = place.read_json(RESULT, mend, ("state",))
+    return Outcome(**{name: found[name] for name in vars(Outcome("failed")) if name in found})
 
 
 def write_outcome(place: Storage, outcome: Outcome) -> None:
@@ -62,7 +69,16 @@ def write_outcome(place: Storage, outcome: Outcome) -> None:
 
 def read_history(place: Storage) -> list[dict[str, float]]:
     """Each epoch's validation metrics, as far as the command received them before it was killed."""
-    return json.loads(place.read_bytes(HISTORY)) if place.exists(HISTORY) else []
+    if not place.exists(HISTORY):
+        return []
+    try:
+        rows = json.loads(place.read_bytes(HISTORY))
+        if isinstance(rows, list) and all("epochs" in row for row in rows):
+            return rows
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError):
+        pass
+    log.warning(f"{place.uri}/{HISTORY} is damaged: ASHA does not know of this trial's earlier epochs")
+    return []
 
 
 def forget_checkpoints(place: Storage) -> None:

@@ -378,3 +378,14 @@ def test_given_folds_that_would_fool_are_refused(fold_B: list, says: str):
 def test_a_recipe_is_the_same_whatever_the_method():
     assert all(isinstance(recipe, FinetuneRecipe) and recipe.trains == "all" for recipe in SUPERVISED.values())
     assert all(recipe.shifts > 1 for recipe in SUPERVISED.values())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"": [0.5, ', b"\xff", b"[]"])
+def test_a_cell_s_garbled_file_is_said_and_trained_again(content: bytes, tmp_path: Path, caplog):
+    kept, found = _Kept(Storage.open(tmp_path)), material(cohort())
+    cell = Cell(Row("one", "linear", ("one",), RECIPE), 0, 0)
+    kept.write(cell, {"": [0.5] * len(found.folds[0][1])})
+    assert kept.read(cell, found.tests(cell)) is not None
+    (tmp_path / f"{cell.name}.json").write_bytes(content)
+    assert kept.read(cell, found.tests(cell)) is None
+    assert f"{cell.name}.json is damaged" in caplog.text and "It is trained again" in caplog.text
