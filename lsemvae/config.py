@@ -17,6 +17,8 @@ Recipe = TypeVar("Recipe")
 class OptimConfig:
     """AdamW, its schedule, and how long training takes."""
 
+    before: ClassVar[Mapping[str, Any]] = {"gradient_exchange": "float32", "shard_optimizer": False}
+
     epochs: int
     batch_size: int
     """Records in one step, over all workers together."""
@@ -33,6 +35,11 @@ class OptimConfig:
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False
     """Use torch.compile. It takes a minute to start, and pays on a GPU."""
+    gradient_exchange: Literal["float32", "bf16"] = "float32"
+    """Precision in which the workers of a pre-training exchange gradients. bf16 halves the bytes and rounds the sum."""
+    shard_optimizer: bool = False
+    """Spread AdamW's moments over the workers of a pre-training (ZeRO-1): each updates some parameters and sends them
+    to the others. A parameter is never divided."""
     seed: int = 0
 
     def __post_init__(self) -> None:

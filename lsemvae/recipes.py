@@ -34,6 +34,13 @@ PRETRAIN: dict[str, PretrainRecipe] = {
         optim=replace(_PAPER.optim, learning_rate=5e-4, weight_decay=1e-5),
         preprocess=PreprocessConfig(scale="lead"),
     ),
+    # The paper's model and schedule on eight GPUs, 128 recordings each, with the rate and warm-up that are usual for
+    # such a batch. A trial: nobody has trained with it yet. Compare its validation loss with that of `paper`.
+    "eight-gpus": replace(
+        _PAPER,
+        optim=replace(_PAPER.optim, batch_size=1024, learning_rate=3e-4, warmup_steps=1000, compile=True),
+        streams=8,
+    ),
     # The paper's model in minutes on one GPU, for ten thousand to a million recordings: a larger batch and rate, which
     # rises and falls, and circular shifts. docs/results.md says what that gives.
     "minutes": replace(

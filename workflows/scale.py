@@ -49,7 +49,7 @@ class Args:
     """Bandwidth between nodes, published for p4d.24xlarge with EFA. ray_cluster.yaml attaches no EFA."""
     gpus_per_node: int = 8
     gradient_bytes: int = 4
-    """Bytes sent for one gradient: 4 for float32, which this project uses, or 2 with a bf16 compression hook."""
+    """Bytes sent for one gradient: 4 for float32, or 2 with `--optim.gradient-exchange bf16` in pre-training."""
     record_bytes: float = 28_800.0
     """Bytes of a recording in the shards: 24 % of its 120,000, measured on PTB-XL (lsemvae/data/shards.py)."""
     feed_records_per_core_s: float | None = None

@@ -317,11 +317,11 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
 
 def make_optimizer(
     model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over all parameters; fused, so that it clips the gradient and leaves out a step that is not finite.
 
     `rates` are learning rates of parameters by the start of their name, such as {"encoders.": 3e-4}; all others have
-    `config.learning_rate`. Each follows the schedule.
+    `config.learning_rate`. Each follows the schedule. With `config.shard_optimizer` the workers share its state.
     """
     groups: list[dict[str, Any]] = []
     rest = dict(model.named_parameters())
@@ -329,4 +329,9 @@ def make_optimizer(
         chosen = [rest.pop(name) for name in list(rest) if name.startswith(prefix)]
         groups.append({"params": chosen, "lr": rate, "share": rate / config.learning_rate})
     groups.append({"params": list(rest.values())})
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    if config.shard_optimizer and _distributed() and torch.distributed.get_world_size() > 1:
+        from lsemvae.training.sharded import ShardedAdamW
+
+        return ShardedAdamW(groups, **settings)
+    return torch.optim.AdamW(groups, **settings)

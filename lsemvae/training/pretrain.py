@@ -26,6 +26,7 @@ from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 from lsemvae.training.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
 from lsemvae.training.fit import Batch, Epoch, Step, Watcher, fit, learning_rate, sum_over_workers
+from lsemvae.training.several import collect, exchange_gradients
 from lsemvae.training.validation import validate
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Worker(Watcher):
         if self.recipe.optim.compile:
             self.model.compile()
         self.shared_model = prepare_model(self.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+        exchange_gradients(self.shared_model, self.recipe.optim)
         self.tracker = Tracker(job, self.progress) if self.rank == 0 else NoTracker()
         self.damaged = 0
         """Records of this epoch that this worker could not read."""
@@ -193,6 +195,7 @@ class Worker(Watcher):
         """Tells Ray Train; rank 0 adds the checkpoint, and keeps its bundle where it is the best."""
         import ray.train
 
+        collect(self.optimizer)
         if self.rank != 0:
             ray.train.report(metrics)
             return

@@ -45,7 +45,13 @@ def test_figures_beside_the_tables_follow_from_them() -> None:
     assert f"{weights:,} parameters" in DOCUMENT
     sent = scale.exchanged_bytes(8, 4)
     assert f"| gradients in bf16, torch's compression hook | {sent / 2e9:.2f} GB" in DOCUMENT
-    assert f"| {sent / 1e9:.2f} GB | {(12 + 28 / 8) * weights / 1e9:.2f} GB |" in DOCUMENT
+    largest = 12 * 64 * 5000 // 8 * 256  # the weight of the means' heads, or of the log-variances'
+    assert f"({largest:,} numbers each)" in DOCUMENT and f"{2 * largest / weights:.0%}".replace("%", " %") in DOCUMENT
+    assert f"| {(sent + 4 * weights) / 1e9:.2f} GB | {(12 * weights + 28 * largest) / 1e9:.2f} GB |" in DOCUMENT
+    assert (
+        f"needs {(8 * weights + 8 * largest) / 1e9:.2f} GB" in DOCUMENT
+        and f"{4 * weights / 1e9:.2f} GB more" in DOCUMENT
+    )
     assert f"| {1.5 * sent / 1e9:.2f} GB | {(12 + 28 / 8) * weights / 1e9:.2f} GB |" in DOCUMENT
     assert f"({16 * weights / 1e9:.2f} to {16 * weights / 8e9:.2f} GB)" in DOCUMENT
     steps = (eight.records * 100 / 1024, many.records * 100 / 8192)
