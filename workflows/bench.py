@@ -8,10 +8,7 @@ the ratios steadier.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from benchmarks.measure import Row
+from benchmarks.measure import Row, machine
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.memory import keep_freed_memory
@@ -43,6 +40,7 @@ CASES = {
     "train": ("benchmarks.train", "bench_train", "training from shards against the bare step on a batch in memory"),
     "score": ("benchmarks.score", "bench_score", "a whole cohort against the bare model in a loop in one process"),
     "serve": ("benchmarks.serve", "bench_serve", "the endpoint against a bare loop, FastAPI and mlflow models serve"),
+    "soak": ("benchmarks.soak", "bench_soak", "the endpoint for an hour while everything around it fails at random"),
     "beside": ("benchmarks.beside", "bench_beside", "scores with explanations beside them, against without"),
     "ingest": ("benchmarks.ingest", "bench_ingest", "recordings into shards and model input, against NeuroKit2"),
     "feed": ("benchmarks.ingest", "bench_feed", "shards into batches against reading and NeuroKit2 lead by lead"),
@@ -56,18 +54,6 @@ CASES = {
     "truth": ("benchmarks.truth", "bench_truth", "whether attributions find what simulated labels depend on"),
     "collapse": ("benchmarks.collapse", "bench_collapse", "how the reconstruction weight changes the posterior"),
 }
-
-
-def machine(device: str) -> dict[str, str | int]:
-    """The machine and versions of a measurement."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    facts = {"cpu": name, "cores": os.cpu_count() or 0, "threads": torch.get_num_threads()}
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts | {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def show(rows: list[Row]) -> None:
@@ -109,6 +95,8 @@ def main() -> None:
     except LsemvaeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if not rows:  # the soak has shown its own tables
+        return
     show(rows)
     if args.json:
         answer = {"machine": machine(args.device), "rows": [asdict(row) for row in rows]}

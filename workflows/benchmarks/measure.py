@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import gc
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +25,18 @@ class Row:
     baseline: float
     ratio: float
     unit: str
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """The machine and versions of a measurement."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    facts = {"cpu": name, "cores": os.cpu_count() or 0, "threads": torch.get_num_threads()}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def less_is_better(case: str, ours: float, baseline: float, unit: str) -> Row:
