@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
@@ -52,6 +53,10 @@ class Lease:
         with suppress(LsemvaeError, OSError):  # what is left is the beat of a process that has ended
             if self._holder() == self._owner:
                 self._place.remove(RUNNING)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its thread: Ray Tune writes down its callbacks, one of which knows the lease."""
+        return {name: value for name, value in vars(self).items() if name not in ("_thread", "_ended")}
 
     def require(self) -> None:
         """Raises LsemvaeError where another command has taken over, because this one was silent."""

@@ -243,13 +243,13 @@ def searched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched
     attempt = Attempt(tmp_path_factory.mktemp("watched"))
     process = subprocess.Popen(
         [sys.executable, WATCHED, "tune", *map(str, command)], cwd=ROOT, env=os.environ | attempt.environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=(attempt.folder / "first.err").open("w"),
     )  # fmt: skip
     trials = storage / "g" / "trials"
 
     def wait_until(condition: Callable[[], object]) -> None:
         while not condition():
-            assert process.poll() is None, "it ended before it was killed"
+            assert process.poll() is None, text_of(attempt.folder / "first.err")[-3000:]
             time.sleep(0.1)
 
     wait_until(lambda: list(trials.glob("*/result.json")))
