@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -611,3 +611,34 @@ def promote(name: str, source: str = CANDIDATE, target: str = CHAMPION) -> tuple
     with _explained(f"promoting {name}"):
         _client().set_registered_model_alias(name, target, str(version))
     return version, before
+
+
+def made_from(data_digests: Iterable[str], bundle_digests: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Ids of the runs that read one of these data sets, and `models:/NAME/3` for their versions and these bundles'."""
+    client, versions = _client(), dict[str, None]()
+    with _explained("looking for runs"):
+        experiments = [one.experiment_id for one in _all_pages(client.search_experiments)]
+        read = [f"dataset.digest = '{digest}'" for digest in data_digests]
+        runs = dict.fromkeys(
+            run.info.run_id
+            for condition in read
+            for run in _all_pages(partial(client.search_runs, experiments, condition))
+        )
+        of_runs, of_bundles = (
+            (f"run_id = '{run}'" for run in runs),
+            (f"tags.digest = '{one}'" for one in bundle_digests),
+        )
+        for condition in (*of_runs, *of_bundles):
+            for version in _all_pages(partial(client.search_model_versions, condition)):
+                versions[f"models:/{version.name}/{version.version}"] = None
+    return list(runs), list(versions)
+
+
+def _all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """Everything that a search of MLflow's client finds."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return

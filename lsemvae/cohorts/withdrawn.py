@@ -16,7 +16,8 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.storage import Storage
 
 WITHDRAWN = "withdrawn.csv"
-_HEADERS = {"eid", "f.eid", "subject_id", "patient_id", "subject", "patient", "participant"}
+SUBJECT_COLUMNS = {"eid", "f.eid", "subject_id", "patient_id", "subject", "patient", "participant"}
+"""What tables call the column of subjects; a list may have such a header."""
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def read_withdrawn(storage: Storage, name: str = WITHDRAWN, *, only_numbers: boo
     found = set()
     for number, line in enumerate(text.splitlines(), start=1):
         identifier = line.strip(" \t\"',;")
-        if not identifier or (number == 1 and identifier.lower() in _HEADERS):
+        if not identifier or (number == 1 and identifier.lower() in SUBJECT_COLUMNS):
             continue
         identifier = identifier.removesuffix(".0")
         if any(mark in identifier for mark in ",;\t") or (only_numbers and not identifier.isdecimal()):

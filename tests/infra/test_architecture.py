@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "preprocess/on_device.py": {"torch"},
     "data/shards.py": {"pyarrow", "ray"},
     "data/feed.py": {"ray"},
+    "data/held.py": {"pandas", "pyarrow"},
     "data/ingest.py": {"pandas", "pyarrow", "ray"},
     "data/overlay.py": {"pandas"},
     "data/row_groups.py": {"pyarrow"},

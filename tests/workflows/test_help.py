@@ -17,6 +17,7 @@ FIRST = {
     "promote": ["name", "source"],
     "score": ["model", "output", "data", "source"],
     "explain": ["model", "output", "data", "source"],
+    "withdrawn": ["list", "places", "output"],
 }
 """Command -> the options that its help begins with."""
 HIDDEN = {
