@@ -2,16 +2,21 @@
 
 These are 503, resets, cut or silent connections, short reads, and a slow store: the proxy takes a file at once, and
 answers when the store would have written it, as MLflow's server does. "lost" passes the request on, and resets the
-connection in place of an answer.
+connection in place of an answer. Others concern the client: "killed" passes on half of the request's body and then
+kills the next of `victims`, "killed after" kills it in place of an answer, and "held" passes the request on when `heal`
+is called.
 """
 
 import http.client
+import os
+import signal
 import socket
 import struct
 import threading
 import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import SimpleQueue
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Between:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.bytes_per_s = 100_000  # of the fault "slow"
         self.silent = threading.Event()
+        self.victims: SimpleQueue[int] = SimpleQueue()
         self._release = threading.Event()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, endpoint.removeprefix("http://")))
@@ -53,6 +59,9 @@ class Between:
     def wait(self) -> None:
         self.silent.set()
         self._release.wait()
+
+    def kill(self) -> None:
+        os.kill(self.victims.get(), signal.SIGKILL)
 
     def close(self) -> None:
         self._release.set()
@@ -84,7 +93,7 @@ def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
                 return self._answer(503, [], refusal)
             if kind == "403":
                 return self._answer(403, [], b"<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
-            if kind == "silence":
+            if kind in ("silence", "held"):
                 between.wait()
             if kind in ("reset", "silence"):
                 return self._reset()
@@ -96,11 +105,18 @@ def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
                 if name.lower() not in ("expect", "connection", "transfer-encoding", "content-length"):
                     upstream.putheader(name, value)
             upstream.putheader("Content-Length", str(len(body)))
+            if kind == "killed":
+                upstream.endheaders(body[: len(body) // 2])
+                between.kill()
+                upstream.close()
+                return self._reset()
             upstream.endheaders(body)
             answer = upstream.getresponse()
             content, headers = answer.read(), answer.getheaders()
             upstream.close()
-            if kind == "lost":
+            if kind == "killed after":
+                between.kill()
+            if kind in ("lost", "killed after"):
                 return self._reset()
             if kind == "slow":
                 time.sleep(len(content) / between.bytes_per_s)
