@@ -13,6 +13,7 @@ import pytest
 import wfdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.apart import reads_or_refuses
 from support.wfdb_files import VALID, header, record_files
 
 from lsemvae import formats
@@ -21,6 +22,7 @@ from lsemvae.formats import read, read_record, read_relative
 from lsemvae.formats import wfdb as reader
 from lsemvae.leads import LEADS, canonical
 from lsemvae.record import Record
+from lsemvae.scoring.reliability import reliability
 
 MIMIC_ORDER = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
 
@@ -609,19 +611,6 @@ TOKENS = st.sampled_from(
 )  # fmt: skip
 
 
-def reads_or_refuses(files: Mapping[str, bytes], name: str = "r.hea") -> None:
-    try:
-        record = read_files(files, name)
-    except UnreadableRecording as caught:
-        error = caught
-    else:
-        assert record.signal_mv_LT.dtype == np.float32
-        assert not np.isinf(record.signal_mv_LT).any()
-        return
-    assert error.code
-    assert "\n" not in str(error)
-
-
 @settings(deadline=None, max_examples=400)
 @given(st.binary(max_size=400))
 def test_any_bytes_as_header(content: bytes) -> None:
@@ -676,6 +665,27 @@ def test_signal_files_that_differ_in_case_alone_are_ambiguous() -> None:
         read_files(files | {"r.dat": data, "r.DAT": data})
     assert caught.value.code == "missing_file"
     assert read_files(files | {"r.dat": data, "r.Dat": data}).leads == ("II",)  # the name itself is not ambiguous
+
+
+@pytest.mark.parametrize("lead", LEADS)
+@pytest.mark.parametrize("place", ["samples", "header"])
+def test_a_bad_checksum_is_flagged(lead: str, place: str) -> None:
+    rng = np.random.default_rng(LEADS.index(lead))
+    files = record_files({name: rng.integers(-3000, 3000, 40) for name in LEADS})
+    assert read_files(files).flags == ()
+    row = LEADS.index(lead)
+    if place == "samples":
+        data = bytearray(files["r.dat"])
+        data[2 * (12 * 17 + row)] ^= 0x10
+        damaged = files | {"r.dat": bytes(data)}
+    else:
+        lines = files["r.hea"].decode().split("\n")
+        *before, checksum, block, name = lines[1 + row].split(" ")
+        lines[1 + row] = " ".join([*before, str((int(checksum) + 1) % 65536), block, name])
+        damaged = files | {"r.hea": "\n".join(lines).encode()}
+    record = read_files(damaged)
+    assert record.flags == (f"checksum:{lead}",)
+    assert reliability(record.leads, (), record.leads, record.flags, LEADS).level == "limited"
 
 
 def test_samples_of_which_no_lead_has_its_checksum_are_refused() -> None:
