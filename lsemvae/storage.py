@@ -30,6 +30,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from lsemvae.errors import FileTooLarge, LsemvaeError, StorageError
+from lsemvae.temporary import FULL, needing_room
 
 CONNECT_TIMEOUT_S = 10
 REQUEST_TIMEOUT_S = 30
@@ -143,7 +144,7 @@ class Storage:
     @contextmanager
     def reading(self, relative: str) -> Iterator[IO[bytes]]:
         """A stream of a file too large for the memory; it can be sought in. Raises as `read_bytes`."""
-        with explained(self._shown(relative)):
+        with explained(self._shown(relative), reads=True):
             if self.is_local:
                 with Path(self.path(relative)).open("rb") as file:
                     yield file
@@ -171,7 +172,7 @@ class Storage:
 
         It is spooled to a temporary file first: an error inside the block must not complete an upload.
         """
-        with tempfile.TemporaryFile() as spool:
+        with needing_room(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as spool:
             yield spool
             spool.seek(0)
             with explained(self._shown(relative)):
@@ -219,13 +220,18 @@ class Storage:
 
 
 @contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turns an error of the storage into a StorageError: one line that names the place and what to do."""
+def explained(path: str, reads: bool = False) -> Iterator[None]:
+    """Turns an error of the storage into a StorageError: one line that names the place and what to do.
+
+    A full disk is not explained where the block only `reads` from the path: it writes what it reads somewhere else.
+    """
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
     except (OSError, pa.ArrowException) as error:
+        if reads and getattr(error, "errno", None) in FULL:
+            raise
         text = " ".join(str(error).split())
         mend = next((mend for signs, mend in _MENDS if any(sign in text for sign in signs)), text[:300])
         overloaded = mend == _OVERLOADED
@@ -249,8 +255,10 @@ _MENDS = [
         _OVERLOADED,
     ),
     (("Permission denied",), "permission denied: check who may read and write it"),
+    (("No space left on device",), "No space left on device: make room there"),
+    (("Disk quota exceeded", "QuotaExceeded"), "its quota is exceeded: make room there"),
 ]
-_LASTING = {mend for signs, mend in _MENDS if {"ACCESS_DENIED", "NO_SUCH_BUCKET", "Permission denied"} & set(signs)}
+_LASTING = {mend for signs, mend in _MENDS if not {"NETWORK_CONNECTION", "SLOW_DOWN"} & set(signs)}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Temporary folders for large files: what a killed process leaves behind, the next one removes."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -8,7 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lsemvae.errors import StorageError
+
 PREFIX = "lsemvae-fetched-"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def needing_room(place: Path) -> Iterator[None]:
+    """Raises StorageError that names the temporary folder where it has no room for what the block writes there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        mend = f"make room in this temporary folder, or set TMPDIR to another one: {os.strerror(error.errno)}"
+        raise StorageError(f"{place}: {mend}", passing=False) from error
 
 
 @contextmanager
@@ -27,7 +43,8 @@ def temporary_folder(within: Path | None = None) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
         lock = _lock(folder, fcntl.LOCK_EX)
     try:
-        yield folder
+        with needing_room(place):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

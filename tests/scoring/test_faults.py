@@ -1,10 +1,11 @@
-"""Commands killed, or stopped, at each of their writes: each participant once, the same bytes, and no file in part."""
+"""Commands killed or stopped at each of their writes, and full disks: each participant once, the same bytes."""
 
 import contextlib
 import io
 import json
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,18 @@ import pytest
 from support.bundles import save
 from support.cardiosoft_files import document, strip
 from support.faults import Between, Fault
+from support.full_disk import PAGE, resize, small_disk
 from support.killing import Forks, Run
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.data import cache
+from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.leads import LEADS
 from lsemvae.scoring.output import JOB, SUMMARY, claim
+from lsemvae.scoring.parts import Failure
 from lsemvae.scoring.progress import PROGRESS
 from lsemvae.simulate import EcgParameters, simulate_ecg
 from lsemvae.storage import Storage
+from lsemvae.tracking import fetched
 
 WITHDRAWN, UNREADABLE = 3, 7
 PEOPLE = [str(1000000 + number) for number in range(11) if number != WITHDRAWN]
@@ -255,3 +260,97 @@ def test_of_two_models_started_together_one_wins(request, forks, whole, ukb, mod
     with watched(place):
         first.wait(), second.wait()
     require_one_winner(first, second, place, whole)
+
+
+# --- on a full disk ------------------------------------------------------------------------------------------
+
+
+def require_full(run: Run, place: Storage) -> None:
+    """It ended in one line, and left only whole files."""
+    assert run.status == 2, run.said
+    assert "No space left on device: make room" in run.error
+    require_whole(place)
+    assert not [path for path in Path(place.uri).rglob("*.partial") if path.is_file()]
+
+
+def test_a_full_disk_ends_scoring_in_one_line_and_it_goes_on_when_there_is_room(forks, whole, ukb, models, tmp_path):
+    """Page by page: full at job.json, at progress.json, in each part, in the tables, at the summary."""
+    left = set()
+    for pages in range(1, 100):
+        with small_disk(tmp_path / str(pages), pages) as folder:
+            place = Storage.open(folder / "out")
+            words = score(ukb, models["6"], place.uri)
+            ended = forks.run(*words)
+            if ended.status == 0:
+                break
+            require_full(ended, place)
+            left.add(len(results(place)))
+            resize(folder, 1000)
+            require_goes_on(forks, words, place, whole["6"])
+    assert left >= {1, 2, 3, 4, 5, 6}  # job.json, three parts and two tables are there
+
+
+def test_a_full_disk_ends_ingest_in_one_line_and_it_goes_on_when_there_is_room(forks, ukb, tmp_path: Path):
+    output = tmp_path / "disk"
+    with small_disk(output, 1000):
+        place = Storage.open(output / "shards")
+        assert forks.run(*ingest(ukb, place.uri)).status == 0
+        expected = results(place)
+    needed = sum(-(-len(content) // PAGE) for content in expected.values())
+    for share in (0.0, 0.2, 0.4, 0.6, 0.8, 0.95):
+        with small_disk(output, int(1 + share * needed)):
+            require_full(forks.run(*ingest(ukb, place.uri)), place)
+            resize(output, 1000)
+            require_goes_on(forks, ingest(ukb, place.uri), place, expected)
+
+
+def test_a_full_temporary_folder_ends_scoring_in_one_line_that_names_it(
+    forks, whole, ukb, models, tmp_path, monkeypatch
+):
+    """The tables are spooled there."""
+    place = Storage.open(tmp_path / "out")
+    with small_disk(tmp_path / "temporary", 1) as folder:
+        monkeypatch.setenv("TMPDIR", str(folder))
+        ended = forks.run(*score(ukb, models["6"], place.uri))
+        assert ended.status == 2 and f"error: {folder}: make room in this temporary folder" in ended.error
+        assert not list(folder.iterdir()) and not place.exists(SUMMARY)
+        resize(folder, 1000)
+        require_goes_on(forks, score(ukb, models["6"], place.uri), place, whole["6"])
+
+
+def test_a_bundle_that_does_not_fit_into_the_temporary_folder(s3: str, models, tmp_path: Path, monkeypatch):
+    """In the process that scores, too: the line names the folder, and not the bucket."""
+    place = Storage.open(f"s3://ecg/{tmp_path.name}")
+    for path in models["6"].iterdir():
+        place.write_bytes(path.name, path.read_bytes())
+    with small_disk(tmp_path / "temporary", 2) as folder:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with (
+            pytest.raises(StorageError, match=f"^{folder}: make room in this temporary folder") as caught,
+            fetched(place.uri),
+        ):
+            pass
+        assert not caught.value.passing and not list(folder.iterdir())
+        assert "the same command fails until this is mended" in str(Failure.of(caught.value).error())
+        resize(folder, 1000)
+        with fetched(place.uri) as found:
+            assert (found.folder / "model.safetensors").is_file()
+
+
+def test_a_full_disk_stops_the_cache_and_nothing_else(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(cache, "SPARE_BYTES", 0)
+    monkeypatch.setattr(cache, "_given_up", set())
+    rows = {"x_BLT": np.ones((8, 12, 100), np.float32)}
+    with small_disk(tmp_path / "disk", 1000, files=3) as folder:  # room for bytes, but only for one file
+        kept = cache.Cache(folder, "meaning")
+        kept.put("shard", 0, rows)
+        kept.put("shard", 1, rows)
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert "takes no more (No space left on device): going on without" in said
+        assert kept.get("shard", 0) is not None and kept.get("shard", 1) is None
+        assert not list(folder.rglob("*.partial"))
+        resize(folder, 1000, files=1000)
+        monkeypatch.setattr(cache, "_given_up", set())  # as in a new process
+        kept.put("shard", 1, rows)
+        found = kept.get("shard", 1)
+        assert found is not None and (found["x_BLT"] == rows["x_BLT"]).all()
