@@ -121,9 +121,10 @@ class Ledger:
         )
 
     def last_error_s(self, event: Event) -> float:
-        """Seconds from the event to the last error that it explains; 0 where there is none."""
-        now_s = self.now_s()
-        ends = [asked.ended_s for asked in self.asked if asked.verdict == "failed" and event.explains(asked, now_s)]
+        """Seconds from the event to the last error that it explains; 0 where there is none. A cohort job that fails
+        does not count: when it ends says nothing of the service."""
+        now_s, failed = self.now_s(), (asked for asked in self.asked if asked.verdict == "failed")
+        ends = [a.ended_s for a in failed if a.kind != "cohort job" and event.explains(a, now_s)]
         return max(ends) - event.began_s if ends else 0.0
 
     def _during(self, began_s: float, ended_s: float) -> tuple[str, ...]:
