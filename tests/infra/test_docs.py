@@ -159,6 +159,21 @@ def test_readme_names_the_site() -> None:
     assert "make docs" in README and "(docs/index.md)" in README
 
 
+def test_reliability_has_every_fault_once_and_names_tests_that_exist() -> None:
+    text = DOCUMENTS["docs/reliability.md"]
+    faults = re.findall(r"^\*\*(\d+)\. .*$", text, re.MULTILINE)
+    assert faults == [str(number) for number in range(1, 43)]
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text))
+    assert len(named) > 80 and text.count("tests/") >= len(named)
+    assert not [
+        f"{path}::{test}"
+        for path, test in named
+        if not (ROOT / path).is_file() or not re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.MULTILINE)
+    ]
+    paragraphs = re.findall(r"^\*\*\d+\. .*$", text, re.MULTILINE)
+    assert not [text[:40] for text in paragraphs if "::test_" not in text and "Not injected" not in text]
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
