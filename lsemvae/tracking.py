@@ -618,7 +618,7 @@ def made_from(data_digests: Iterable[str], bundle_digests: Iterable[str]) -> tup
     client, versions = _client(), dict[str, None]()
     with _explained("looking for runs"):
         experiments = [one.experiment_id for one in _all_pages(client.search_experiments)]
-        read = [f"dataset.digest = '{digest}'" for digest in data_digests]
+        read = [f"{name} = '{digest}'" for digest in data_digests for name in ("dataset.digest", "tags.data_digest")]
         runs = dict.fromkeys(
             run.info.run_id
             for condition in read

@@ -2,7 +2,8 @@
 
 - A table (Parquet or CSV) with a row of the subject, or of one of the subject's recordings: shards, parts, scores,
   explanations, embeddings' scores, labels.
-- A JSON file with a recording's id, and a file that is named for a recording: pictures, and recordings themselves.
+- A JSON file or a report with a recording's id, and a file that is named for a recording: pictures, and recordings
+  themselves. The report of ingest shows some recordings without their ids: it is named if its data set holds them.
 - A bundle, also that of a checkpoint, whose provenance names a data set that holds the subject, and one that was
   fine-tuned from such a bundle.
 
@@ -31,8 +32,9 @@ from lsemvae.storage import Storage
 
 RECORD_COLUMNS = {"record_id", "study_id"}
 _COLUMNS = SUBJECT_COLUMNS | RECORD_COLUMNS
-MAX_JSON_BYTES = 2**26
-ROWS, JSON, NAME, MODEL, PERHAPS, NOT_READ = "rows", "json", "name", "model", "model, perhaps", "not read"
+MAX_TEXT_BYTES = 2**26
+REPORTS = (".html", ".md")
+ROWS, TEXT, NAME, MODEL, PERHAPS, NOT_READ = "rows", "text", "name", "model", "model, perhaps", "not read"
 """What a file holds. `PERHAPS` is a model whose training left out another list of subjects than this one."""
 
 
@@ -71,7 +73,7 @@ class Search:
             for place, found in paths.items()
         }
         for place, of_place in documents.items():
-            self._data_sets(place, of_place)
+            self._data_sets(place, of_place, paths[place])
         self._models(documents)
         for place, found in paths.items():
             self._named(place, found, documents[place])
@@ -96,7 +98,7 @@ class Search:
         if count or what == NOT_READ:
             self.found.append(Held(place.uri, path, what, count))
 
-    def _data_sets(self, place: Storage, documents: Mapping[str, "Document"]) -> None:
+    def _data_sets(self, place: Storage, documents: Mapping[str, "Document"], paths: Sequence[str]) -> None:
         """The data sets that have a shard with such a subject."""
         held = {found.path for found in self.found if found.place == place.uri}
         for path in (path for path in documents if PurePosixPath(path).name == MANIFEST):
@@ -104,6 +106,8 @@ class Search:
             data = ShardedDataset.open((place / folder if folder else place).uri)
             if any(str(PurePosixPath(folder, shard.path)) in held for shard in data.manifest.shards):
                 self.data_digests[data.manifest.digest] = data.storage.uri
+                if (report := str(PurePosixPath(folder, "report.html"))) in paths:
+                    self._add(place, report, TEXT, 1)
 
     def _models(self, documents: Mapping[Storage, Mapping[str, "Document"]]) -> None:
         """Bundles that were trained on these data sets, then those that were made from such an encoder."""
@@ -137,16 +141,19 @@ class Search:
         return PERHAPS if left_out else MODEL
 
     def _named(self, place: Storage, paths: Sequence[str], documents: Mapping[str, "Document"]) -> None:
-        """Files that are named for a recording, and JSON files with its id."""
+        """Files that are named for a recording, and JSON files and reports with its id."""
         names = {_safe(record) for record in self.records}
+        reports = _each(partial(_words, place), [path for path in paths if path.endswith(REPORTS)])
         for path in paths:
             stem = PurePosixPath(path).name.partition(".")[0]
             # A recording is named RECORD.xml, a picture RECORD-….
             if {_safe(stem), _safe(stem.partition("-")[0])} & names:
                 self._add(place, path, NAME, 1)
+            elif path in reports:
+                self._add(place, path, TEXT, len(reports[path] & names))
             elif path in documents:
                 strings = _named_strings(documents[path].content)
-                self._add(place, path, JSON, sum(_last(text) in self.records for pair in strings for text in pair))
+                self._add(place, path, TEXT, sum(_last(text) in self.records for pair in strings for text in pair))
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ def _table(place: Storage, path: str) -> pd.DataFrame | None:
 
 def _document(place: Storage, path: str) -> Document:
     try:
-        content = place.read_bytes(path, MAX_JSON_BYTES)
+        content = place.read_bytes(path, MAX_TEXT_BYTES)
     except FileTooLarge:
         return Document(None, "")
     digest = hashlib.sha256(content).hexdigest()[:16]
@@ -190,6 +197,14 @@ def _document(place: Storage, path: str) -> Document:
         return Document(json.loads(content), digest)
     except ValueError:
         return Document(None, digest)
+
+
+def _words(place: Storage, path: str) -> set[str]:
+    try:
+        text = place.read_bytes(path, MAX_TEXT_BYTES).decode(errors="replace")
+    except FileTooLarge:
+        return set()
+    return set(re.findall(r"[A-Za-z0-9_]+", text)) | {_safe(word) for word in re.findall(r"[\w.-]+", text)}
 
 
 def _recordings(table: pd.DataFrame) -> set[str]:

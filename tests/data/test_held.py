@@ -11,7 +11,7 @@ from support.session import workflow
 
 from lsemvae.bundle import describe
 from lsemvae.cohorts.withdrawn import Withdrawn
-from lsemvae.data.held import JSON, MODEL, NAME, NOT_READ, PERHAPS, ROWS, Search
+from lsemvae.data.held import MODEL, NAME, NOT_READ, PERHAPS, ROWS, TEXT, Search
 from lsemvae.data.shards import ShardedDataset
 from lsemvae.scoring.inputs import open_shards
 from lsemvae.scoring.output import commit
@@ -50,6 +50,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place.write_bytes("people.csv", b"record_id,label\nfurther/r004,1\nr0040,0\nr011,1\n")
     place.write_bytes("cells/main.json", json.dumps({"record_id": ["r004", "r011"], "r005": 4}).encode())
     place.write_bytes("pictures/r005-1a2b3c4d-ecg.png", b"")
+    place.write_bytes("report.html", b"<td>r005</td><td>r0051</td>")
+    place.write_bytes("other.html", b"<td>r0051</td>")
+    Storage.open(folder / "shards").write_bytes("report.html", b"<html>")
     place.write_bytes("in/r004.xml", b"")
     place.write_bytes("in/r0041.xml", b"")
     place.write_bytes("cut.parquet", b"PAR1")
@@ -68,7 +71,9 @@ def test_everything_that_holds_them_is_found_and_nothing_else(places: Path):
         "scores/scores-plan.parquet": (ROWS, 2),
         "scores/scores-plan.csv": (ROWS, 2),
         "evaluated/people.csv": (ROWS, 1),
-        "evaluated/cells/main.json": (JSON, 2),
+        "evaluated/cells/main.json": (TEXT, 2),
+        "evaluated/report.html": (TEXT, 1),
+        "shards/report.html": (TEXT, 1),
         "evaluated/pictures/r005-1a2b3c4d-ecg.png": (NAME, 1),
         "evaluated/in/r004.xml": (NAME, 1),
         "evaluated/cut.parquet": (NOT_READ, 0),
@@ -93,23 +98,26 @@ def test_the_command_names_places_counts_runs_and_versions(mlflow_server: str, p
     digest = describe(places / "runs" / "tuned" / "bundle").digest
     version = run.register("withdrawn-12L", {"digest": digest}, "candidate")
     run.end()
+    tagged = Run.start("evaluate", "of them", {})
+    tagged.tags({"data_digest": data.manifest.digest})
+    tagged.end()
     other = Run.start("finetune", "of others", {})
     other.end()
     subfolders = [places / name for name in ("shards", "scores", "evaluated", "runs")]
     words = ("--list", places / "evaluated" / "list.txt", "--places", *subfolders, "--output", tmp_path / "held.csv")
     printed = workflow("withdrawn", *words).stdout
-    assert f"{places}/shards: 1 tables with 2 rows\n" in printed
+    assert f"{places}/shards: 1 tables with 2 rows, 1 other files\n" in printed
     assert f"{places}/scores: 3 tables with 6 rows\n" in printed
-    assert f"{places}/evaluated: 1 tables with 1 rows, 1 tables that cannot be read, 3 other files\n" in printed
+    assert f"{places}/evaluated: 1 tables with 1 rows, 1 tables that cannot be read, 4 other files\n" in printed
     assert "3 models, 1 models that were trained without the subjects of another list\n" in printed
-    assert f"{mlflow_server}: 1 runs, 1 versions\n" in printed
+    assert f"{mlflow_server}: 2 runs, 1 versions\n" in printed
     assert not any(name in printed for name in (GONE, *THEIRS))
     with (tmp_path / "held.csv").open() as stream:
         lines = list(csv.DictReader(stream))
     assert {line["path"] for line in lines if line["place"] == mlflow_server} == {
-        run.run_id, f"models:/withdrawn-12L/{version}",
+        run.run_id, tagged.run_id, f"models:/withdrawn-12L/{version}",
     }  # fmt: skip
-    assert len(lines) == 15
+    assert len(lines) == 18
 
 
 @pytest.mark.parametrize(

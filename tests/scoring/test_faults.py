@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,11 +20,13 @@ from support.bundles import save
 from support.cardiosoft_files import document, strip
 from support.faults import Between, Fault
 from support.full_disk import PAGE, resize, small_disk
-from support.killing import Forks, Run
+from support.killing import PART_RECORDS, Forks, Run
+from support.session import ROOT, workflow
 
 from lsemvae.data import cache
 from lsemvae.errors import LsemvaeError, StorageError
 from lsemvae.leads import LEADS
+from lsemvae.scoring import inputs
 from lsemvae.scoring.output import JOB, SUMMARY, claim
 from lsemvae.scoring.parts import Failure
 from lsemvae.scoring.progress import PROGRESS
@@ -209,6 +214,22 @@ def test_killed_at_any_write_to_s3_scoring_goes_on(
         assert killed.status == -signal.SIGKILL, killed.said
         require_goes_on(forks, score(ukb, models["6"], place.uri), place, whole["6"])
     assert spared >= 8  # job, progress, three parts, two tables, summary
+
+
+@pytest.mark.ray
+def test_an_actor_and_the_driver_killed_on_ray(ray_cluster, whole, ukb, models, tmp_path: Path, monkeypatch):
+    """Each in the middle of a file; the bytes are those of a run without Ray."""
+    place, noted = Storage.open(tmp_path / "out"), tmp_path / "killed"
+    _, *words = map(str, score(ukb, models["6"], place.uri))
+    command = [sys.executable, str(ROOT / "tests" / "support" / "killing.py"), *words]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"KILLED": str(noted)}, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert noted.exists()
+    assert len(list(place.list("parts", ".parquet"))) == require_whole(place) == 3  # the killed actor's part, too
+    assert not place.exists(SUMMARY)
+    monkeypatch.setattr(inputs, "PART_RECORDS", PART_RECORDS)
+    workflow("score", *words)
+    assert results(place) == whole["6"]
 
 
 # --- two at once ---------------------------------------------------------------------------------------------

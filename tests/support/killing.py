@@ -1,4 +1,5 @@
-"""Commands that stop at any of their writes: `python tests/support/killing.py` runs them in forks, without Ray.
+"""Commands that stop at any of their writes: `python tests/support/killing.py` runs them in forks, without Ray, and
+with words of score.py it runs that on Ray (see `score_on_ray`).
 
 A command is the one that a user gives, except that its parts are made in its own process. Each time that it makes a
 folder, writes to a file or renames one is a point. At the point that a test names it gets SIGKILL, or SIGSTOP: in a
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+PART_RECORDS = 4
 
 
 class Forks:
@@ -183,7 +185,7 @@ def commands() -> dict[str, Any]:
     importlib.import_module("lsemvae.reports.ingest")
     from lsemvae.scoring import inputs, progress
 
-    inputs.PART_RECORDS, progress.BEAT_S = 4, 60.0  # a beat would be a point that comes at any time
+    inputs.PART_RECORDS, progress.BEAT_S = PART_RECORDS, 60.0  # a beat would be a point that comes at any time
     found["score"].make_parts = make_parts_here
     found["ingest"].make_shards, found["ingest"].start_ray = make_shards_here, lambda: None
     return found
@@ -233,5 +235,34 @@ def serve(lines: Iterable[str]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
+def score_on_ray(words: list[str]) -> None:
+    """score.py on Ray. The actor that makes the second part is killed in the middle of its file, and the driver in the
+    middle of the first table. The actor is killed once: it notes that in `KILLED`."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "workflows")]
+    import cohort
+    import score
+
+    from lsemvae.scoring import inputs
+    from lsemvae.scoring.parts import PartMaker
+
+    inputs.PART_RECORDS = PART_RECORDS
+    output, noted = words[words.index("--output") + 1], Path(os.environ["KILLED"])
+
+    class Killed(PartMaker):
+        def _finish(self, number: int) -> dict[str, Any]:
+            if number == 1 and not noted.exists():
+                noted.touch()
+                Points(f"{output}/parts/.000001", 1, signal.SIGKILL).watch()
+            return super()._finish(number)
+
+    cohort.PartMaker = Killed
+    Points(f"{output}/.scores-", 1, signal.SIGKILL).watch()
+    sys.argv = ["score.py", *words]
+    score.run_command(score.main, score.Args)
+
+
 if __name__ == "__main__":
-    serve(sys.stdin)
+    if sys.argv[1:]:
+        score_on_ray(sys.argv[1:])
+    else:
+        serve(sys.stdin)
