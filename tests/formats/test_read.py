@@ -279,6 +279,26 @@ def test_hostile_xml(root: str, attack: str) -> None:
         assert error.code == "too_large"
 
 
+def peak_bytes(content: bytes) -> int:
+    """The most memory that this process has had when it has read this, what libraries in C allocate included."""
+    with contextlib.suppress(UnreadableRecording):
+        read_files({"a.bin": content})
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_hostile_xml_takes_little_memory_of_the_process() -> None:
+    """tracemalloc above does not see what the XML parser allocates. Unfolded, the bombs take gigabytes."""
+    apart = Apart(peak_bytes)
+    before = apart(b"<?xml version='1.0'?><CardiologyXML/>")
+    for root in XML_ROOTS:
+        for name, attack in XML_ATTACKS.items():
+            content = attack.replace("{0}", root).encode()
+            assert apart(content) < before + 4 * 2**24 + 32 * 2**20, (root, name)  # the largest has 16 MiB
+    apart.close()
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig"])
 def test_hostile_xml_in_other_encodings(encoding: str) -> None:
     content = XML_ATTACKS["billion laughs"].replace("{0}", "CardiologyXML").encode(encoding)
@@ -338,6 +358,7 @@ def test_a_read_that_hangs_is_ended_and_its_bytes_are_shown() -> None:
     with pytest.raises(Hung, match=r"no answer within 1 s to .*for ever"):
         apart(b"for ever")
     assert apart(b"the end") == b"the end"
+    apart.close()
 
 
 @FORMATS

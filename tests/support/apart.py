@@ -41,10 +41,13 @@ class Apart:
         self._pipe.send(arguments)
         if self._pipe.poll(self._bound_s):
             return self._pipe.recv()
+        self.close()
+        raise Hung(f"no answer within {self._bound_s:g} s to {arguments!r}")
+
+    def close(self) -> None:
         self._process.kill()
         self._process.join()
         self._process = None
-        raise Hung(f"no answer within {self._bound_s:g} s to {arguments!r}")
 
 
 def _answer(function: Callable[..., Any], pipe: Connection) -> None:
