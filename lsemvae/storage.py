@@ -243,7 +243,8 @@ _MENDS = [
     (
         # Some servers answer 400 without a body to a request without credentials.
         ("ACCESS_DENIED", "HTTP status 403", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "HTTP status 400"),
-        "access denied: check the credentials (AWS_ACCESS_KEY_ID, …), or add ?anonymous=true for a public bucket",
+        "access denied: check the credentials (AWS_ACCESS_KEY_ID, …), which may have expired, or add ?anonymous=true "
+        "for a public bucket",
     ),
     (("NO_SUCH_BUCKET",), "there is no such bucket: check the name, or create it"),
     (

@@ -112,6 +112,33 @@ def test_what_does_not_pass_ends_in_one_line(between, place, kind, says):
     assert ATTEMPTS <= sum(method == "GET" for method, _, _ in between.requests) <= ATTEMPTS + 1
 
 
+READS = """
+from lsemvae import storage
+storage.MAX_ATTEMPTS = 4
+try:
+    storage.Storage.open({uri!r}).read_bytes("x")
+except storage.StorageError:
+    pass
+"""
+
+
+def test_pauses_between_attempts_are_random_and_differ_from_process_to_process():
+    """Workers that meet the same fault at the same moment do not come back together. Nothing is behind the proxy."""
+    pauses = []
+    environment = os.environ | {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for _ in range(2):
+        between = Between("http://127.0.0.1:9")
+        between.faults = [Fault("503")]
+        subprocess.run(
+            [sys.executable, "-c", READS.format(uri=between.uri("ecg/x"))], check=True, env=environment, cwd=ROOT
+        )
+        between.close()
+        assert len(between.at_s) == 4
+        pauses.append(np.diff(between.at_s))
+    # Each is random up to a limit that doubles. Two sequences without jitter would be equal to within milliseconds.
+    assert np.abs(pauses[0] - pauses[1]).max() > 0.1
+
+
 def test_a_shard_that_is_not_what_was_written_is_noticed(between, place):
     """By its pages' checksums and its digest: pyarrow itself fills up what a lying server leaves out, with zeros."""
     rng = np.random.default_rng(0)

@@ -29,16 +29,20 @@ def require_subjects(y_B: np.ndarray, subject_B: np.ndarray, folds: int, option:
 
 
 def make_folds(y_B: np.ndarray, subject_B: np.ndarray, folds: int, seed: int) -> list[Fold]:
-    """So many folds; raises LsemvaeError when one would lack a class."""
+    """So many folds; raises LsemvaeError when one would lack a class or tear a subject apart."""
     from sklearn.model_selection import StratifiedGroupKFold  # takes 1 s
 
     require_subjects(y_B, subject_B, folds)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     found = list(splitter.split(y_B, y_B, subject_B))
     for number, (train, test) in enumerate(found):
-        assert not set(subject_B[train]) & set(subject_B[test])
+        if torn := set(subject_B[train]) & set(subject_B[test]):
+            raise LsemvaeError(
+                f"fold {number} tests on recordings of {len(torn)} subjects that it trains on: its scores would mean "
+                "nothing, so it is refused"
+            )
         if len(np.unique(y_B[test])) < 2:
-            raise LsemvaeError(f"fold {number} has one class only: lower --folds (now {folds})")
+            raise LsemvaeError(f"fold {number} has one class only: lower --folds (now {folds}) or add recordings")
     return found
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.training.out_of_memory import OutOfMemory, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,10 @@ def end_at_once() -> Any:
 
 
 def raise_lasting(errors: Iterable[BaseException]) -> None:
-    """Raises the first error that a retry would not change. The loss of a machine is not one."""
+    """Raises the first error that a retry would not change. The loss of a machine is not one, too little memory is."""
     for error in errors:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{' '.join(str(error).split())[:200]}: give a smaller --optim.batch-size") from error
         if isinstance(error, LsemvaeError) and not (isinstance(error, StorageError) and error.passing):
             raise error
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lsemvae.config import OptimConfig
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.parts.objectives import NonFiniteBatch, require
+from lsemvae.training.out_of_memory import explained
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,8 @@ def fit(
     A step whose loss or gradient is not finite is left out: the weights stay those of the last good step (a fused
     AdamW does so on the device, so nothing has to wait for it). Raises NonFiniteBatch, with the positions of the bad
     records where they are known, when more than MAX_SKIPPED_STEPS of an epoch are left out, more than
-    MAX_SKIPPED_IN_A_ROW one after another, or all of them. Raises LsemvaeError when an epoch has no batch, or the
-    schedule needs `steps_per_epoch`.
+    MAX_SKIPPED_IN_A_ROW one after another, or all of them. Raises OutOfMemory when a step does not fit the memory,
+    LsemvaeError when an epoch has no batch, or the schedule needs `steps_per_epoch`.
     """
     watcher, start = watcher or Watcher(), start or Start()
     workers = torch.distributed.get_world_size() if _distributed() else 1
@@ -126,6 +127,7 @@ def fit(
             return
 
 
+@explained
 def _take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -389,3 +389,24 @@ def test_a_cell_s_garbled_file_is_said_and_trained_again(content: bytes, tmp_pat
     (tmp_path / f"{cell.name}.json").write_bytes(content)
     assert kept.read(cell, found.tests(cell)) is None
     assert f"{cell.name}.json is damaged" in caplog.text and "It is trained again" in caplog.text
+
+
+def test_a_fold_of_one_class_is_refused_before_anything_is_trained():
+    """Each class has enough subjects; but one subject has both, so a fold is left with one class."""
+    y_B, subject_B = np.array([0, 1, 0, 1]), np.array(["s0", "s1", "s2", "s2"])
+    with pytest.raises(LsemvaeError, match=r"fold 1 has one class only: lower --folds \(now 2\) or add recordings"):
+        make_folds(y_B, subject_B, 2, seed=0)
+
+
+def test_folds_that_tear_a_subject_apart_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """As if the library kept no groups together. The guard works without assertions, too (`python -O`)."""
+    import sklearn.model_selection as library
+
+    class Tears(library.StratifiedKFold):
+        def split(self, x: object, y: np.ndarray, groups: np.ndarray) -> object:
+            return super().split(x, y)
+
+    monkeypatch.setattr(library, "StratifiedGroupKFold", Tears)
+    y_B, subject_B = np.tile([0, 0, 1, 1], 6), np.repeat([f"s{number}" for number in range(12)], 2)
+    with pytest.raises(LsemvaeError, match=r"fold 0 tests on recordings of \d+ subjects that it trains on"):
+        make_folds(y_B, subject_B, 3, seed=0)

@@ -1,4 +1,4 @@
-"""Faults of a real MLflow server: stopped, or its SQLite file locked by another process."""
+"""Faults of a real MLflow server: stopped, killed, or its SQLite file locked by another process."""
 
 import contextlib
 import os
@@ -17,6 +17,11 @@ def _server(uri: str) -> tuple[int, str]:
         with contextlib.suppress(OSError):
             found[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return min((pid, words) for pid, words in found.items() if "mlflow server" in words and f"--port {port} " in words)
+
+
+def kill_server(uri: str) -> None:
+    """SIGKILL of the server and its workers."""
+    os.killpg(os.getpgid(_server(uri)[0]), signal.SIGKILL)
 
 
 @contextlib.contextmanager

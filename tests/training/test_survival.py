@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -27,11 +29,12 @@ from hypothesis import strategies as st
 from support.checkpoints import checkpoints, saved
 from support.checkpoints import newest as newest_step
 from support.faults import Between, Fault
-from support.mlflow_faults import silent
+from support.mlflow_faults import kill_server, silent
 from support.session import ANY_WORKER_PORT, ROOT, end_group, kept_signals, ray_folder, text_of
 from support.watched import Attempt, Watched
 
 from lsemvae import bundle as bundles
+from lsemvae import storage, tracking
 from lsemvae.config import with_settings
 from lsemvae.data.feed import DAMAGED, Feed, Rows, read_here
 from lsemvae.data.row_groups import footer as storage_footer
@@ -97,7 +100,7 @@ def wait_until(condition: Callable[[], object], seen: Callable[[], str], alive: 
         time.sleep(0.05)
 
 
-def job_of(data: Path, changes: Mapping[str, object] | None = None) -> PretrainJob:
+def job_of(data: Path | str, changes: Mapping[str, object] | None = None) -> PretrainJob:
     import pretrain
 
     recipe, dataset = with_settings(PRETRAIN["smoke"], SETTINGS | (changes or {})), ShardedDataset.open(str(data))
@@ -229,6 +232,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB of its own, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system can be mounted by root alone: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """The curves of a run without faults, in one process without Ray."""
@@ -241,12 +258,13 @@ def undisturbed(data: Path, mlflow_server: str, tmp_path_factory: pytest.TempPat
     return curves(run)
 
 
-def train_here(job: PretrainJob, place: Path, run: Run) -> Attempt:
-    """The run in this process, without a cluster."""
+def train_here(job: PretrainJob, place: Path, run: Run, *, until: int = 10**9, watched: Path | None = None) -> Attempt:
+    """The run in this process, without a cluster, up to a step that another thread may put off."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    attempt = Attempt(place / "watched")
+    attempt = Attempt(watched or place / "watched")
+    attempt.until(until)
     job = replace(
         job,
         train=Watched(**vars(job.train)),
@@ -517,6 +535,155 @@ def test_more_damage_than_is_allowed_ends_the_run(data: Path, mlflow_server: str
         train_here(job_of(tmp_path, {"max_damaged_share": 0.3}), tmp_path / "run", run)
     run.end("FAILED")
     assert not (tmp_path / "run" / "bundle").exists()
+
+
+def in_bucket(data: Path, prefix: str) -> str:
+    for path in data.iterdir():
+        boto3.client("s3").put_object(Bucket="ecg", Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+    return f"ecg/{prefix}"
+
+
+def test_a_store_that_falls_silent_in_training_is_asked_again_and_at_last_named(
+    data: Path, s3: str, undisturbed: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It accepts the connection and the request, and never answers."""
+    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1)
+    between, run = Between(s3), Run.start("pretrain", "silent store", {})
+    uri = between.uri(in_bucket(data, "silent"))
+    between.faults = [Fault("silence", 1, "GET", "train-"), Fault("silence", 1, "HEAD", "train-", spared=1)]
+    attempt = train_here(job_of(uri), tmp_path / "run", run)
+    run.end()
+    assert not any(fault.times for fault in between.faults)
+    assert_every_record_once(attempt)
+    assert curves(run)["step.loss"] == pytest.approx(undisturbed["step.loss"], rel=1e-4)
+    job = job_of(uri)
+    between.faults = [Fault("silence", part="train-")]
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    storage._s3_filesystem.cache_clear()
+    storage_footer.cache_clear()
+    with pytest.raises(StorageError, match=r"train-\d\.parquet: the object store does not answer, or breaks off"):
+        train_here(job, tmp_path / "silent", run)
+    storage._s3_filesystem.cache_clear()
+    between.close()
+
+
+KEYS = """
+number=$(($(cat "$0.count" 2>/dev/null || echo 0) + 1))
+echo $number > "$0.count"
+printf '{"Version": 1, "AccessKeyId": "KEY%s", "SecretAccessKey": "tests-only", "SessionToken": "t", ' $number
+printf '"Expiration": "%s"}' $(date -u -d '+5 seconds' +%Y-%m-%dT%H:%M:%SZ)
+"""
+
+
+def test_credentials_that_expire_in_training_are_renewed_by_aws_s_own_chain(
+    data: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A `credential_process` gives keys for five seconds; the store refuses all that it has seen before some step."""
+    between, run = Between(s3), Run.start("pretrain", "expiring", {})
+    uri = between.uri(in_bucket(data, "expiring"))
+    (tmp_path / "keys.sh").write_text(KEYS)
+    profile = f"[default]\nregion = us-east-1\ncredential_process = /bin/sh {tmp_path}/keys.sh\n"
+    (tmp_path / "config").write_text(profile)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._s3_filesystem.cache_clear()
+    job, attempt = job_of(uri), Attempt(tmp_path / "run" / "watched")
+    attempt.until(12)
+
+    def expire() -> None:
+        wait_until(lambda: 11 in attempt.steps(), str)
+        between.refused_keys |= between.keys()
+        attempt.until(10**9)
+
+    expiring = threading.Thread(target=expire)
+    expiring.start()
+    assert_every_record_once(train_here(job, tmp_path / "run", run, until=12))
+    expiring.join()
+    run.end()
+    assert between.refused_keys and between.keys() - between.refused_keys
+    storage._s3_filesystem.cache_clear()
+    between.refused_keys |= {f"KEY{number}" for number in range(1000)}  # for good: nobody renews them
+    with pytest.raises(StorageError, match=r"access denied: check the credentials .* which may have expired") as raised:
+        Storage.open(uri).read_bytes(MANIFEST)
+    assert not raised.value.passing
+    storage._s3_filesystem.cache_clear()
+    between.close()
+
+
+def test_mlflow_is_killed_in_mid_training_and_nothing_is_lost(
+    data: Path, undisturbed: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    """SIGKILL of the server; it is started again, on its database, before training ends."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folder, port, attempt = tmp_path / "mlflow", servers.free_port(), Attempt(tmp_path / "run" / "watched")
+    folder.mkdir()
+    with contextlib.ExitStack() as started:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", started.enter_context(servers.mlflow_server(folder, port)))
+        run = Run.start("pretrain", "killed server", {})
+
+        def kill_and_start() -> None:
+            wait_until(lambda: 14 in attempt.steps(), str)
+            kill_server(os.environ["MLFLOW_TRACKING_URI"])
+            attempt.until(25)
+            wait_until(lambda: 24 in attempt.steps() and "cannot write to MLflow" in caplog.text, lambda: caplog.text)
+            started.enter_context(servers.mlflow_server(folder, port))
+            attempt.until(10**9)
+
+        killing = threading.Thread(target=kill_and_start)
+        killing.start()
+        assert_every_record_once(train_here(job_of(data), tmp_path / "run", run, until=15))
+        killing.join()
+        run.end()
+        assert "are lost" not in caplog.text
+        found = curves(run)
+    for name, values in undisturbed.items():
+        assert found[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_mlflow_that_answers_503_for_a_while_loses_nothing(
+    data: Path, mlflow_server: str, undisturbed: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    between = Between(mlflow_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", between.endpoint)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_PAUSE_S", 0.05)
+    run = Run.start("pretrain", "503", {})
+    between.faults = [Fault("503", 3, "POST", "log-batch", spared=1), Fault("reset", 2, "POST", "log-batch", spared=1)]
+    train_here(job_of(data), tmp_path / "run", run)
+    run.end()
+    assert not any(fault.times for fault in between.faults)
+    found = curves(run)
+    for name, values in undisturbed.items():
+        assert found[name] == pytest.approx(values, rel=1e-4), name
+    between.close()
+
+
+@pytest.mark.parametrize("full", ["storage", "temporary folder"])
+def test_a_really_full_disk_ends_in_one_line_and_with_room_the_training_succeeds(
+    full: str, data: Path, small_disk: Path, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A file system of 64 kB, less than the weights take; the system itself refuses to write more."""
+    run = Run.start("pretrain", "full disk", {})
+    place = small_disk / "run" if full == "storage" else tmp_path / "run"
+    if full != "storage":
+        monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    place.mkdir()
+    job = job_of(data)
+    with pytest.raises(LsemvaeError, match=r"no checkpoint can be written .*: make room there") as raised:
+        train_here(job, place, run, watched=tmp_path / "watched")
+    assert not isinstance(raised.value, StorageError) and len(str(raised.value).splitlines()) == 1
+    with pytest.raises(LsemvaeError):
+        raise_lasting([raised.value])  # nothing is tried again
+    left = [path for path in small_disk.rglob("*") if path.is_file() and path.stat().st_size > 0]
+    assert [path.name for path in left if "partial" in str(path) or path.suffix == ".safetensors"] == []
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    train_here(job, place, run, watched=tmp_path / "watched")
+    run.end()
+    assert bundles.load(place / "bundle")[0].leads == PAIR
 
 
 def ordered_batches(folder: Path) -> Iterator[Rows]:

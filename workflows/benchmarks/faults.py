@@ -36,6 +36,8 @@ class Between:
     def __init__(self, endpoint: str) -> None:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.at_s: list[float] = []  # when each of them came
+        self.refused_keys: set[str] = set()  # requests of S3 that are signed with them get 403
         self.bytes_per_s = 100_000  # of the fault "slow"
         self.silent = threading.Event()
         self.victims: SimpleQueue[int] = SimpleQueue()
@@ -49,6 +51,10 @@ class Between:
 
     def uri(self, path: str) -> str:
         return f"s3://{path}?endpoint={self.endpoint}"
+
+    def keys(self) -> set[str]:
+        """The keys with which requests of S3 were signed."""
+        return {_key(headers) for _, _, headers in self.requests} - {""}
 
     def heal(self) -> None:
         self.faults.clear()
@@ -71,6 +77,9 @@ class Between:
     def meet(self, method: str, path: str, headers: dict[str, str]) -> str | None:
         with self._lock:
             self.requests.append((method, path, headers))
+            self.at_s.append(time.monotonic())
+            if _key(headers) in self.refused_keys:
+                return "403"
             for fault in self.faults:
                 if fault.method in ("", method) and fault.part in path and fault.times:
                     if fault.spared:
@@ -79,6 +88,10 @@ class Between:
                     fault.times -= 1
                     return fault.kind
         return None
+
+
+def _key(headers: dict[str, str]) -> str:
+    return headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
 
 
 def _handler(between: Between, server: str) -> type[BaseHTTPRequestHandler]:
