@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "training/checkpoints.py": {"torch", "safetensors", "ray"},
     "training/failures.py": {"ray"},
     "training/launch.py": {"ray", "torch"},
+    "training/out_of_memory.py": {"torch"},
     "training/pretrain.py": {"torch", "ray"},
     "training/search.py": {"ray"},
     "training/trials.py": {"pandas"},
