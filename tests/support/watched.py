@@ -2,6 +2,7 @@
 
     pretrain, tune   each step's records; before the step that the limit names they wait
     score, explain   wait after the first finished part
+    finetune         waits after so many finished trainings as the limit says
 
 It is run as a program, so that Ray takes the feed's class along to the workers. A test decides how far a run gets by
 `Attempt.until`; it can then kill the run at that place, however busy the machine is.
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from lsemvae.data.feed import Feed, Rows
@@ -109,6 +111,25 @@ def _tune() -> None:
     tune.run_recipe_command(tune.main, tune.Args, PRETRAIN, storage=missing, grid=missing)
 
 
+def _finetune() -> None:
+    import finetune
+
+    from lsemvae.evaluation.cells import _Kept
+    from lsemvae.recipes import FINETUNE
+
+    write, finished = _Kept.write, count(1)
+
+    def write_and_wait(kept: _Kept, *what: object) -> None:
+        write(kept, *what)
+        number = next(finished)
+        while number >= int((Path(Watched.folder) / "limit").read_text() or 0):
+            time.sleep(0.05)
+
+    _Kept.write = write_and_wait
+    missing = finetune.tyro.MISSING
+    finetune.run_recipe_command(finetune.main, finetune.Args, FINETUNE, task=missing, encoder=missing)
+
+
 def _on_a_cohort(name: str) -> None:
     command = importlib.import_module(name)
 
@@ -128,4 +149,4 @@ def _on_a_cohort(name: str) -> None:
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "workflows")]
     name = sys.argv.pop(1)
-    {"pretrain": _pretrain, "tune": _tune}.get(name, partial(_on_a_cohort, name))()
+    {"pretrain": _pretrain, "tune": _tune, "finetune": _finetune}.get(name, partial(_on_a_cohort, name))()
