@@ -1,4 +1,4 @@
-"""How the C library treats freed memory."""
+"""How the C library treats freed memory, and which errors mean that there was not enough."""
 
 import contextlib
 import ctypes
@@ -19,3 +19,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, -1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch could not allocate memory, on the host or on a device.
+
+    torch's allocator on the CPU raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory: …".
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -48,11 +48,12 @@ async def healthz() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "No model is loaded."}})
 async def readyz(service: TheService) -> Any:
-    """Whether recordings can be scored, which models answer, and why a promoted version does not."""
+    """Whether recordings can be scored, which models answer, and why a promoted version or the encoder does not."""
     registry = service.registry
     models = [f"{m.name}/{m.version}" if m.version else m.name for m in _described(registry.served)]
     # An address may hold a password, and this path needs no token.
-    problems = {name: shown(text) for name, text in registry.problems.items()}
+    encoder = {"encoder": service.encoder.problem} if service.encoder and service.encoder.problem else {}
+    problems = {name: shown(text) for name, text in (encoder | registry.problems).items()}
     state = Readiness(ready=registry.ready, models=models, problems=problems)
     return state if state.ready else JSONResponse(state.model_dump(), 503)
 

@@ -173,20 +173,21 @@ async def _respond(
 async def reconstruct(request: Request, service: TheService) -> Response:
     """Estimate the leads that were not recorded from those that were. An estimate is not a measurement."""
     require_type(request, "application/json")
-    if service.reconstructor is None:
-        if service.reconstructor_problem:
-            raise HTTPException(409, service.reconstructor_problem)
+    if service.encoder is None:
         raise HTTPException(404, "no encoder is configured: name one as `encoder` in serve/config.yaml")
+    reconstructor = service.encoder.reconstructor  # one for the whole request: another version may replace it meanwhile
+    if reconstructor is None:
+        raise HTTPException(409, service.encoder.problem)
     asked, records = await json_records(request, ReconstructRequest)
     good = {b: record for b, record in enumerate(records) if isinstance(record, Record)}
-    made = await service.reconstructor.reconstruct(list(good.values()), [asked.ids[b] for b in good])
+    made = await reconstructor.reconstruct(list(good.values()), [asked.ids[b] for b in good])
     results = [
         ReconstructOut(id=id, refused=RefusedOut(code=refusal_code(record), reason=str(record)))
         for id, record in zip(asked.ids, records, strict=True)
     ]
     for b, out in zip(good, made, strict=True):
         results[b] = out
-    response = ReconstructResponse(model=service.reconstructor.bundle.digest, results=results)
+    response = ReconstructResponse(model=reconstructor.bundle.digest, results=results)
     return await as_response(response, 422 if all(result.refused for result in results) else 200, is_large=True)
 
 

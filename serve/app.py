@@ -20,10 +20,11 @@ from lsemvae.errors import LsemvaeError
 from lsemvae.memory import keep_freed_memory
 from serve.api import make_api
 from serve.explaining import Explaining
+from serve.model_thread import require_working
 from serve.observed import Metrics
-from serve.reconstruct import load_encoder
+from serve.reconstruct import Encoder
 from serve.registry import Registry
-from serve.security import tokens_from_environment
+from serve.security import Tokens
 from serve.service import Service
 
 log = logging.getLogger("ray.serve")
@@ -44,6 +45,9 @@ class Config(BaseModel):
         default=4, ge=0, description="explanations that wait while one is made: beyond it 503; 0 makes none"
     )
     explain_timeout_s: float = Field(default=50, gt=0, description="time for one explanation: after it 504")
+    model_timeout_s: float = Field(
+        default=60, gt=0, description="time for one batch: a replica whose models take longer is replaced"
+    )
     poll_s: float = Field(default=20, gt=0, description="seconds between two looks at MLflow's aliases")
     allow_anonymous: bool = Field(default=False, description="answer everybody when no token is set")
     cors_origins: list[str] = Field(
@@ -60,25 +64,19 @@ class Config(BaseModel):
 
 def make_service(config: Config) -> Service:
     """Loads what the configuration names. Raises LsemvaeError when no token is set and anonymous use is not allowed."""
-    tokens = tokens_from_environment()
-    if not tokens and not config.allow_anonymous:
+    tokens = Tokens.from_environment()
+    if not tokens.required and not config.allow_anonymous:
         raise LsemvaeError(
             "no token is set: export LSEMVAE_TOKENS=$(openssl rand -hex 32) where Ray starts, or LSEMVAE_TOKENS_FILE, "
             "or say allow_anonymous: true in serve/config.yaml"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reconstructor, problem, metrics = None, "", Metrics()
-    if config.encoder:
-        try:
-            reconstructor = load_encoder(config.encoder, config.bundles.expanduser(), device)
-        except (LsemvaeError, OSError) as error:  # scoring works without it
-            problem = str(error)
-            log.error(f"{config.encoder}: {problem}")
+    tokens.follow()
+    bundles, metrics = config.bundles.expanduser(), Metrics()
     return Service(
-        registry=Registry(config.models, config.bundles.expanduser(), config.poll_s, device, metrics),
+        registry=Registry(config.models, bundles, config.poll_s, device, metrics),
         metrics=metrics,
-        reconstructor=reconstructor,
-        reconstructor_problem=problem,
+        encoder=Encoder(config.encoder, bundles, config.poll_s, device) if config.encoder else None,
         explaining=_explaining(config),
         tokens=tokens,
         cors_origins=config.cors_origins,
@@ -104,10 +102,14 @@ class EcgService:
         keep_freed_memory()
         # By default Ray gives a replica as many threads as it reserves CPUs.
         torch.set_num_threads(config.threads or _cores())
-        self._service = make_service(config)
+        self._service, self._model_timeout_s = make_service(config), config.model_timeout_s
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self._service)
+
+    async def check_health(self) -> None:
+        """Ray Serve asks this regularly, and replaces a replica that raises or does not answer three times in a row."""
+        await require_working(self._service.registry.served.values(), self._model_timeout_s)
 
 
 def _cores() -> int:

@@ -1,8 +1,11 @@
 """Reconstructs missing leads with a pre-trained encoder and its decoder. A reconstruction is not a measurement."""
 
-import asyncio
 import logging
+import random
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ from lsemvae.errors import BundleError, LsemvaeError
 from lsemvae.leads import in_order
 from lsemvae.preprocess import preprocess
 from lsemvae.record import Record
-from lsemvae.tracking import fetched, locate, parse_model
+from lsemvae.tracking import Version, fetched, locate, parse_model
+from serve.model_thread import TORCH
+from serve.registry import RETRY_S
 from serve.schema import LeadOut, Origin, ReconstructOut, RefusedOut
-from serve.scoring import TORCH
 from serve.shelf import Kept, Shelf, locked_shelf
 
 log = logging.getLogger("ray.serve")
@@ -36,7 +40,7 @@ class Reconstructor:
         self._device = device
 
     async def reconstruct(self, records: Sequence[Record], ids: Sequence[str]) -> list[ReconstructOut]:
-        return await asyncio.get_running_loop().run_in_executor(TORCH, self._reconstruct, records, ids)
+        return await TORCH.run(self._reconstruct, records, ids)
 
     def _reconstruct(self, records: Sequence[Record], ids: Sequence[str]) -> list[ReconstructOut]:
         config, leads = self.bundle.preprocess, self.bundle.leads
@@ -87,38 +91,90 @@ class Reconstructor:
         return rows
 
 
-def load_encoder(uri: str, folder: Path, device: str) -> Reconstructor:
-    """The encoder that the URI names; a registered one is kept under `folder`, and answers while MLflow is away.
+class Encoder:
+    """The encoder that the URI names. It follows an alias every `poll_s` seconds; with 0 only `refresh` looks.
 
-    Raises LsemvaeError when it cannot be loaded.
+    A registered one is kept under `folder`, and answers while MLflow is away, or while the version that the alias names
+    cannot be loaded.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not uri.startswith("models:/"):
-        with fetched(uri, folder) as found:
-            return Reconstructor(found.folder, device)
-    with locked_shelf(folder, "encoder", parse_model(uri)[0]) as shelf:
-        kept = shelf.kept()
+
+    def __init__(self, uri: str, folder: Path, poll_s: float, device: str = "cpu") -> None:
+        self._uri, self._folder, self._device = uri, folder, device
+        self._version: Version | None = None  # of the registered one that answers
+        self._refused: tuple[Version | None, str, float] = (None, "", 0.0)  # why, and until when it is not tried again
+        self.reconstructor: Reconstructor | None = None
+        self.problem = ""
+        """Why the version that the URI names does not answer."""
+        self.refresh()
+        if poll_s:
+            threading.Thread(target=self._poll, args=(poll_s,), daemon=True, name="encoder").start()
+
+    def refresh(self) -> None:
+        """Looks at the URI once: a new version is loaded and then answers. Never raises."""
         try:
-            return _current(uri, shelf, kept, device)
-        except LsemvaeError as error:
-            if kept is None:
+            if self._uri.startswith("models:/"):
+                self._follow()
+            elif self.reconstructor is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with fetched(self._uri, self._folder) as found:
+                    self.reconstructor = Reconstructor(found.folder, self._device)
+            problem = ""
+        except (LsemvaeError, OSError) as error:
+            problem = " ".join(str(error).split())
+        except Exception as error:  # the thread goes on, and what is loaded answers, whatever this is
+            problem = type(error).__name__
+        if problem and problem != self.problem:
+            answers = f"version {self._version.number}" if self._version else "nothing"
+            log.error(f"{self._uri}: {problem}; {answers} answers /v1/reconstruct")
+        self.problem = problem
+
+    def _poll(self, poll_s: float) -> None:
+        while True:
+            time.sleep(poll_s * random.uniform(0.7, 1))  # so that replicas that started together do not all ask at once
+            self.refresh()
+
+    def _follow(self) -> None:
+        """Loads the version that the URI names now. Raises when that fails, at the start after loading the kept one."""
+        try:
+            wanted = locate(self._uri)
+            if wanted == self._version:
+                return
+            refused, why, until = self._refused
+            if wanted == refused and time.monotonic() < until:
+                raise BundleError(why)
+            try:
+                with self._shelf() as shelf:
+                    reconstructor = self._load(wanted, shelf)
+            except BundleError as error:
+                self._refused = (wanted, str(error), time.monotonic() + RETRY_S)
                 raise
-            log.error(f"{uri}: {error}; version {kept.version.number}, kept on disk, answers")
-            return _of_disk(kept, device)
+            self._answer_with(reconstructor, wanted)
+        except LsemvaeError:
+            if self.reconstructor is None:
+                with self._shelf() as shelf:
+                    if kept := shelf.kept():
+                        self._answer_with(_of_disk(kept, self._device), kept.version)
+            raise
 
+    def _shelf(self) -> AbstractContextManager[Shelf]:
+        return locked_shelf(self._folder, "encoder", parse_model(self._uri)[0])
 
-def _current(uri: str, shelf: Shelf, kept: Kept | None, device: str) -> Reconstructor:
-    """The version that the URI names now: the kept one, or downloaded and then kept."""
-    wanted = locate(uri)
-    if kept and kept.version == wanted:
-        try:
-            return _of_disk(kept, device)
-        except BundleError as error:
-            log.warning(f"{uri}: the bundle kept on disk is damaged and is fetched again: {error}")
-    with shelf.downloaded(wanted) as folder:
-        reconstructor = Reconstructor(folder, device)
-        shelf.keep(folder, wanted, reconstructor.bundle.digest)
-    return reconstructor
+    def _load(self, wanted: Version, shelf: Shelf) -> Reconstructor:
+        """This version: the kept one, or downloaded and then kept."""
+        kept = shelf.kept()
+        if kept and kept.version == wanted:
+            try:
+                return _of_disk(kept, self._device)
+            except BundleError as error:
+                log.warning(f"{self._uri}: the bundle kept on disk is damaged and is fetched again: {error}")
+        with shelf.downloaded(wanted) as folder:
+            reconstructor = Reconstructor(folder, self._device)
+            shelf.keep(folder, wanted, reconstructor.bundle.digest)
+        return reconstructor
+
+    def _answer_with(self, reconstructor: Reconstructor, version: Version) -> None:
+        self.reconstructor, self._version = reconstructor, version
+        log.info(f"serving encoder {version.name} version {version.number} {reconstructor.bundle.digest}")
 
 
 def _of_disk(kept: Kept, device: str) -> Reconstructor:

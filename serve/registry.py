@@ -112,7 +112,7 @@ class Registry:
 
     def refresh(self) -> None:
         """Looks at every URI once: a new version is loaded, checked, and then answers. Never raises."""
-        # In a thread that ends, so that the threads that OpenMP made for it end too: see `scoring.TORCH`.
+        # In a thread that ends, so that the threads that OpenMP made for it end too: see `ModelThread`.
         with ThreadPoolExecutor(1, "look") as look:
             look.submit(self._look).result()
 

@@ -5,7 +5,6 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Generic, TypeVar
 
@@ -17,6 +16,7 @@ from lsemvae.leads import LEADS
 from lsemvae.quality import quality_flags
 from lsemvae.record import Record
 from serve.answers import answered, refused
+from serve.model_thread import TORCH
 from serve.observed import Metrics
 from serve.registry import Served
 from serve.schema import RecordOut, ScoreOut
@@ -25,11 +25,6 @@ MAX_BATCH = 32
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
-
-
-TORCH = ThreadPoolExecutor(1, "torch")
-"""The one thread in which a replica's models run. OpenMP keeps a team of threads for each thread that calls it. With
-more of them than cores, they sleep between two steps of a model, and waking them takes longer than the step."""
 
 
 class Batcher(Generic[Job, Done]):
@@ -73,7 +68,7 @@ class Batcher(Generic[Job, Done]):
 
     async def _answer(self, taken: list[tuple[Job, asyncio.Future[Done]]]) -> None:
         try:
-            results = await asyncio.get_running_loop().run_in_executor(TORCH, self._run, [job for job, _ in taken])
+            results = await TORCH.run(self._run, [job for job, _ in taken])
         except Exception as error:
             if len(taken) > 1:
                 for one in taken:
@@ -145,7 +140,7 @@ class Scoring:
         try:
             candidates = choose(given, served, model)
         except Refused as error:
-            flags = await asyncio.get_running_loop().run_in_executor(TORCH, quality_flags, given)
+            flags = await TORCH.run(quality_flags, given)
             return refused(id, error, [*given.flags, *flags])
         chosen, answer, flags = await self._first_to_accept(candidates, given)
         return answered(id, given, chosen.described, chosen.scorer, answer, flags)

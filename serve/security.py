@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Iterable
@@ -19,11 +20,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lsemvae.errors import LsemvaeError
+from lsemvae.memory import is_out_of_memory
 from serve.observed import Metrics
 
 log = logging.getLogger("ray.serve")
 
 MIN_TOKEN = 16
+TOKENS_POLL_S = 10.0
 OPEN_PATHS = ("/", "/healthz", "/readyz", "/openapi.json")
 OPEN_FOLDER = "/page/"
 """These need no token, and take GET and HEAD without a body. Every other path needs a token, also one that does not
@@ -38,25 +41,72 @@ HEADERS = {
 """Added to every answer that does not set its own."""
 
 
-def tokens_from_environment() -> frozenset[str]:
-    """The tokens in `LSEMVAE_TOKENS` (separated by blanks or commas) and in the file `LSEMVAE_TOKENS_FILE`.
+class Tokens:
+    """The accepted tokens: those given, and those of a file, which `follow` reads again while the service runs.
 
-    The file has one token a line; lines that begin with # are comments. Raises LsemvaeError when the file cannot be
-    read, or when a token is short enough to be guessed.
+    The file has one token a line; lines that begin with # are comments. A token that was added to it or removed from it
+    counts at the next look. If the file is gone, none of its tokens counts; if it cannot be read, all of them still do.
+    Raises LsemvaeError when the file cannot be read at the start, or when a token is short enough to be guessed.
     """
-    tokens = os.environ.get("LSEMVAE_TOKENS", "").replace(",", " ").split()
-    if path := os.environ.get("LSEMVAE_TOKENS_FILE"):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise LsemvaeError(f"LSEMVAE_TOKENS_FILE={path}: {type(error).__name__}: give a readable file") from None
-        tokens += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if short := [token for token in tokens if len(token) < MIN_TOKEN]:
-        raise LsemvaeError(
-            f"{len(short)} of {len(tokens)} tokens have fewer than {MIN_TOKEN} characters: make them with "
-            "`openssl rand -hex 32`"
-        )
-    return frozenset(tokens)
+
+    digests: tuple[bytes, ...] = ()
+    """SHA-256 of each accepted token."""
+    required = False
+    """Whether a token is needed: there is one, or there was one before."""
+
+    def __init__(self, given: Iterable[str] = (), file: Path | None = None) -> None:
+        self._given, self._file = frozenset(given), file
+        self._problem = self._look()
+        if self._problem:
+            raise LsemvaeError(self._problem)
+
+    @classmethod
+    def from_environment(cls) -> "Tokens":
+        """Those in `LSEMVAE_TOKENS`, separated by blanks or commas, and in the file `LSEMVAE_TOKENS_FILE`."""
+        path = os.environ.get("LSEMVAE_TOKENS_FILE")
+        return cls(os.environ.get("LSEMVAE_TOKENS", "").replace(",", " ").split(), Path(path) if path else None)
+
+    def follow(self, poll_s: float = TOKENS_POLL_S) -> None:
+        """Reads the file again every `poll_s` seconds, if there is a file."""
+        if self._file:
+            threading.Thread(target=self._poll, args=(poll_s,), daemon=True, name="tokens").start()
+
+    def refresh(self) -> None:
+        """Reads the file again. A token in it that is too short is left out, and the log says so."""
+        before, problem = self.digests, self._look()
+        if problem and problem != self._problem:
+            log.error(problem)
+        self._problem = problem
+        if self.digests != before:
+            log.info(f"{len(self.digests)} tokens are accepted")
+
+    def _poll(self, poll_s: float) -> None:
+        while True:
+            time.sleep(poll_s)
+            try:
+                self.refresh()
+            except Exception as error:  # the thread goes on, whatever this is
+                log.error(f"{type(error).__name__} while the tokens were read again")
+
+    def _look(self) -> str:
+        """Takes the tokens as they are now -> what is wrong with them."""
+        lines, problems = [], []
+        if self._file:
+            try:
+                lines = [line.strip() for line in self._file.read_text().splitlines()]
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"LSEMVAE_TOKENS_FILE={self._file}: {type(error).__name__}: give a readable file")
+                if not isinstance(error, FileNotFoundError):
+                    return problems[0]
+        found = self._given | {line for line in lines if line and not line.startswith("#")}
+        if short := [token for token in found if len(token) < MIN_TOKEN]:
+            problems.append(
+                f"{len(short)} of {len(found)} tokens have fewer than {MIN_TOKEN} characters: make them with "
+                "`openssl rand -hex 32`"
+            )
+        self.digests = tuple(hashlib.sha256(token.encode()).digest() for token in sorted(found.difference(short)))
+        self.required = self.required or bool(self.digests)
+        return "; ".join(problems)
 
 
 class Rejected(Exception):
@@ -115,7 +165,7 @@ class _Held:
 
 
 class Guard:
-    """The layer. With no `tokens`, everybody may ask.
+    """The layer. Where no token is required, everybody may ask.
 
     A request without a valid token is answered from its headers alone: its body is neither read nor held. A body with
     one is read whole before the application sees it, within `body_timeout_s`. `max_body` limits one body in bytes,
@@ -126,14 +176,14 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        tokens: Iterable[str],
+        tokens: Tokens,
         metrics: Metrics,
         max_body: int,
         max_held: int,
         body_timeout_s: float,
     ) -> None:
         self._app, self._metrics = app, metrics
-        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+        self._tokens = tokens
         self._body_timeout_s = body_timeout_s
         self.max_body, self.max_held = max_body, max_held
         self.held = 0
@@ -163,18 +213,23 @@ class Guard:
             # Where it happened, not its message, which may quote the recording.
             frame = traceback.extract_tb(error.__traceback__)[-1]
             log.error(f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}")
-            await answer.reject(Rejected(500, "internal error"))
+            if is_out_of_memory(error):
+                await answer.reject(
+                    Rejected(503, "not enough memory: send fewer recordings, or later", Retry_After="1")
+                )
+            else:
+                await answer.reject(Rejected(500, "internal error"))
         finally:
             held.release()
             self._observe(scope, answer.status, time.perf_counter() - began)
 
     def _require_token(self, headers: Headers) -> None:
-        if not self._digests:
+        if not self._tokens.required:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
         # Every token is compared, each in constant time: the time it takes does not show how much was right.
-        right = [hmac.compare_digest(digest, known) for known in self._digests]
+        right = [hmac.compare_digest(digest, known) for known in self._tokens.digests]
         if scheme.lower() != "bearer" or not any(right):
             raise Rejected(401, "give a token: Authorization: Bearer …", WWW_Authenticate="Bearer", Connection="close")
 

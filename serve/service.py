@@ -7,8 +7,9 @@ from fastapi import Depends, Request
 
 from serve.explaining import Explaining
 from serve.observed import Metrics
-from serve.reconstruct import Reconstructor
+from serve.reconstruct import Encoder
 from serve.registry import Registry
+from serve.security import Tokens
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,11 @@ class Service:
 
     registry: Registry
     metrics: Metrics
-    reconstructor: Reconstructor | None = None
-    reconstructor_problem: str = ""
-    """Why the configured encoder could not be loaded."""
+    encoder: Encoder | None = None
+    """None where none is configured."""
     explaining: Explaining | None = None
     """None where explanations are switched off."""
-    tokens: frozenset[str] = frozenset()
+    tokens: Tokens = field(default_factory=Tokens)
     cors_origins: list[str] = field(default_factory=list)
     max_body: int = 32 * 2**20
     max_held: int = 512 * 2**20

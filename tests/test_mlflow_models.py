@@ -30,6 +30,7 @@ from lsemvae.tracking import CHAMPION, Run
 from serve.api import make_api
 from serve.observed import Metrics
 from serve.registry import Registry
+from serve.security import Tokens
 from serve.service import Service
 
 NAME = "mlflow-6L"
@@ -69,7 +70,7 @@ def expected(registered: Path, asked: list[dict], tmp_path_factory: pytest.TempP
     """The endpoint's answers: it serves the champion."""
     registry = Registry([URI], tmp_path_factory.mktemp("kept"), 0)
     assert registry.problems == {}
-    api = make_api(Service(registry, Metrics(), tokens=frozenset({serving.TOKEN})))
+    api = make_api(Service(registry, Metrics(), tokens=Tokens({serving.TOKEN})))
     return [serving.only(serving.score(api, one)) for one in asked]
 
 

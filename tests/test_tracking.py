@@ -44,7 +44,7 @@ def test_a_replica_with_a_fetched_encoder_leaves_nothing_in_the_temporary_folder
         allow_anonymous=True,
     )
     service = make_service(config)
-    assert service.reconstructor is not None and not service.reconstructor_problem
+    assert service.encoder is not None and service.encoder.reconstructor and not service.encoder.problem
     assert list(temporary.iterdir()) == []
 
 

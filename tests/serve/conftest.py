@@ -17,8 +17,9 @@ from lsemvae.record import Record
 from serve.api import make_api
 from serve.explaining import Explaining
 from serve.observed import Metrics
-from serve.reconstruct import Reconstructor
+from serve.reconstruct import Encoder
 from serve.registry import Registry
+from serve.security import Tokens
 from serve.service import Service
 
 
@@ -45,8 +46,8 @@ def explaining() -> Iterator[Explaining]:
 @pytest.fixture(scope="module")
 def service(models: Path, explaining: Explaining) -> Service:
     registry = Registry([str(models / "ph-6L"), str(models / "ph-12L")], models / "kept", 0)
-    reconstructor = Reconstructor(models / "encoder")
-    return Service(registry, Metrics(), reconstructor, explaining=explaining, tokens=frozenset({TOKEN}))
+    encoder = Encoder(str(models / "encoder"), models / "kept", 0)
+    return Service(registry, Metrics(), encoder, explaining=explaining, tokens=Tokens({TOKEN}))
 
 
 @pytest.fixture(scope="module")

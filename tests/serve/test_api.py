@@ -45,7 +45,7 @@ from serve import scoring
 from serve.api import make_api
 from serve.inputs import TooLarge, from_files, from_json, json_memory, to_record
 from serve.observed import Metrics
-from serve.reconstruct import Reconstructor
+from serve.reconstruct import Encoder, Reconstructor
 from serve.registry import Registry
 from serve.schema import MAX_RECORDS, MAX_SAMPLES, RecordIn, RecordOut, ScoreRequest
 from serve.scoring import Batcher, min_leads
@@ -668,7 +668,7 @@ def test_absent_leads_are_reconstructed_and_marked(api, models: Path, record: Re
 
 
 def test_leads_scaled_alone_have_no_size_to_give_back(models: Path, record: Record, service: Service):
-    api = make_api(replace(service, reconstructor=Reconstructor(models / "scaled-alone")))
+    api = make_api(replace(service, encoder=Encoder(str(models / "scaled-alone"), models / "kept", 0)))
     result = only(ask(api, "POST", "/v1/reconstruct", json={"records": [as_json(record, LIMB_LEADS)]}))
     assert result["unit"] == "standard deviations"
     assert np.std(result["leads"]["I"]["values"], ddof=1) == pytest.approx(1, abs=0.01)
@@ -687,10 +687,10 @@ def test_what_cannot_be_reconstructed_is_refused(api, record: Record):
 
 def test_without_an_encoder_the_answer_says_what_to_do(service: Service, record: Record):
     body = {"records": [as_json(record, LIMB_LEADS)]}
-    none = make_api(replace(service, reconstructor=None))
+    none = make_api(replace(service, encoder=None))
     answer = ask(none, "POST", "/v1/reconstruct", json=body)
     assert answer.status_code == 404 and "`encoder` in serve/config.yaml" in answer.json()["detail"]
-    broken = make_api(replace(service, reconstructor=None, reconstructor_problem="its SHA-256 differs"))
+    broken = make_api(replace(service, encoder=SimpleNamespace(reconstructor=None, problem="its SHA-256 differs")))
     answer = ask(broken, "POST", "/v1/reconstruct", json=body)
     assert answer.status_code == 409 and answer.json()["detail"] == "its SHA-256 differs"
 

@@ -27,6 +27,7 @@ from serve.api import Service
 from serve.explaining import Explaining
 from serve.observed import Metrics
 from serve.registry import Registry
+from serve.security import Tokens
 
 STATIC = {path.name: path.read_text() for path in page_module.FOLDER.iterdir()}
 SCRIPTS = [name for name in STATIC if name.endswith(".js")]
@@ -565,7 +566,7 @@ def test_what_leaves_the_paper_is_said(browser: Browser, tmp_path: Path, signal_
 
 
 def test_a_token_is_asked_for_used_and_not_kept(browser: Browser, loaded: tuple[Registry, Metrics], url: str):
-    with answering(Service(*loaded, tokens=frozenset({TOKEN}))) as guarded:
+    with answering(Service(*loaded, tokens=Tokens({TOKEN}))) as guarded:
         enter(browser, guarded)
         browser.run("document.getElementById('example').click()")
         assert finished(browser) == "Nothing was scored."

@@ -35,7 +35,7 @@ from lsemvae.preprocess import PreprocessConfig
 from lsemvae.tracking import BUNDLE_FOLDER, CHAMPION, Run, fetch, promote
 from serve import registry as registries
 from serve.app import Config
-from serve.reconstruct import load_encoder
+from serve.reconstruct import Encoder
 from serve.registry import Registry, Served
 
 ENCODER = LSEMVAEConfig(latent=4, channels=(2, 3, 4))
@@ -519,24 +519,48 @@ def test_the_encoder_is_kept_like_the_models_and_nothing_is_left_in_the_temporar
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", between.url)
     uri = f"models:/{name}@champion"
-    first = load_encoder(uri, kept, "cpu")
-    assert first.bundle.digest == bundles.describe(tmp_path / "one").digest
-    assert load_encoder(uri, kept, "cpu").bundle.digest == first.bundle.digest
+    digests = {
+        number: bundles.describe(make(tmp_path / number, k, LEADS, task=None)).digest
+        for k, number in enumerate(("one", "two", "three"), 1)
+    }
+
+    def started() -> Encoder:
+        return Encoder(uri, kept, 0)
+
+    def answers(encoder: Encoder) -> str:
+        """Which of the bundles answers."""
+        digest = encoder.reconstructor.bundle.digest
+        return next(number for number in digests if digests[number] == digest)
+
+    first = started()
+    assert answers(first) == answers(started()) == "one"
     assert between.weights_fetched() == 1  # the second start took it from the disk
     between.away = True
-    assert load_encoder(uri, kept, "cpu").bundle.digest == first.bundle.digest
-    assert "version 1, kept on disk, answers" in caplog.text
+    away = started()
+    assert answers(away) == "one" and between.url in away.problem
+    assert "version 1 answers /v1/reconstruct" in caplog.text
     between.away = False
-    promote_encoder(make(tmp_path / "two", 2, LEADS, task=None))
-    second = load_encoder(uri, kept, "cpu")
-    assert second.bundle.digest == bundles.describe(tmp_path / "two").digest
+    promote_encoder(tmp_path / "two")
+    for encoder in (first, away):  # as two replicas on one machine: each follows, and the bundle is fetched once
+        before = encoder.reconstructor
+        encoder.refresh()
+        assert answers(encoder) == "two" and not encoder.problem and encoder.reconstructor is not before
+    assert between.weights_fetched() == 2
     (folder,) = (path for path in (kept / f"encoder-{name}").iterdir() if path.is_dir())
     (folder / WEIGHTS).write_bytes(b"damaged")
-    assert load_encoder(uri, kept, "cpu").bundle.digest == second.bundle.digest
-    promote_encoder(make(tmp_path / "three", 3, LEADS))  # a classifier: refused, and the kept encoder answers
-    assert load_encoder(uri, kept, "cpu").bundle.digest == second.bundle.digest
-    with pytest.raises(LsemvaeError, match="no model 'no-such'"):
-        load_encoder("models:/no-such@champion", kept, "cpu")
+    assert answers(started()) == "two"
+    promote_encoder(make(tmp_path / "classifier", 3, LEADS))  # refused, and the encoder that answered goes on
+    fetched = between.weights_fetched()
+    for encoder in (first, started()):
+        for _ in range(2):
+            encoder.refresh()
+        assert answers(encoder) == "two" and "has no decoder" in encoder.problem
+    assert between.weights_fetched() == fetched + 2  # not at every look
+    promote_encoder(tmp_path / "three")
+    first.refresh()
+    assert answers(first) == "three" and not first.problem
+    none = Encoder("models:/no-such@champion", kept, 0)
+    assert none.reconstructor is None and "no model 'no-such'" in none.problem
     assert list(temporary.iterdir()) == []
     assert list(kept.rglob("partial-*")) == []
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import hashlib
 import hmac
 import json
 import logging
@@ -24,7 +25,7 @@ from lsemvae.record import Record
 from serve.api import make_api
 from serve.app import Config, make_service
 from serve.observed import Metrics
-from serve.security import OPEN_PATHS, Guard, tokens_from_environment
+from serve.security import OPEN_PATHS, Guard, Tokens
 from serve.service import Service
 
 OTHER = "another-token-of-somebody-else"
@@ -47,7 +48,7 @@ class Observed(Metrics):
 
 @pytest.fixture(scope="module")
 def guarded(service: Service) -> Service:
-    tokens = frozenset({TOKEN, OTHER})
+    tokens = Tokens({TOKEN, OTHER})
     return replace(service, tokens=tokens, metrics=Observed(), max_body=LIMIT, max_held=HELD, body_timeout_s=0.5)
 
 
@@ -124,23 +125,64 @@ def test_no_spelling_of_a_path_goes_round_the_token(api, path: str):
     assert asyncio.run(once()) in (401, 404)
 
 
+def accepted(tokens: Tokens) -> set[str]:
+    return {name for name in (TOKEN, OTHER, "short") if hashlib.sha256(name.encode()).digest() in tokens.digests}
+
+
 def test_tokens_come_from_the_environment_and_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     file = tmp_path / "tokens"
     file.write_text(f"# of the ward\n\n  {OTHER}  \n")
     for name in ("LSEMVAE_TOKENS", "LSEMVAE_TOKENS_FILE"):
         monkeypatch.delenv(name, raising=False)
-    assert tokens_from_environment() == frozenset()
+    none = Tokens.from_environment()
+    assert (none.digests, none.required) == ((), False)
     monkeypatch.setenv("LSEMVAE_TOKENS_FILE", str(file))
-    assert tokens_from_environment() == {OTHER}
+    assert accepted(Tokens.from_environment()) == {OTHER}
     monkeypatch.setenv("LSEMVAE_TOKENS", f" {TOKEN},{TOKEN} ")
-    assert tokens_from_environment() == {OTHER, TOKEN}
+    both = Tokens.from_environment()
+    assert accepted(both) == {OTHER, TOKEN} and len(both.digests) == 2 and both.required
     monkeypatch.setenv("LSEMVAE_TOKENS", "short")
     with pytest.raises(LsemvaeError, match="1 of 2 tokens have fewer than 16 characters") as caught:
-        tokens_from_environment()
+        Tokens.from_environment()
     assert "short" not in str(caught.value)
     monkeypatch.setenv("LSEMVAE_TOKENS_FILE", str(tmp_path / "absent"))
     with pytest.raises(LsemvaeError, match="FileNotFoundError"):
-        tokens_from_environment()
+        Tokens.from_environment()
+
+
+def test_a_changed_file_of_tokens_counts_and_never_opens_the_service(guarded: Service, tmp_path: Path, caplog):
+    file = tmp_path / "tokens"
+    file.write_text(f"{OTHER}\n")
+    tokens = Tokens({TOKEN}, file)
+    api = make_api(replace(guarded, tokens=tokens))
+
+    def statuses() -> list[int]:
+        return [ask(api, "GET", "/v1/models", token=token).status_code for token in (TOKEN, OTHER, "x" * 16, None)]
+
+    assert statuses() == [200, 200, 401, 401]
+    for content, expected in (
+        (f"# {OTHER}\n{'x' * 16}\n".encode(), [200, 401, 200, 401]),  # one revoked, one added
+        (f"{OTHER}\nshort\n".encode(), [200, 200, 401, 401]),  # what cannot be a token is left out
+        (b"", [200, 401, 401, 401]),
+        (b"\xff\xfe", [200, 401, 401, 401]),  # unreadable: as it was
+        (OTHER.encode(), [200, 200, 401, 401]),
+        (b"\xff\xfe", [200, 200, 401, 401]),
+        (None, [200, 401, 401, 401]),
+    ):
+        file.unlink() if content is None else file.write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
+        tokens.refresh()
+        assert statuses() == expected, content
+    file.write_text("")
+    alone = Tokens((), file)
+    assert not alone.required
+    for content in (OTHER, ""):
+        file.write_text(content)
+        alone.refresh()
+        assert alone.required  # a file that is emptied later revokes all: it does not admit everybody
+    assert "1 of 3 tokens have fewer than 16" in caplog.text and "UnicodeDecodeError" in caplog.text
+    assert not [text for text in (OTHER, TOKEN, "short") if text in caplog.text.replace("fewer", "")]
 
 
 def test_without_tokens_it_starts_only_when_told_so(monkeypatch, models: Path, tmp_path: Path):

@@ -1,0 +1,68 @@
+"""The one thread in which a replica's models run, and whether it still works."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, TypeVarTuple
+
+from serve.registry import Served
+
+Given = TypeVarTuple("Given")
+Done = TypeVar("Done")
+
+
+class ModelThread:
+    """OpenMP keeps a team of threads for each thread that calls it. With more of them than cores, they sleep between
+    two steps of a model, and waking them takes longer than the step. So all models run in this one thread.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "torch")
+        self._began: float | None = None
+        self.failed = False
+        """Whether the last call raised an exception."""
+
+    @property
+    def busy_s(self) -> float:
+        """How long the present call has taken so far; 0 between two calls."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    async def run(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._watched, call, *args)
+
+    def _watched(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
+        self._began = time.monotonic()
+        try:
+            done = call(*args)
+        except Exception:
+            self.failed = True
+            raise
+        finally:
+            self._began = None
+        self.failed = False
+        return done
+
+
+TORCH = ModelThread()
+
+
+class NotWorking(Exception):
+    """The models of this replica cannot score any more."""
+
+
+async def require_working(models: Iterable[Served], limit_s: float) -> None:
+    """Raises when one call has taken longer than `limit_s`, or when after a failure a model's own example fails too.
+
+    A recording that the model cannot score is no reason to replace a replica; a broken device is.
+    """
+    if (busy_s := TORCH.busy_s) > limit_s:
+        raise NotWorking(f"the models' thread has worked on one batch for {busy_s:.0f} s")
+    if not TORCH.failed:
+        return
+    for model in models:
+        try:
+            await TORCH.run(model.scorer.check_example)
+        except Exception as error:
+            raise NotWorking(f"{model.described.name} cannot score its example: {type(error).__name__}") from None
