@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PART_RECORDS = 4
+PART_RECORDS = 2
 
 
 class Forks:
