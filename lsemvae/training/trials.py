@@ -58,7 +58,7 @@ def score(metrics: Mapping[str, float], select: Select) -> float:
 def read_outcome(place: Storage) -> Outcome | None:
     if not place.exists(RESULT):
         return None
-    mend = "Delete it and give the same command again: the trial goes on from its newest checkpoint"
+    mend = f"Delete {place.uri} and give the same command again: the trial is run again, as its checkpoints are gone"
     found = place.read_json(RESULT, mend, ("state",))
     return Outcome(**{name: found[name] for name in vars(Outcome("failed")) if name in found})
 
