@@ -131,15 +131,17 @@ class Bundle:
         return cls(architecture_name(config), as_json(config), tuple(leads), preprocess, **rest)
 
 
-def save(bundle: Bundle, model: nn.Module, folder: Path) -> Bundle:
+def save(bundle: Bundle, model: nn.Module | Mapping[str, torch.Tensor], folder: Path) -> Bundle:
     """Writes the directory in one step, replacing an old one of that name -> the bundle with its digest.
 
+    `model` may be given as its `state_dict()`.
     A bundle with a task is loaded again to score the example, and stores that score.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = model if isinstance(model, Mapping) else model.state_dict()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, partial / WEIGHTS)
         content = {
             "format": FORMAT,

@@ -6,7 +6,7 @@ The same command again resumes an unfinished run from its newest checkpoint. A f
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -74,6 +74,12 @@ class Args:
     cache: Annotated[str | None, RARE] = None
     """A folder on the local disk of each training machine for prepared recordings, 240 kB each. The first epoch decodes
     and preprocesses; later epochs read from here."""
+    checkpoint_minutes: Annotated[float, RARE] = 0.0
+    """Write a checkpoint this many minutes after the one before, also in the middle of an epoch; 0 for none. Each epoch
+    ends with one."""
+    step_metrics_s: Annotated[float, RARE] = 5
+    """How often MLflow gets the steps' numbers, in seconds: each row is the mean over the steps since the row before. 0
+    sends every step."""
     wait_s: Annotated[float, RARE] = 600
     """How long to wait for machines when the cluster has too few CPUs or GPUs."""
 
@@ -120,7 +126,11 @@ def _run(args: Args, sources: Sequence[Source], feeds: Feeds, storage: Storage, 
     for source in sources:
         run.reads(source.data)
     place.write_bytes(RUN, json.dumps({"run": run.run_id}).encode())
-    job = make_job(sources, recipe, feeds, run.run_id)
+    job = replace(
+        make_job(sources, recipe, feeds, run.run_id),
+        checkpoint_minutes=args.checkpoint_minutes,
+        step_metrics_s=args.step_metrics_s,
+    )
     rows = job.provenance["data"]["rows"]
     print(
         f"{name}: {rows['train']} recordings to train on, {rows.get('val', 0)} to validate, "

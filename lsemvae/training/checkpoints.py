@@ -122,12 +122,14 @@ def _newest(
 ) -> tuple[str | None, Started]:
     for name, checkpoint in kept:
         started, damage, written_by = None, None, None
-        try:
-            with explained(f"{place.uri}/{name}"), checkpoint.as_directory() as path:
+        with explained(f"{place.uri}/{name}"), checkpoint.as_directory() as path:
+            try:
                 started, written_by = _load(Path(path), recipe, order, device)
-        except BundleError as error:
-            damage = error
-        if sum_over_workers(torch.tensor(float(damage is not None))) > 0:  # of any worker
+            except BundleError as error:
+                damage = error
+            # Within the block: the workers of a machine share one download, which the last that leaves removes.
+            damaged = sum_over_workers(torch.tensor(float(damage is not None))) > 0  # for any worker
+        if damaged:
             if loud:
                 log.error(f"checkpoint {name} is damaged and passed over: {damage or 'another worker found it so'}")
             continue
@@ -178,13 +180,13 @@ def _load(
 def save_checkpoint(
     folder: Path,
     bundle: Bundle,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | Mapping[str, Tensor],
     progress: Progress,
     order: Order,
     workers: int,
 ) -> None:
-    """Writes all of it into an empty folder."""
+    """Writes all of it into an empty folder. `model` may be its `state_dict()`, `optimizer` its `optimizer_tensors`."""
     digest = save(bundle, model, folder / BUNDLE).digest
     about = {"workers": workers, "order": _meaning_of(order), "bundle": digest, "written_by": versions()}
     save_optimizer(optimizer, folder, **vars(progress), **about)
@@ -235,18 +237,23 @@ def _meaning_of(order: Order) -> dict[str, Any]:
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, **state: Any) -> None:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors by the names that a checkpoint gives them."""
+    return {
+        f"{index}.{name}": value.detach()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer | Mapping[str, Tensor], folder: Path, **state: Any) -> None:
     """Write tensors as safetensors and numbers as JSON: nothing has to be unpickled to read them.
 
     `state.json` is written last and holds the SHA-256 of the tensors and of itself, so that an incomplete or altered
     checkpoint is recognised.
     """
-    tensors = {
-        f"{index}.{name}": value.detach().cpu()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-    save_file(tensors, folder / OPTIMIZER)
+    tensors = optimizer if isinstance(optimizer, Mapping) else optimizer_tensors(optimizer)
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / OPTIMIZER)
     with (folder / OPTIMIZER).open("rb") as stream:
         state["optimizer_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
     state["state_sha256"] = _digest(state)

@@ -67,6 +67,14 @@ class Watcher:
     def on_step(self, step: Step) -> None:
         """The numbers of a step are known; the next one may be under way."""
 
+    def wants_checkpoint(self) -> bool:
+        """Whether this worker asks for a checkpoint in the middle of the epoch. It is asked at each step.
+
+        The answer goes to all workers with the numbers of the step, so that all of them take the checkpoint after the
+        step that follows.
+        """
+        return False
+
     def on_checkpoint(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         """A checkpoint is due. All steps up to this one have finite numbers.
 
@@ -95,7 +103,7 @@ def fit(
     each record counts in the mean over the whole step, over all workers; a record of weight 0 takes no part. A scalar
     in a batch is for the whole batch.
     `config.accumulate` parts of a batch go through the model one after another, for one step of the optimiser. After
-    every `checkpoint_every` steps a checkpoint is due.
+    every `checkpoint_every` steps a checkpoint is due, and when `watcher.wants_checkpoint` asks for one.
 
     A step whose loss or gradient is not finite is left out: the weights stay those of the last good step (a fused
     AdamW does so on the device, so nothing has to wait for it). Raises NonFiniteBatch, with the positions of the bad
@@ -117,9 +125,12 @@ def fit(
             watcher.before_step(epoch, step)
             if steps_per_epoch:
                 _set_rate(optimizer, config, epoch * steps_per_epoch + step, config.epochs * steps_per_epoch)
-            tally.pending(_take_step(model, optimizer, config, batch, workers, (epoch, step), tally))
-            if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 != steps_per_epoch:
+            wanted = watcher.wants_checkpoint()
+            tally.pending(_take_step(model, optimizer, config, batch, workers, (epoch, step), tally, wanted))
+            due = tally.checkpoint_wanted or (checkpoint_every and (step + 1) % checkpoint_every == 0)
+            if due and step + 1 != steps_per_epoch:
                 tally.settle()
+                tally.checkpoint_wanted = False
                 watcher.on_checkpoint(epoch, step, tally.sums | {"seconds": time.monotonic() - began})
         tally.settle()
         tally.require_records(epoch)
@@ -136,6 +147,7 @@ def _take_step(
     workers: int,
     at: tuple[int, int],
     tally: "_Tally",
+    wants_checkpoint: bool,
 ) -> "_Later":
     """One step of the optimiser on a batch, in parts; its numbers are read later."""
     device_type = next(model.parameters()).device.type
@@ -157,7 +169,7 @@ def _take_step(
             terms[name] = terms[name] + term.detach() if name in terms else term.detach()
     tally.settle()  # the step before has ended by now; on an accelerator this one is still running
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    later = _Later(at, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers)
+    later = _Later(at, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers, wants_checkpoint)
     # A fused optimiser divides the gradient by `grad_scale` and leaves the step out where `found_inf` is 1, both as it
     # reads the gradient. clip_grad_norm_ would read and write the gradient once more. `finite` is that of all workers,
     # so they agree.
@@ -193,11 +205,20 @@ class _Later:
     """A step's numbers, copied while the device goes on: reading them at once would make it wait each step."""
 
     def __init__(
-        self, at: tuple[int, int], terms: dict[str, Tensor], total: Tensor, good_B: Tensor, workers: int
+        self,
+        at: tuple[int, int],
+        terms: dict[str, Tensor],
+        total: Tensor,
+        good_B: Tensor,
+        workers: int,
+        wants_checkpoint: bool,
     ) -> None:
         self._at, self._names, self._good_B = at, [*terms], good_B
         # The loss of a step is that of its records, however many workers share them, and all see that it is not finite.
-        values = sum_over_workers(torch.stack([term.float() for term in (*terms.values(), total)])) / workers
+        asked = torch.full_like(total, float(wants_checkpoint))
+        values = sum_over_workers(torch.stack([term.float() for term in (*terms.values(), total, asked)])) / workers
+        self.checkpoint_wanted = False
+        """Whether a worker asks for a checkpoint; known once the numbers are read."""
         self.finite = values.isfinite().all()
         """Whether the loss, its terms and the gradient are finite; on the device."""
         self._event: torch.cuda.Event | None = None
@@ -212,7 +233,8 @@ class _Later:
         """Raises NonFiniteBatch."""
         if self._event is not None:
             self._event.synchronize()
-        *values, total = self._values.tolist()
+        *values, total, asked = self._values.tolist()
+        self.checkpoint_wanted = asked > 0
         epoch, index = self._at
         if not all(math.isfinite(value) for value in values):
             where = f"epoch {epoch}, step {index}: the loss or its gradient is not finite; NaN, infinity or no lead"
@@ -229,6 +251,8 @@ class _Tally:
         self._pending: _Later | None = None
         self._latest: NonFiniteBatch | None = None
         self._in_a_row = 0
+        self.checkpoint_wanted = False
+        """Whether a worker asks for a checkpoint. It is the same for all workers: it comes with a step's numbers."""
         self.sums = {"records": 0.0, "skipped": 0.0} | sums
 
     def pending(self, latest: _Later) -> None:
@@ -244,6 +268,8 @@ class _Tally:
         except NonFiniteBatch as error:
             self._skip(error)
             return
+        finally:
+            self.checkpoint_wanted |= later.checkpoint_wanted
         self._in_a_row = 0
         for name, value in step.terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * step.records

@@ -5,7 +5,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from lsemvae.models.parts.shifts import each_shifted
 from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.progress import Bar
 from lsemvae.storage import Storage
-from lsemvae.training.checkpoints import Progress, keep_as_best, save_checkpoint, start, writing_to
+from lsemvae.training.checkpoints import Progress, start
 from lsemvae.training.fit import Batch, Epoch, Step, Watcher, fit, learning_rate, sum_over_workers
 from lsemvae.training.several import collect, exchange_gradients
 from lsemvae.training.validation import validate
+from lsemvae.training.writer import Writer, remove_unfinished, report
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +48,17 @@ class PretrainJob:
     """The run's folder, once there is one: checkpoints, and the bundle of the best epoch so far."""
     terminal: bool = False
     """Whether the driver draws bars."""
+    checkpoint_minutes: float = 0.0
+    """Take a checkpoint this long after the one before, also within an epoch; 0 for none."""
+    step_metrics_s: float = 5.0
+    """How often MLflow gets the steps' numbers: each row is the mean over the steps since the row before."""
 
 
 def pretrain_worker(config: dict[str, PretrainJob]) -> None:
     """Train to the recipe's last epoch, from the newest whole checkpoint of the run if there is one.
 
-    Every epoch ends with one report and a checkpoint; so does every `checkpoint_steps`-th step. Raises LsemvaeError
-    where another try would not help, see `lsemvae.training.failures`.
+    Every epoch ends with one report and a checkpoint; so does every `checkpoint_steps`-th step, and a step each
+    `checkpoint_minutes`. Raises LsemvaeError where another try would not help, see `lsemvae.training.failures`.
     """
     _print_no_reports()
     Worker(config["job"]).train()
@@ -84,7 +89,14 @@ class Worker(Watcher):
         self.finish = None
         if job.train.on_device:
             self.finish = DeviceFinish(self.recipe.preprocess, self.recipe.leads, self.device)
+        if self.rank == 0:
+            _require_shared(self.place)
+            remove_unfinished(self.place)
         self.progress, self.model, self.optimizer = start(self.place, self.recipe, self.order, self.rank, self.device)
+        self.writer = Writer(self.place)
+        """Of rank 0; the others write nothing."""
+        self.checkpoint_at_s = time.monotonic()
+        """When the last checkpoint was taken, or training began."""
         if self.recipe.optim.compile:
             self.model.compile()
         self.shared_model = prepare_model(self.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
@@ -94,7 +106,7 @@ class Worker(Watcher):
         """Records of this epoch that this worker could not read."""
 
     def train(self) -> None:
-        with self.tracker:
+        with self.tracker, self.writer:
             fit(
                 self.shared_model,
                 self.optimizer,
@@ -145,12 +157,20 @@ class Worker(Watcher):
     # --- what fit tells ------------------------------------------------------------------------------------------
 
     def before_step(self, epoch: int, step: int) -> None:
+        self.writer.check()
         # The model's other random numbers (lead dropout) must be the same after a restart, too.
         seed = [self.recipe.optim.seed, epoch, step, self.rank]
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
     def on_step(self, step: Step) -> None:
+        if self.rank == 0:
+            self.writer.prepare(self.model, self.optimizer)
         self.tracker.step(step)
+
+    def wants_checkpoint(self) -> bool:
+        if self.rank != 0 or not self.job.checkpoint_minutes or self.writer.busy:
+            return False
+        return time.monotonic() - self.checkpoint_at_s >= 60 * self.job.checkpoint_minutes
 
     def on_checkpoint(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         before = self.progress
@@ -192,21 +212,35 @@ class Worker(Watcher):
         return {f"val.{name}": value for name, value in (found | {"damaged": unreadable}).items()}, example
 
     def report(self, progress: Progress, metrics: dict[str, float], best: bool = False) -> None:
-        """Tells Ray Train; rank 0 adds the checkpoint, and keeps its bundle where it is the best."""
+        """Tells Ray Train; rank 0 begins to write the checkpoint, and its bundle where it is the best."""
         import ray.train
 
         collect(self.optimizer)
+        self.checkpoint_at_s = time.monotonic()
+        self.tracker.flush()  # so that a run that resumes here goes on with a new row
         if self.rank != 0:
             ray.train.report(metrics)
             return
-        with writing_to(self.place), tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            provenance = self.job.provenance | {"metrics": progress.metrics}
-            bundle = Bundle.of(self.model, self.recipe.preprocess, provenance=provenance)
-            save_checkpoint(folder, bundle, self.model, self.optimizer, progress, self.order, self.workers)
-            if best:  # before the report: a run that is killed in between repeats the end of this epoch
-                keep_as_best(folder, self.place)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        provenance = self.job.provenance | {"metrics": progress.metrics}
+        bundle = Bundle.of(self.model, self.recipe.preprocess, provenance=provenance)
+        name, written = self.writer.write(bundle, self.model, self.optimizer, progress, self.order, self.workers, best)
+        report(self.place, metrics, name, written)
+
+
+class Means:
+    """Means of the numbers of several steps, each weighted by its records."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self._sums: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, float], records: int) -> None:
+        self.records += records
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * records
+
+    def values(self) -> dict[str, float]:
+        return {name: total / self.records for name, total in self._sums.items()} if self.records else {}
 
 
 class NoTracker(contextlib.ExitStack):
@@ -214,6 +248,9 @@ class NoTracker(contextlib.ExitStack):
 
     def step(self, step: Step) -> None:
         """The numbers of a step."""
+
+    def flush(self) -> None:
+        """A checkpoint is taken."""
 
     def epoch(self, index: int, metrics: dict[str, float], example: dict[str, torch.Tensor] | None) -> None:
         """The numbers of an epoch, and recordings to draw with their reconstructions."""
@@ -236,23 +273,33 @@ class Tracker(NoTracker):
             self._run = Run(job.tracking_run)
             self.enter_context(system_metrics(job.tracking_run))
             self.callback(self._run.flush)
-        self._last_s = time.monotonic()
+            self.callback(self.flush)  # before the run's, since callbacks are called in reverse
+        self._means = Means()
+        self._every_s, self._last_s, self._number = job.step_metrics_s, time.monotonic(), 0
 
     def step(self, step: Step) -> None:
         optim, steps = self._recipe.optim, self._order.steps
-        number, now_s = step.epoch * steps + step.index, time.monotonic()
+        number = step.epoch * steps + step.index
         # All terms are in MLflow: beside them here, a terminal of 100 columns would have no room for the time left.
         self._bar.set_description(f"pre-training, loss {step.terms['loss']:.4g}")
         self._bar.update(step.records)
         if self._run:
-            numbers = {f"step.{name}": value for name, value in step.terms.items()}
-            numbers |= {
-                "step.learning_rate": learning_rate(optim, number, optim.epochs * steps),
-                "step.kl_scale": kl_scale(self._recipe, step.epoch, step.index, steps),
-                "step.records_per_s": step.records / max(now_s - self._last_s, 1e-9),
+            rates = {
+                "learning_rate": learning_rate(optim, number, optim.epochs * steps),
+                "kl_scale": kl_scale(self._recipe, step.epoch, step.index, steps),
             }
-            self._run.metrics(numbers, number)
-        self._last_s = now_s
+            self._means.add(step.terms | rates, step.records)
+            self._number = number
+            if time.monotonic() - self._last_s >= self._every_s:
+                self.flush()
+
+    def flush(self) -> None:
+        """Send the means over the steps since the last time, under the number of the last step."""
+        means, records, now_s = self._means.values(), self._means.records, time.monotonic()
+        if self._run and records:
+            numbers = {f"step.{name}": value for name, value in means.items()}
+            self._run.metrics(numbers | {"step.records_per_s": records / max(now_s - self._last_s, 1e-9)}, self._number)
+        self._means, self._last_s = Means(), now_s
 
     def epoch(self, index: int, metrics: dict[str, float], example: dict[str, torch.Tensor] | None) -> None:
         if not self._run:
@@ -309,14 +356,33 @@ def _require_readable(damaged: int, records: int, limit: float) -> int:
     return total
 
 
+def _require_shared(place: Storage) -> None:
+    """Raises LsemvaeError on a machine that does not see the run's folder, which the driver has made."""
+    import ray.train
+
+    try:
+        ray.train.get_context().get_storage()
+    except NotImplementedError:  # one process without a cluster: nobody has made the folder
+        return
+    if place.is_local and not place.exists():
+        raise LsemvaeError(
+            f"--storage: {place.uri} is not there on the machine of a training worker: give a folder that all machines "
+            "share, or an s3:// URI"
+        )
+
+
 def _print_no_reports() -> None:
     """Silence Ray Train, which prints every report with all its metrics. Only the root's level reaches that logger."""
+    import ray.train
+
     logging.getLogger().setLevel(logging.WARNING)
     for noisy in ("ray.train", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("lsemvae").setLevel(logging.INFO)
     # The driver reports a user's mistake in one line; the traceback of anything else is shown.
-    logging.getLogger("ray.train.v2._internal.util").addFilter(lambda _: not isinstance(sys.exception(), LsemvaeError))
+    uploads = str(Path(ray.train.__file__).parent / "v2" / "_internal" / "execution" / "context.py")  # named so by Ray
+    for name in ("ray.train.v2._internal.util", uploads):
+        logging.getLogger(name).addFilter(lambda _: not isinstance(sys.exception(), LsemvaeError))
 
 
 def _track_reconstructions(run: Any, example: dict[str, torch.Tensor], recipe: PretrainRecipe, epoch: int) -> None:

@@ -74,6 +74,9 @@ class Seen(Watcher):
         self.steps.append(step)
         self._also.get("on_step", lambda step: None)(step)
 
+    def wants_checkpoint(self) -> bool:
+        return self._also.get("wants_checkpoint", lambda: False)()
+
     def on_checkpoint(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         self._also["on_checkpoint"](epoch, step, sums)
 
@@ -83,7 +86,11 @@ class Seen(Watcher):
 
 
 def train(model: torch.nn.Module, config: OptimConfig = OPTIM, **changes) -> Seen:
-    told = {name: changes.pop(name) for name in ("on_step", "on_checkpoint", "on_epoch") if name in changes}
+    told = {
+        name: changes.pop(name)
+        for name in ("on_step", "wants_checkpoint", "on_checkpoint", "on_epoch")
+        if name in changes
+    }
     settings = {"steps_per_epoch": STEPS} | changes
     batches = settings.pop("batches", batches_of)
     if settings.pop("noise", True) is True:
@@ -158,7 +165,13 @@ def _worker(rank: int, workers: int, folder: str) -> None:
         return parts
 
     config = OptimConfig(epochs=3, batch_size=10, learning_rate=1e-2, accumulate=2)
-    seen = train(ddp, config, batches=mine)
+    taken: list[tuple[int, int]] = []
+    seen = train(
+        ddp, config, batches=mine, wants_checkpoint=lambda: rank == 1,
+        on_checkpoint=lambda epoch, step, sums: taken.append((epoch, step)),
+    )  # fmt: skip
+    # All workers take a checkpoint that one asks for, after the same step; the end of an epoch has one of its own.
+    assert taken == [(epoch, 1) for epoch in range(3)]
     epochs, steps = seen.epochs, seen.steps
     values, _ = validate(model, mine(0))
     del ddp  # else it outlives the process group, and now and then aborts this process at its end

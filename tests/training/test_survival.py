@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,8 @@ from support.watched import Attempt, Watched
 from lsemvae import bundle as bundles
 from lsemvae import storage, tracking
 from lsemvae.config import with_settings
-from lsemvae.data.feed import DAMAGED, Feed, Rows, read_here
+from lsemvae.data.feed import DAMAGED, Feed, Records, Rows, read_here
+from lsemvae.data.order import Block
 from lsemvae.data.row_groups import footer as storage_footer
 from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset, pack, shard_bytes
 from lsemvae.errors import LsemvaeError, StorageError
@@ -47,9 +48,10 @@ from lsemvae.recipes import PRETRAIN
 from lsemvae.record import Record
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run
-from lsemvae.training.checkpoints import newest_whole, writing_to
+from lsemvae.training.checkpoints import Progress, newest_whole, writing_to
 from lsemvae.training.failures import raise_lasting
-from lsemvae.training.pretrain import PretrainJob, pretrain_worker
+from lsemvae.training.fit import Step
+from lsemvae.training.pretrain import PretrainJob, Tracker, pretrain_worker
 
 ROWS, VAL_ROWS, EPOCHS, STEPS = 160, 32, 4, 10
 SAMPLES, PAIR = 512, ("I", "II")
@@ -258,7 +260,15 @@ def undisturbed(data: Path, mlflow_server: str, tmp_path_factory: pytest.TempPat
     return curves(run)
 
 
-def train_here(job: PretrainJob, place: Path, run: Run, *, until: int = 10**9, watched: Path | None = None) -> Attempt:
+def train_here(
+    job: PretrainJob,
+    place: Path,
+    run: Run,
+    *,
+    until: int = 10**9,
+    watched: Path | None = None,
+    read: Callable = read_here,
+) -> Attempt:
     """The run in this process, without a cluster, up to a step that another thread may put off."""
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -271,8 +281,9 @@ def train_here(job: PretrainJob, place: Path, run: Run, *, until: int = 10**9, w
         val=Watched(**vars(job.val)),
         place=Storage.open(place),
         tracking_run=run.run_id,
+        step_metrics_s=0.0,
     )
-    Watched.folder, Watched.read_with = str(attempt.folder), staticmethod(read_here)
+    Watched.folder, Watched.read_with = str(attempt.folder), staticmethod(read)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -316,7 +327,8 @@ class Command:
         self.attempt, self._machines, self._words = Attempt(folder), machines, words
 
     def start(self) -> "Running":
-        given = [str(word) for name, values in SETTINGS.items() for word in (f"--{name}", *np.atleast_1d(values))]
+        settings = SETTINGS | {"step_metrics_s": 0}  # each step's numbers
+        given = [str(word) for name, values in settings.items() for word in (f"--{name}", *np.atleast_1d(values))]
         running = Running(
             [sys.executable, WATCHED, "pretrain", "smoke", *given, *map(str, self._words)],
             os.environ | self._machines.environment | self.attempt.environment,
@@ -522,6 +534,32 @@ def test_an_object_store_that_fails_then_refuses_and_a_loss_that_is_not_finite(
     assert "--name s3 resumes this run from its newest checkpoint" in error
     assert len(attempt.processes() - before) == 2
     assert "Traceback" not in process.printed
+
+
+def test_a_run_goes_on_from_a_checkpoint_by_time_in_mid_epoch(
+    data: Path, mlflow_server: str, undisturbed: dict[str, dict], tmp_path: Path
+):
+    """A checkpoint is asked for at every step, and taken when the one before is written; then reading fails."""
+
+    def lost(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Records]:
+        for block, records in zip(blocks, read_here(feed, blocks, workers), strict=True):
+            if feed.order.shuffle and block.seed[1:] == (1, 2, 1):
+                raise RuntimeError("lost")
+            yield records
+
+    run = Run.start("pretrain", "by time", {})
+    job = replace(job_of(data, {"checkpoint_steps": 0}), checkpoint_minutes=1e-9)
+    with pytest.raises(RuntimeError, match="lost"):
+        train_here(job, tmp_path, run, read=lost)
+    reached = newest(tmp_path)
+    assert reached % STEPS, "it ended at the end of an epoch"
+    before = len(Attempt(tmp_path / "watched").lines())
+    attempt = train_here(job, tmp_path, run)
+    run.end()
+    assert attempt.steps()[before] == reached
+    assert_every_record_once(attempt)
+    for name, values in undisturbed.items():
+        assert curve(run, name) == pytest.approx(values, rel=1e-6), name
 
 
 def test_more_damage_than_is_allowed_ends_the_run(data: Path, mlflow_server: str, tmp_path: Path):
@@ -742,6 +780,19 @@ def test_numbers_wait_while_mlflow_is_away(mlflow_server: str, monkeypatch: pyte
     run.end()
     assert curve(run, "loss") == {0: 3.0, 1: 2.0, 2: 1.0}
     assert "are lost" not in caplog.text
+
+
+def test_mlflow_gets_means_over_the_steps_of_an_interval(mlflow_server: str, data: Path):
+    run = Run.start("pretrain", "means", {})
+    job = replace(job_of(data), tracking_run=run.run_id, step_metrics_s=3600.0)
+    with Tracker(job, Progress()) as tracker:
+        tracker.step(Step(0, 0, {"loss": 1.0}, 16))
+        tracker.step(Step(0, 1, {"loss": 4.0}, 8))
+        tracker.flush()  # as where a checkpoint is taken
+        tracker.step(Step(0, 2, {"loss": 7.0}, 16))
+    run.end()
+    assert curve(run, "step.loss") == pytest.approx({1: 2.0, 2: 7.0})
+    assert curve(run, "step.learning_rate").keys() == {1, 2}
 
 
 def test_a_full_disk_is_no_failure_that_passes(tmp_path: Path):

@@ -71,7 +71,9 @@ def test_pretraining_gives_a_bundle_and_tracks_what_it_did(shards: Path, pretrai
     steps = -(-manifest.rows_in("train") // 32)
     for name in ("loss", "kl", "grad_norm", "learning_rate", "kl_scale", "records_per_s"):
         history = client.get_metric_history(run.info.run_id, f"step.{name}")
-        assert [metric.step for metric in history] == list(range(epochs * steps)), name
+        rows = [metric.step for metric in history]
+        # Means over a few seconds; an epoch's end, where the checkpoint is taken, ends a row.
+        assert rows == sorted(set(rows)) and set(rows) >= {(epoch + 1) * steps - 1 for epoch in range(epochs)}, name
     pictures = [item.path for item in client.list_artifacts(run.info.run_id, "reconstructions")]
     assert pictures
     stored = {item.path for item in client.list_artifacts(run.info.run_id, "bundle")}

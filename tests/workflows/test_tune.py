@@ -320,7 +320,8 @@ def test_the_runs_are_below_one_that_holds_the_results(searched: Searched, shard
         epochs = client.get_metric_history(entry["run"], "val.pearson_r")
         steps = client.get_metric_history(entry["run"], "step.loss")
         rows = ShardedDataset.open(str(shards)).manifest.rows_in("train")
-        assert {m.step for m in epochs} == set(range(6)) and {m.step for m in steps} == set(range(6 * -(-rows // 8)))
+        assert {m.step for m in epochs} == set(range(6))
+        assert {m.step for m in steps} >= {epoch * -(-rows // 8) - 1 for epoch in range(1, 7)}  # each epoch's last
     losses = [metric.value for metric in client.get_metric_history(entry["run"], "val.loss")]
     assert parent.data.metrics["best.val.loss"] == min(losses)
 
