@@ -72,7 +72,7 @@ class Args:
     all: bool = False
     """Train on all subjects, without validation: the paper's last step, with settings chosen before."""
     cache: Annotated[str | None, RARE] = None
-    """A folder on the local disk of each training machine for prepared recordings, 240 kB each. The first epoch decodes
+    """A folder on the local disk of each training machine for prepared recordings, 120 kB each. The first epoch decodes
     and preprocesses; later epochs read from here."""
     checkpoint_minutes: Annotated[float, RARE] = 0.0
     """Write a checkpoint this many minutes after the one before, also in the middle of an epoch; 0 for none. Each epoch

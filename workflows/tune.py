@@ -80,7 +80,7 @@ class Args:
     max_failures: Annotated[int, RARE] = 3
     """How often lost workers are replaced before a trial fails."""
     cache: Annotated[str | None, RARE] = None
-    """A folder on the local disk of each training machine for prepared recordings, 240 kB each. All trials share it:
+    """A folder on the local disk of each training machine for prepared recordings, 120 kB each. All trials share it:
     only the first epoch of the first trial decodes and preprocesses."""
     wait_s: Annotated[float, RARE] = 600
     """How long to wait for machines when the cluster has too few CPUs or GPUs for one trial."""

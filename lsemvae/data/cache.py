@@ -1,8 +1,8 @@
 """Prepared records on a machine's own disk: the first epoch decodes and preprocesses, later epochs read.
 
-A file holds one row group of one shard as a feed gives it: 12 leads of 10 s are 240 kB a record, eight times what they
-take in the shard. A file appears whole or not at all. It ends with a checksum, which each process checks when it first
-maps the file; a file that is cut or altered is made again.
+A file holds one row group of one shard as a feed gives it: 12 leads of 10 s are 120 kB a record in int16, four times
+what they take in the shard. A file appears whole or not at all. It ends with a checksum, which each process checks when
+it first maps the file; a file that is cut or altered is made again.
 
     ROOT/3f9a…/                  one data set, prepared in one way: one `Cache`
         0c41…-00007.npy          row group 7 of one shard
@@ -34,7 +34,7 @@ from lsemvae.storage import whole_file
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 SPARE_BYTES = 2**30
 """What a cache leaves free on its disk."""
 IN_USE_S = 24 * 3600.0
@@ -42,7 +42,7 @@ IN_USE_S = 24 * 3600.0
 USED = "used"
 _SAY_USED_EVERY_S = 600.0
 _CHECKSUM_BYTES = 4
-# Folders of this version, and those of version 1, in which the files of all data sets lay together.
+# Folders of versions 2 and 3, and those of version 1, in which the files of all data sets lay together.
 _FOLDER = re.compile(r"[0-9a-f]{16}|[0-9a-f]{2}")
 _FILE = re.compile(r"\.?[0-9a-f]{32}-\d{5}\.npy(\.[0-9a-f]+\.partial)?")
 

@@ -11,9 +11,12 @@ and 2. The blocks of a worker's streams are read ahead; a row group comes from t
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from lsemvae.storage import Storage
 log = logging.getLogger(__name__)
 
 PREFETCHED_BLOCKS = 2
+COPIED_AT_ONCE, MOST_COPIERS = 32, 8
 NOBODY, DAMAGED = -1, -2
 
 Records = Sequence[tuple[Rows, int]]
@@ -77,11 +81,12 @@ class Feed:
     ) -> "Feed":
         """Several data sets, each with how often its records come in an epoch.
 
-        `cache` is a folder on each worker's machine; `order` are the settings of `Order` beside its rows and repeats.
+        `cache` is a folder on each worker's machine. With it batches are packed from the first epoch on: they are the
+        same whether the cache is full or empty. `order` are the settings of `Order` beside its rows and repeats.
         Raises LsemvaeError if a data set is named twice or is to come less than once.
         """
         require_different(data)
-        layout = (Windows if on_device else ModelInput)(tuple(leads), preprocess)
+        layout = (Windows if on_device else ModelInput)(tuple(leads), preprocess, packed=bool(cache))
         shards: list[ShardFile] = []
         rows: list[int] = []
         repeats: list[int] = []
@@ -333,7 +338,21 @@ def _copied(records: Records) -> Rows:
     """The records as one batch. Each record is copied once; it may lie in a mapped file."""
     kinds = {name: (values.shape[1:], values.dtype) for name, values in records[0][0].items()}
     copied = {name: np.empty((len(records), *shape), dtype) for name, (shape, dtype) in kinds.items()}
-    for to, (rows, row) in enumerate(records):
-        for name, values in rows.items():
-            copied[name][to] = values[row]
+
+    def copy(first: int) -> None:
+        for to, (rows, row) in enumerate(records[first : first + COPIED_AT_ONCE], first):
+            for name, values in rows.items():
+                copied[name][to] = values[row]
+
+    starts = range(0, len(records), COPIED_AT_ONCE)
+    if len(starts) == 1:
+        copy(0)
+    else:
+        list(_copiers().map(copy, starts))  # in a list, so that an error is raised
     return copied
+
+
+@lru_cache(maxsize=1)
+def _copiers() -> ThreadPoolExecutor:
+    """Threads that copy records into batches: one core copies fewer than a fast GPU takes. NumPy frees the GIL."""
+    return ThreadPoolExecutor(max(1, min(MOST_COPIERS, (os.cpu_count() or 1) // 2)), "copy")

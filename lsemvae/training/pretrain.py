@@ -133,6 +133,7 @@ class Worker(Watcher):
         for rows in batches_ahead(self.rows(feed, epoch, first), self.device):
             self.damaged += rows.pop("damaged")
             shift_B = rows.pop("shift_B", None)
+            rows = feed.layout.widened(rows)
             batch = self.finish.batch(rows) if self.finish else rows
             yield batch if shift_B is None else {**batch, "x_BLT": each_shifted(batch["x_BLT"], shift_B)}
 

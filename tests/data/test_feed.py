@@ -62,8 +62,19 @@ def copied(data: ShardedDataset, folder: Path) -> ShardedDataset:
     return ShardedDataset.open(str(folder))
 
 
-def feed_of(data: ShardedDataset, **order) -> Feed:
-    return Feed.of(data, "train", LIMB_LEADS, CONFIG, **{"batch_size": 16, "streams": 4, "buffer": 64} | order)
+def feed_of(data: ShardedDataset, packed: bool = False, **order) -> Feed:
+    feed = Feed.of(data, "train", LIMB_LEADS, CONFIG, **{"batch_size": 16, "streams": 4, "buffer": 64} | order)
+    return in_int16(feed) if packed else feed
+
+
+def in_int16(feed: Feed) -> Feed:
+    """The feed with the batches that it would give with a cache."""
+    return replace(feed, layout=replace(feed.layout, packed=True))
+
+
+def widened(feed: Feed, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+    return {name: tensor.numpy() for name, tensor in feed.layout.widened(tensors).items()}
 
 
 def order_of(
@@ -252,7 +263,8 @@ def test_subjects_who_have_withdrawn_are_left_out(data: ShardedDataset, few: Sha
     less = ShardedDataset.open(beside.storage.uri)
     whole = steps_of(feed_of(data), 1, 1)
     assert steps_of(feed_of(less), 1, 2) == [[row for row in step if row not in gone] for step in whole]
-    for batch in feed_of(less, cache=tmp_path / "cache").batches(1, read=read_here):
+    kept = feed_of(less, cache=tmp_path / "cache")
+    for batch in (widened(kept, batch) for batch in kept.batches(1, read=read_here)):
         nobody = batch["row_B"] == NOBODY
         assert not batch["weight_B"][nobody].any() and not batch["x_BLT"][nobody].any()
     rows = [row for step in steps_of(several([(few, 2), (less, 1)]), 0, 1) for row in step]
@@ -266,7 +278,7 @@ def test_one_data_set_once_is_what_it_was(data: ShardedDataset):
 
 
 def test_each_data_set_has_a_cache_of_its_own(data: ShardedDataset, few: ShardedDataset, tmp_path: Path):
-    plain, kept = several([(data, 1), (few, 3)]), several([(data, 1), (few, 3)], cache=tmp_path)
+    plain, kept = in_int16(several([(data, 1), (few, 3)])), several([(data, 1), (few, 3)], cache=tmp_path)
     assert_same(list(kept.batches(0, read=read_here)), list(plain.batches(0, read=read_here)))
     assert len(list(tmp_path.iterdir())) == 2
     assert sorted(kept.cache_bytes().values()) == [70 * plain.record_bytes, 202 * plain.record_bytes]
@@ -365,8 +377,24 @@ def test_a_device_finishes_windows_to_the_same_batches(data: ShardedDataset):
 
 
 @pytest.mark.parametrize("on_device", [False, True])
+def test_packed_batches_are_the_same_within_half_a_step(data: ShardedDataset, on_device: bool):
+    """A step is 1/65,534 of a lead's range. Zeros stay zeros, and all other arrays are equal."""
+    plain, packed = feed_of(data, on_device=on_device), feed_of(data, on_device=on_device, packed=True)
+    assert packed.record_bytes < 0.51 * plain.record_bytes
+    for found, wanted in zip(packed.batches(1, read=read_here), plain.batches(1, read=read_here), strict=True):
+        wide = widened(packed, found)
+        assert wide.keys() == wanted.keys()
+        for name in wanted.keys() - {plain.layout.signal}:
+            np.testing.assert_array_equal(wide[name], wanted[name], err_msg=name)
+        x_BLT, x_wide_BLT = wanted[plain.layout.signal], wide[plain.layout.signal]
+        range_BL = x_BLT.max(axis=2) - x_BLT.min(axis=2)
+        assert (np.abs(x_wide_BLT - x_BLT) <= 0.51 / 65_534 * range_BL[..., None]).all()
+        assert (x_wide_BLT[x_BLT == 0] == 0).all() and x_wide_BLT.dtype == np.float32
+
+
+@pytest.mark.parametrize("on_device", [False, True])
 def test_after_one_epoch_the_cache_has_every_epoch(data: ShardedDataset, tmp_path: Path, on_device: bool):
-    plain = feed_of(data, on_device=on_device)
+    plain = feed_of(data, on_device=on_device, packed=True)
     kept = feed_of(copied(data, tmp_path / "shards"), on_device=on_device, cache=tmp_path / "cache")
     assert_same(list(kept.batches(0, read=read_here)), list(plain.batches(0, read=read_here)))
     for shard in (tmp_path / "shards").glob("*.parquet"):
@@ -383,7 +411,7 @@ def test_after_one_epoch_the_cache_has_every_epoch(data: ShardedDataset, tmp_pat
 def test_ray_data_brings_the_same(data: ShardedDataset, tmp_path: Path, ray_cluster, cached: bool):
     """Also where a part of it is in the cache."""
     start_ray()
-    wanted = list(feed_of(data).batches(3, 1, 2, 1, read_here))
+    wanted = list(feed_of(data, packed=cached).batches(3, 1, 2, 1, read_here))
     feed = feed_of(data, cache=tmp_path if cached else None)
     assert_same(list(feed.batches(3, 1, 2, 1)), wanted)
     if cached:
@@ -424,13 +452,13 @@ def test_what_is_damaged_is_not_cached(data: ShardedDataset, tmp_path: Path):
     assert (rows == DAMAGED).sum() == 64
     copied(data, tmp_path / "shards")
     footer.cache_clear()
-    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
+    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data, packed=True).batches(0, read=read_here)))
 
 
 def test_a_run_goes_on_where_the_cache_has_no_room(data: ShardedDataset, tmp_path: Path, caplog):
     (tmp_path / "file").write_text("")
     feed = feed_of(data, cache=tmp_path / "file")
-    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data).batches(0, read=read_here)))
+    assert_same(list(feed.batches(0, read=read_here)), list(feed_of(data, packed=True).batches(0, read=read_here)))
     assert caplog.text.count("takes no more (Not a directory): going on without") == 1
     with pytest.raises(LsemvaeError, match="cannot be written to"):
         require_room(feed)
