@@ -74,6 +74,9 @@ class Args:
     cache: Annotated[str | None, RARE] = None
     """A folder on the local disk of each training machine for prepared recordings, 120 kB each. The first epoch decodes
     and preprocesses; later epochs read from here."""
+    device_cache: Annotated[bool, RARE] = False
+    """Keep all prepared recordings in the memory of each GPU, 120 kB each, where they fit beside the model. They are
+    read once, before the first step, from --cache if it has them."""
     checkpoint_minutes: Annotated[float, RARE] = 0.0
     """Write a checkpoint this many minutes after the one before, also in the middle of an epoch; 0 for none. Each epoch
     ends with one."""
@@ -88,7 +91,7 @@ def main(args: Args) -> None:
     sources = open_sources(args.data, args.exclude)
     recipe = args.recipe
     workers = parse_workers(args.num_workers)
-    feeds = make_feeds(sources, recipe, args.all, args.cache)
+    feeds = make_feeds(sources, recipe, args.all, args.cache, packed=args.device_cache)
     feeds.train.order.streams_of(0, workers[1])
     storage = Storage.open(args.storage)
     name = args.name or f"pretrain-{_digest(recipe, sources, args.all, args.exclude)}"
@@ -129,6 +132,7 @@ def _run(args: Args, sources: Sequence[Source], feeds: Feeds, storage: Storage, 
     job = replace(
         make_job(sources, recipe, feeds, run.run_id),
         checkpoint_minutes=args.checkpoint_minutes,
+        device_cache=args.device_cache,
         step_metrics_s=args.step_metrics_s,
     )
     rows = job.provenance["data"]["rows"]

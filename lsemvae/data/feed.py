@@ -77,16 +77,18 @@ class Feed:
         *,
         on_device: bool = False,
         cache: Path | str | None = None,
+        packed: bool = False,
         **order: Any,
     ) -> "Feed":
         """Several data sets, each with how often its records come in an epoch.
 
-        `cache` is a folder on each worker's machine. With it batches are packed from the first epoch on: they are the
-        same whether the cache is full or empty. `order` are the settings of `Order` beside its rows and repeats.
+        `cache` is a folder on each worker's machine. With it, or with `packed`, batches are packed from the first epoch
+        on: they are the same whether the cache is full or empty. `order` are the settings of `Order` beside its rows
+        and repeats.
         Raises LsemvaeError if a data set is named twice or is to come less than once.
         """
         require_different(data)
-        layout = (Windows if on_device else ModelInput)(tuple(leads), preprocess, packed=bool(cache))
+        layout = (Windows if on_device else ModelInput)(tuple(leads), preprocess, packed=packed or bool(cache))
         shards: list[ShardFile] = []
         rows: list[int] = []
         repeats: list[int] = []
@@ -172,6 +174,10 @@ class Feed:
         if not self.cached:
             return [self._prepare(piece) for piece in block.pieces]
         return [self._from_cache(piece) or self._prepare(self._whole(piece)) for piece in block.pieces]
+
+    def numbers(self, block: Block) -> list[Rows]:
+        """As `gather`, with `row_B` alone: nothing is read."""
+        return [{"row_B": self._numbers(self._whole(piece) if self.cached else piece)} for piece in block.pieces]
 
     def arrange(self, block: Block, parts: Sequence[Rows]) -> Records:
         """Cut to the pieces what `gather` gave, and put it into the block's order."""

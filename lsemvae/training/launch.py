@@ -112,7 +112,11 @@ class Feeds(NamedTuple):
 
 
 def make_feeds(
-    sources: Sequence[Source], recipe: PretrainRecipe, everything: bool = False, cache: str | None = None
+    sources: Sequence[Source],
+    recipe: PretrainRecipe,
+    everything: bool = False,
+    cache: str | None = None,
+    packed: bool = False,
 ) -> Feeds:
     """The feeds of a recipe; with `everything`, all recordings are training data and nothing is held out.
 
@@ -122,6 +126,7 @@ def make_feeds(
     settings: dict[str, Any] = {
         "on_device": recipe.preprocess_on == "device",
         "cache": cache,
+        "packed": packed,
         "batch_size": recipe.optim.batch_size,
         "streams": recipe.streams,
         "buffer": recipe.shuffle_buffer,

@@ -19,6 +19,7 @@ from lsemvae.data.ahead import ahead
 from lsemvae.data.feed import DAMAGED, Feed, require_room
 from lsemvae.data.layouts import Rows
 from lsemvae.data.order import Order
+from lsemvae.data.resident import Resident, require_memory, rows_in
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.parts.shifts import each_shifted
 from lsemvae.preprocess.on_device import DeviceFinish
@@ -50,6 +51,8 @@ class PretrainJob:
     """Whether the driver draws bars."""
     checkpoint_minutes: float = 0.0
     """Take a checkpoint this long after the one before, also within an epoch; 0 for none."""
+    device_cache: bool = False
+    """Keep all records in the memory of each worker's device."""
     step_metrics_s: float = 5.0
     """How often MLflow gets the steps' numbers: each row is the mean over the steps since the row before."""
 
@@ -101,6 +104,8 @@ class Worker(Watcher):
             self.model.compile()
         self.shared_model = prepare_model(self.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
         exchange_gradients(self.shared_model, self.recipe.optim)
+        self.resident = self._on_device() if job.device_cache else {}
+        """By the id of a feed, the records that this worker's device holds."""
         self.tracker = Tracker(job, self.progress) if self.rank == 0 else NoTracker()
         self.damaged = 0
         """Records of this epoch that this worker could not read."""
@@ -120,6 +125,13 @@ class Worker(Watcher):
 
     # --- batches -----------------------------------------------------------------------------------------------
 
+    def _on_device(self) -> dict[int, Resident]:
+        feeds = [feed for feed in (self.job.train, self.job.val) if feed]
+        # Gradients and AdamW's two moments are not there yet.
+        require_memory(feeds, self.device, 3 * sum(weights.nbytes for weights in self.model.parameters()))
+        log.info(f"reading {sum(map(rows_in, feeds))} recordings into the memory of the device")
+        return {id(feed): Resident(feed, self.device, self.workers) for feed in feeds}
+
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         resumed = epoch == self.progress.epoch
         self.damaged = self.progress.damaged if self.rank == 0 and resumed else 0
@@ -133,6 +145,8 @@ class Worker(Watcher):
         for rows in batches_ahead(self.rows(feed, epoch, first), self.device):
             self.damaged += rows.pop("damaged")
             shift_B = rows.pop("shift_B", None)
+            if "at_B" in rows:
+                rows |= self.resident[id(feed)].take(rows.pop("at_B"))
             rows = feed.layout.widened(rows)
             batch = self.finish.batch(rows) if self.finish else rows
             yield batch if shift_B is None else {**batch, "x_BLT": each_shifted(batch["x_BLT"], shift_B)}
@@ -145,7 +159,9 @@ class Worker(Watcher):
         streams = list(feed.order.streams_of(self.rank, self.workers))
         split = 0 if feed is self.job.train else 1
         size = self.model.noise_size
-        for step, rows in enumerate(feed.batches(epoch, self.rank, self.workers, first), first):
+        resident = self.resident.get(id(feed))
+        source = resident.rows if resident else feed.batches
+        for step, rows in enumerate(source(epoch, self.rank, self.workers, first), first):
             if size:
                 seed = (self.recipe.optim.seed, split, epoch, step)
                 rows = rows | {"noise_BD": _noise(feed.order, size, seed)[streams].reshape(-1, size)}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lsemvae.cohorts.withdrawn import WITHDRAWN
 from lsemvae.data.feed import DAMAGED, NOBODY, Feed, read_here, require_room
 from lsemvae.data.order import Block, Order, Piece
+from lsemvae.data.resident import Resident
 from lsemvae.data.row_groups import footer
 from lsemvae.data.shards import (
     MANIFEST,
@@ -390,6 +391,28 @@ def test_packed_batches_are_the_same_within_half_a_step(data: ShardedDataset, on
         range_BL = x_BLT.max(axis=2) - x_BLT.min(axis=2)
         assert (np.abs(x_wide_BLT - x_BLT) <= 0.51 / 65_534 * range_BL[..., None]).all()
         assert (x_wide_BLT[x_BLT == 0] == 0).all() and x_wide_BLT.dtype == np.float32
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_device_that_holds_all_records_gives_the_same_batches(
+    data: ShardedDataset, few: ShardedDataset, tmp_path: Path, cached: bool, on_device: bool
+):
+    """With a damaged row group, a subject who has withdrawn, and records that come twice."""
+    whole = copied(data, tmp_path / "shards")
+    (tmp_path / "shards" / "withdrawn.csv").write_text("r75\nr140\n")
+    damage(tmp_path / "shards")
+    sources = [(ShardedDataset.open(whole.storage.uri), 1), (few, 2)]
+    feed = in_int16(several(sources, on_device=on_device, cache=tmp_path / "cache" if cached else None))
+    resident = Resident(feed, torch.device("cpu"), read=read_here)
+    for epoch, worker, workers, start in ((0, 0, 1, 0), (1, 1, 2, 3)):
+        wanted = list(feed.batches(epoch, worker, workers, start, read_here))
+        found = []
+        for rows in resident.rows(epoch, worker, workers, start):
+            arrays = resident.take(torch.from_numpy(rows["at_B"]))
+            found.append({name: values.numpy() for name, values in arrays.items()} | {"row_B": rows["row_B"]})
+        assert_same(found, wanted)
+    assert (np.concatenate([batch["row_B"] for batch in wanted]) == DAMAGED).any()
 
 
 @pytest.mark.parametrize("on_device", [False, True])

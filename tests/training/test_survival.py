@@ -562,6 +562,20 @@ def test_a_run_goes_on_from_a_checkpoint_by_time_in_mid_epoch(
         assert curve(run, name) == pytest.approx(values, rel=1e-6), name
 
 
+def test_a_device_that_holds_all_records_gives_the_same_losses(data: Path, mlflow_server: str, tmp_path: Path):
+    losses = []
+    for held in (False, True):
+        run = Run.start("pretrain", f"held {held}", {})
+        job = job_of(data, {"optim.epochs": 2, "checkpoint_steps": 0})
+        train, val = (replace(feed, layout=replace(feed.layout, packed=True)) for feed in (job.train, job.val))
+        job = replace(job, train=train, val=val, device_cache=held)
+        assert_every_record_once(train_here(job, tmp_path / f"held {held}", run), epochs=2)
+        run.end()
+        losses.append(curves(run))
+    assert losses[0] == losses[1]
+    assert len(losses[0]["step.loss"]) == 2 * STEPS
+
+
 def test_more_damage_than_is_allowed_ends_the_run(data: Path, mlflow_server: str, tmp_path: Path):
     for path in data.iterdir():
         content = bytearray(path.read_bytes())
