@@ -6,14 +6,13 @@ samples are int16, see `lsemvae.data.packing`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from lsemvae.data.packing import BYTES_A_LEAD, pack, widen
+from lsemvae.data.packing import BYTES_A_LEAD, pack
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals, window_signals
 
 Rows = dict[str, np.ndarray]
@@ -26,7 +25,7 @@ class Layout(ABC):
     leads: tuple[str, ...]
     preprocess: PreprocessConfig
     packed: bool = False
-    """Whether samples are int16 until `widened` makes float32 of them."""
+    """Whether samples are int16, of which `lsemvae.training.resident.widened` makes float32."""
 
     signal: ClassVar[str]
     """The array of samples."""
@@ -51,10 +50,6 @@ class Layout(ABC):
     def nothing(self, records: int) -> Rows:
         """The part of a batch for records that are not there."""
         return self._packed(self._nothing(records))
-
-    def widened(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch with its samples as float32."""
-        return widen(rows, self.signal) if self.packed else dict(rows)
 
     def _packed(self, rows: Rows) -> Rows:
         if not self.packed:

@@ -9,10 +9,7 @@ Worked example: a lead between -1 and 2 mV has a step of 3 / 65,534 = 0.0000458 
 and is stored as -32,768, so `zero` is 10,923. A sample of 0 mV is stored as -10,923. The error is at most half a step.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
-from torch import Tensor
 
 PACKED, ZERO, STEP = "packed_BLT", "zero_BL", "step_BL"
 BYTES_A_LEAD = 8
@@ -34,10 +31,3 @@ def pack(x_BLT: np.ndarray) -> dict[str, np.ndarray]:
         ZERO: zero_BL,
         STEP: step_BL,
     }
-
-
-def widen(rows: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The arrays that `pack` gave, on any device -> the samples as float32 under `name`, and all other arrays."""
-    rest = {key: values for key, values in rows.items() if key not in (PACKED, ZERO, STEP)}
-    x_BLT = rows[PACKED].float().add_(rows[ZERO].unsqueeze(2)).mul_(rows[STEP].unsqueeze(2))
-    return {name: x_BLT, **rest}

@@ -19,7 +19,6 @@ from lsemvae.data.ahead import ahead
 from lsemvae.data.feed import DAMAGED, Feed, require_room
 from lsemvae.data.layouts import Rows
 from lsemvae.data.order import Order
-from lsemvae.data.resident import Resident, require_memory, rows_in
 from lsemvae.errors import LsemvaeError
 from lsemvae.models.parts.shifts import each_shifted
 from lsemvae.preprocess.on_device import DeviceFinish
@@ -27,6 +26,7 @@ from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 from lsemvae.training.checkpoints import Progress, start
 from lsemvae.training.fit import Batch, Epoch, Step, Watcher, fit, learning_rate, sum_over_workers
+from lsemvae.training.resident import Resident, require_memory, rows_in, widened
 from lsemvae.training.several import collect, exchange_gradients
 from lsemvae.training.validation import validate
 from lsemvae.training.writer import Writer, remove_unfinished, report
@@ -147,7 +147,7 @@ class Worker(Watcher):
             shift_B = rows.pop("shift_B", None)
             if "at_B" in rows:
                 rows |= self.resident[id(feed)].take(rows.pop("at_B"))
-            rows = feed.layout.widened(rows)
+            rows = widened(feed.layout, rows)
             batch = self.finish.batch(rows) if self.finish else rows
             yield batch if shift_B is None else {**batch, "x_BLT": each_shifted(batch["x_BLT"], shift_B)}
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from lsemvae.cohorts.withdrawn import WITHDRAWN
 from lsemvae.data.feed import DAMAGED, NOBODY, Feed, read_here, require_room
 from lsemvae.data.order import Block, Order, Piece
-from lsemvae.data.resident import Resident
 from lsemvae.data.row_groups import footer
 from lsemvae.data.shards import (
     MANIFEST,
@@ -32,6 +31,8 @@ from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.record import Record
+from lsemvae.training.resident import Resident
+from lsemvae.training.resident import widened as widened_on_device
 
 CONFIG = PreprocessConfig(samples=1000, min_seconds=1)
 ROWS = (70, 3, 129)  # two row groups, one small, three
@@ -75,7 +76,7 @@ def in_int16(feed: Feed) -> Feed:
 
 def widened(feed: Feed, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-    return {name: tensor.numpy() for name, tensor in feed.layout.widened(tensors).items()}
+    return {name: tensor.numpy() for name, tensor in widened_on_device(feed.layout, tensors).items()}
 
 
 def order_of(
@@ -404,12 +405,12 @@ def test_a_device_that_holds_all_records_gives_the_same_batches(
     damage(tmp_path / "shards")
     sources = [(ShardedDataset.open(whole.storage.uri), 1), (few, 2)]
     feed = in_int16(several(sources, on_device=on_device, cache=tmp_path / "cache" if cached else None))
-    resident = Resident(feed, torch.device("cpu"), read=read_here)
+    held = Resident(feed, torch.device("cpu"), read=read_here)
     for epoch, worker, workers, start in ((0, 0, 1, 0), (1, 1, 2, 3)):
         wanted = list(feed.batches(epoch, worker, workers, start, read_here))
         found = []
-        for rows in resident.rows(epoch, worker, workers, start):
-            arrays = resident.take(torch.from_numpy(rows["at_B"]))
+        for rows in held.rows(epoch, worker, workers, start):
+            arrays = held.take(torch.from_numpy(rows["at_B"]))
             found.append({name: values.numpy() for name, values in arrays.items()} | {"row_B": rows["row_B"]})
         assert_same(found, wanted)
     assert (np.concatenate([batch["row_B"] for batch in wanted]) == DAMAGED).any()

@@ -8,16 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsemvae.data.packing import pack, widen
+from lsemvae.data.layouts import ModelInput
+from lsemvae.data.packing import pack
 from lsemvae.formats import read
 from lsemvae.leads import LEADS
 from lsemvae.preprocess import PreprocessConfig, preprocess_signals
 from lsemvae.simulate import EcgParameters, simulate_ecg
+from lsemvae.training.resident import widened
+
+PACKED = ModelInput(LEADS, PreprocessConfig(), packed=True)
 
 
 def through_int16(x_BLT: np.ndarray) -> np.ndarray:
     tensors = {name: torch.from_numpy(values) for name, values in pack(x_BLT).items()}
-    return widen(tensors, "x_BLT")["x_BLT"].numpy()
+    return widened(PACKED, tensors)["x_BLT"].numpy()
 
 
 @settings(max_examples=100, deadline=None)

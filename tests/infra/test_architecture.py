@@ -53,6 +53,8 @@ MAY_IMPORT = {
     "training/launch.py": {"ray", "torch"},
     "training/out_of_memory.py": {"torch"},
     "training/pretrain.py": {"torch", "ray"},
+    "training/resident.py": {"torch"},
+    "training/writer.py": {"torch", "ray"},
     "training/search.py": {"ray"},
     "training/trials.py": {"pandas"},
     "evaluation": {"sklearn"},

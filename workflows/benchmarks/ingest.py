@@ -16,6 +16,7 @@ from typing import Any
 import neurokit2
 import numpy as np
 import pandas as pd
+import torch
 import wfdb
 from threadpoolctl import threadpool_limits
 
@@ -29,6 +30,7 @@ from lsemvae.formats import read
 from lsemvae.leads import LEADS, canonical
 from lsemvae.preprocess import PreprocessConfig, preprocess
 from lsemvae.storage import Storage
+from lsemvae.training.resident import widened
 
 SHARD_RECORDS = 64
 SIZES = (1, 4, 16)
@@ -86,11 +88,13 @@ def bench_feed(args: argparse.Namespace) -> list[Row]:
         order = {"batch_size": 32, "streams": 1, "shuffle": False}
         feed_of = partial(Feed.of, ShardedDataset.open(folder), "all", LEADS, CONFIG, **order)
 
-        def feed_all(feed: Feed) -> list[dict[str, np.ndarray]]:
-            return list(feed.batches(0, read=read_here))
+        def feed_all(feed: Feed) -> list[dict[str, torch.Tensor]]:
+            """All batches; those of the cache are made float32, as the training device does."""
+            batches = feed.batches(0, read=read_here)
+            return [widened(feed.layout, {name: torch.from_numpy(v) for name, v in b.items()}) for b in batches]
 
         batches = feed_all(feed_of())
-        x_BLT, row_B = (np.concatenate([batch[name] for batch in batches]) for name in ("x_BLT", "row_B"))
+        x_BLT, row_B = (np.concatenate([batch[name].numpy() for batch in batches]) for name in ("x_BLT", "row_B"))
         assert (row_B[: len(paths)] == np.arange(len(paths))).all()
         _check_equal(x_BLT[: len(paths)], _prepare_usual(paths))
         rows = []
@@ -103,6 +107,17 @@ def bench_feed(args: argparse.Namespace) -> list[Row]:
         ):
             seconds = alternate(partial(feed_all, feed), lambda: _prepare_usual(paths), args.rounds or 3, "cpu")
             rows.append(more_is_better(f"feed {case}, per core", *(len(paths) / s for s in seconds), "records/s"))
+        wide = feed_of(cache=Path(folder, "float32"))
+        wide = replace(wide, layout=replace(wide.layout, packed=False))
+
+        def read_all(feed: Feed) -> None:
+            for _ in feed.batches(0, read=read_here):
+                pass
+
+        for case, run in (("read", read_all), ("read and made float32", feed_all)):
+            seconds = alternate(partial(run, cached), partial(run, wide), args.rounds or 3, "cpu")
+            name = f"feed cache in int16, {case}, against float32"
+            rows.append(more_is_better(name, *(len(paths) / s for s in seconds), "records/s"))
         bytes_read = sum(shard.bytes for shard in shards) / len(paths)
         cases = (("shards", bytes_read), ("cache", cached.record_bytes))
         rows += [less_is_better(f"feed {case}, read", size / 1e6, 0.12, "MB a record") for case, size in cases]

@@ -24,6 +24,7 @@ from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.recipes import PRETRAIN
 from lsemvae.training.fit import Batch, fit, make_optimizer
 from lsemvae.training.pretrain import batches_ahead
+from lsemvae.training.resident import widened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +97,7 @@ def measure(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
         while True:
             for batch in batches_ahead(feed.batches(epoch, rank, workers), device):
                 batch.pop("damaged")
+                batch = widened(feed.layout, batch)
                 yield finish.batch(batch) if feed.on_device else batch
             epoch += 1
 

@@ -1,10 +1,10 @@
-"""All records of a feed in the memory of one device: a data set that fits there is read once a run, not once an epoch.
+"""Batches on the device: samples from int16 to float32, and data sets that stay in the device's memory.
 
-The order is that of `Feed.batches`, and so are the batches. A recording of 12 leads and 10 s takes 120 kB: 48,000 of
+A data set that fits there is read once a run, not once an epoch. The order is that of `Feed.batches`, and so are the batches. A recording of 12 leads and 10 s takes 120 kB: 48,000 of
 them take 5.8 GB.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +14,19 @@ from torch import Tensor
 from lsemvae.data.feed import NOBODY, Feed, Records, read_on_ray
 from lsemvae.data.layouts import Layout, Rows
 from lsemvae.data.order import Block
+from lsemvae.data.packing import PACKED, STEP, ZERO
 from lsemvae.errors import LsemvaeError
 
 _READ_AT_ONCE = 256
+
+
+def widened(layout: Layout, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of this layout with its samples as float32, see `lsemvae.data.packing`."""
+    if not layout.packed:
+        return dict(rows)
+    rest = {name: values for name, values in rows.items() if name not in (PACKED, ZERO, STEP)}
+    x_BLT = rows[PACKED].float().add_(rows[ZERO].unsqueeze(2)).mul_(rows[STEP].unsqueeze(2))
+    return {layout.signal: x_BLT, **rest}
 
 
 class Resident:
