@@ -1,7 +1,7 @@
 """Batches on the device: samples from int16 to float32, and data sets that stay in the device's memory.
 
-A data set that fits there is read once a run, not once an epoch. The order is that of `Feed.batches`, and so are the batches. A recording of 12 leads and 10 s takes 120 kB: 48,000 of
-them take 5.8 GB.
+A data set that fits there is read once a run, not once an epoch. The order is that of `Feed.batches`, and so are the
+batches. A recording of 12 leads and 10 s takes 120 kB: 48,000 of them take 5.8 GB.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
