@@ -29,6 +29,7 @@ from lsemvae.leads import LEADS
 from serve.api import make_api
 from serve.observed import Metrics
 from serve.registry import Registry
+from serve.security import Tokens
 from serve.service import Service
 
 
@@ -49,7 +50,7 @@ def known(counts_NLT: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.fixture(scope="module")
 def api(known: dict) -> object:
     uris = [str(known["folder"] / name) for name in cases.MODELS]
-    return make_api(Service(Registry(uris, known["folder"] / "kept", 0), Metrics(), tokens=frozenset({TOKEN})))
+    return make_api(Service(Registry(uris, known["folder"] / "kept", 0), Metrics(), tokens=Tokens({TOKEN})))
 
 
 def send(api: object, case: cases.Case) -> httpx.Response:
