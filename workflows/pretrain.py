@@ -38,7 +38,7 @@ from lsemvae.training.launch import (
     train,
 )
 
-RESULT, RUN = "result.json", "run.json"
+RESULT, RUN, TRAINED = "result.json", "run.json", "bundle/config.json"
 AGAIN = "Delete it and give the same command again: it is made from the run's newest checkpoint"
 AGAIN_ANOTHER_RUN = (
     "Delete it and give the same command again: the training goes on from its newest checkpoint, in a new MLflow run"
@@ -97,11 +97,27 @@ def main(args: Args) -> None:
     name = args.name or f"pretrain-{_digest(recipe, sources, args.all, args.exclude)}"
     place = storage / name
     if _is_finished(place, name):
+        _say_if_others_have_withdrawn(place, sources)
         return
     require_writable(place)
     with Lease(place) as lease:
         if not _is_finished(place, name):  # by now, by another command
             _run(args, sources, feeds, storage, name, lease)
+
+
+def _say_if_others_have_withdrawn(place: Storage, sources: Sequence[Source]) -> None:
+    """A finished run is not trained again: say that its model was trained on subjects who have withdrawn since."""
+    if not place.exists(TRAINED):
+        return
+    trained_on = place.read_json(TRAINED, AGAIN, ("provenance",))["provenance"].get("data", {}).get("since_ingest", {})
+    for source in sources:
+        before = trained_on.get(source.data.storage.uri, {}).get("withdrawn")
+        if source.data.since_ingest.get("withdrawn") not in (before, None):
+            print(
+                f"The list of who has withdrawn from {source.data.storage.uri} has changed since this model was "
+                "trained: give another --name to train without them. python workflows/withdrawn.py finds what else "
+                "holds them."
+            )
 
 
 def _is_finished(place: Storage, name: str) -> bool:

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
+import pretrain
 import pytest
 from support import bundles, parts
 from support.labelled import write_labelled
@@ -13,6 +15,7 @@ from lsemvae.bundle import describe
 from lsemvae.cohorts.withdrawn import Withdrawn
 from lsemvae.data.held import MODEL, NAME, NOT_READ, PERHAPS, ROWS, TEXT, Search
 from lsemvae.data.shards import ShardedDataset
+from lsemvae.recipes import PRETRAIN
 from lsemvae.scoring.inputs import open_shards
 from lsemvae.scoring.output import commit
 from lsemvae.scoring.scores import SCORES
@@ -134,3 +137,23 @@ def test_mistakes_are_one_line_and_status_2(tmp_path: Path, words: tuple[str, ..
     failed = workflow("withdrawn", *(word.format(tmp=tmp_path) for word in words), "--no-mlflow", check=False)
     (line,) = failed.stderr.strip().splitlines()
     assert failed.returncode == 2 and says in line
+
+
+def test_a_finished_pretraining_says_who_has_withdrawn_since(tmp_path: Path, monkeypatch, capsys):
+    """It is not trained again, but nobody may believe that its model was trained without them."""
+    data, place = write_labelled(tmp_path / "shards", 24), tmp_path / "runs" / "run"
+    (data / "withdrawn.csv").write_text("s003\n")
+    before = ShardedDataset.open(str(data)).since_ingest
+    bundles.save(place / "bundle", bundles.SMALL, data={"uri": str(data), "since_ingest": {str(data): before}})
+    result = {"bundle": "b", "digest": "d", "model": "m", "run": "r", "metrics": {"epoch": 0, "train.loss": 1.0}}
+    Storage.open(place).write_bytes("result.json", json.dumps(result).encode())
+    words = ["pretrain.py", "smoke", "--data", str(data), "--storage", str(place.parent), "--name", "run"]
+
+    def said() -> str:
+        monkeypatch.setattr(sys, "argv", list(words))
+        pretrain.run_recipe_command(pretrain.main, pretrain.Args, PRETRAIN, storage=pretrain.tyro.MISSING)
+        return capsys.readouterr().out
+
+    assert "run is finished: nothing to do" in (printed := said()) and "withdrawn" not in printed
+    (data / "withdrawn.csv").write_text(f"s003\n{GONE}\n")
+    assert "The list of who has withdrawn" in (printed := said()) and GONE not in printed
