@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.bundles import CONFIGS, SMALL, records, save
 
 from lsemvae import bundle as bundles
-from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Doubt, Scorer, example_record
+from lsemvae.bundle import CONFIG, WEIGHTS, Bundle, Calibration, Doubt, Ready, Scorer, example_record, ready
 from lsemvae.errors import BundleError
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models import ARCHITECTURES, build
@@ -331,3 +331,32 @@ def test_calibration_keeps_the_order_of_any_scores(scores: list[float], slope: f
     probability = Calibration(slope, intercept).probability(np.array(sorted(scores)))
     assert ((probability >= 0) & (probability <= 1)).all()
     assert (np.diff(probability) >= 0).all()
+
+
+def test_a_record_with_its_model_input_has_the_same_score(tmp_path: Path):
+    """One that is refused, too; made ready for another bundle, or beside records that are not, it is prepared anew."""
+    save(tmp_path / "b")
+    torch.manual_seed(5)
+    bundle, model = bundles.load(tmp_path / "b")
+    bundles.save(replace(bundle, preprocess=replace(bundle.preprocess, highpass_hz=1.0)), model, tmp_path / "other")
+    scorer, other = Scorer(tmp_path / "b"), Scorer(tmp_path / "other")
+    quiet = Record(("I",), np.zeros((1, 5000), dtype=np.float32), 500.0)
+    given = [*records(5), quiet]
+    made = ready(given, scorer.bundle)
+    assert all(isinstance(record, Ready) for record in made)
+    for answers, expected in (
+        (scorer.score(made), scorer.score(given)),
+        (scorer.score([*made[:2], *given[2:]]), scorer.score(given)),
+        (other.score(made), other.score(given)),
+    ):
+        assert [answer.score for answer in answers[:5]] == [answer.score for answer in expected[:5]]
+        assert [answer.leads_used for answer in answers] == [answer.leads_used for answer in expected]
+        assert (answers[5].refused.code, str(answers[5].refused)) == ("leads", str(expected[5].refused))
+    assert scorer.score(made)[0].score != other.score(made)[0].score
+
+
+def test_records_whose_every_window_is_scored_keep_no_model_input(tmp_path: Path):
+    save(tmp_path / "b")
+    bundle = bundles.describe(tmp_path / "b")
+    given = records(2)
+    assert ready(given, replace(bundle, preprocess=replace(bundle.preprocess, window="all"))) == given

@@ -111,6 +111,8 @@ def preprocess_signals(
         finish(window_signals(signals_mv[b : b + PART], rates_hz[b : b + PART], leads, config), leads, config)
         for b in range(0, max(len(signals_mv), 1), PART)
     ]
+    if len(parts) == 1:
+        return parts[0]
     x_BLT, lead_mask_BL = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return Prepared(x_BLT, lead_mask_BL, [reason for part in parts for reason in part.refused_B])
 
