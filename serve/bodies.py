@@ -15,9 +15,10 @@ from lsemvae.record import Record
 from serve import quick_json
 from serve.inputs import (
     FILE_EXPANSION,
+    JSON_BYTES_PER_SAMPLE,
     from_files,
     from_json,
-    json_memory,
+    json_samples,
     require_samples,
     to_record,
     uploaded,
@@ -42,10 +43,11 @@ P = ParamSpec("P")
 async def json_records(request: Request, kind: type[ReconstructRequest]) -> Parsed:
     """The records of a JSON body, parsed beside the event loop; the parsed numbers are freed at once."""
     body = await body_of(request, "application/json")
-    charged = json_memory(body)
+    samples = json_samples(body)
+    charged = JSON_BYTES_PER_SAMPLE * samples
     if quick_json.AVAILABLE:
         # A list with null becomes Python objects, which take as much as pydantic's.
-        quick = charged if b"null" in body else json_memory(body, quick_json.BYTES_PER_SAMPLE)
+        quick = charged if b"null" in body else quick_json.BYTES_PER_SAMPLE * samples
         charge(request.scope, quick)
         if found := await asyncio.to_thread(_parse_quickly, body, kind):
             return found

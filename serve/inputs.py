@@ -43,13 +43,23 @@ class TooLarge(LsemvaeError):
     """The request holds more than the endpoint reads at once: answered with status 413."""
 
 
-def json_memory(body: bytes, bytes_per_sample: int = JSON_BYTES_PER_SAMPLE) -> int:
+def json_memory(body: bytes) -> int:
     """Bytes that parsing the body takes. Raises TooLarge before anything is parsed."""
-    # Commas in texts count too, but these are few. numpy counts them ten times as fast as bytes.count.
-    samples = int(np.count_nonzero(np.frombuffer(body, dtype=np.uint8) == ord(",")))
+    return JSON_BYTES_PER_SAMPLE * json_samples(body)
+
+
+def json_samples(body: bytes) -> int:
+    """About as many samples as the body has. Raises TooLarge before anything is parsed."""
+    samples = _commas(body)  # commas in texts count too, but these are few
     if samples > MAX_SAMPLES + MAX_NAMES or body.count(b":") > MAX_NAMES:
         raise too_large()
-    return bytes_per_sample * samples
+    return samples
+
+
+def _commas(body: bytes) -> int:
+    """In blocks that stay in the cache numpy counts them ten times as fast as bytes.count."""
+    bytes_N = np.frombuffer(body, dtype=np.uint8)
+    return sum(int(np.count_nonzero(bytes_N[k : k + 2**16] == ord(","))) for k in range(0, len(body), 2**16))
 
 
 def require_samples(records: Iterable[Record | LsemvaeError]) -> int:

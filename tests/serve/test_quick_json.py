@@ -187,14 +187,14 @@ def test_quick_reading_takes_no_more_memory_than_is_charged_for_it(values: str):
     script = f"""
 import re
 from serve import bodies, quick_json
-from serve.inputs import json_memory
+from serve.inputs import json_samples
 from serve.schema import ScoreRequest
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 body = ('{{"records": [{{"rate_hz": 500, "leads": {{"I": [' + "{values}" * 3_900_000 + "0]}}}}]}}").encode()
 bodies._parse_quickly(b'{{"records": [{{"rate_hz": 500, "leads": {{"I": [1]}}}}]}}', ScoreRequest)
 before = peak()
 assert bodies._parse_quickly(body, ScoreRequest) is not None
-print(json_memory(body, quick_json.BYTES_PER_SAMPLE), peak() - before)
+print(quick_json.BYTES_PER_SAMPLE * json_samples(body), peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     charged, taken = map(int, done.stdout.split())
