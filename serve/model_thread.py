@@ -21,7 +21,7 @@ class ModelThread:
         self._pool = ThreadPoolExecutor(1, "torch")
         self._began: float | None = None
         self.failed = False
-        """Whether the last call raised an exception."""
+        """Whether the last call of `run` raised an exception."""
 
     @property
     def busy_s(self) -> float:
@@ -32,17 +32,25 @@ class ModelThread:
     async def run(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._watched, call, *args)
 
+    async def run_without_model(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
+        """The same for a call that runs no model, whose success says nothing about the models."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, call, *args)
+
     def _watched(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
-        self._began = time.monotonic()
         try:
-            done = call(*args)
+            done = self._timed(call, *args)
         except Exception:
             self.failed = True
             raise
-        finally:
-            self._began = None
         self.failed = False
         return done
+
+    def _timed(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
+        self._began = time.monotonic()
+        try:
+            return call(*args)
+        finally:
+            self._began = None
 
 
 TORCH = ModelThread()

@@ -128,7 +128,7 @@ class Batcher(Generic[Job, Done]):
             if raw := self._to_prepare():
                 at = time.perf_counter()
                 with suppress(Exception):  # `_answer` tries it again, and finds whose fault it is
-                    await TORCH.run(self._prepare_now, raw)
+                    await TORCH.run_without_model(self._prepare_now, raw)
                 prepared_s += time.perf_counter() - at
                 continue
             self._wake = asyncio.Event()
@@ -197,7 +197,7 @@ class Scoring:
         try:
             candidates = choose(given, served, model)
         except Refused as error:
-            flags = await TORCH.run(quality_flags, given)
+            flags = await TORCH.run_without_model(quality_flags, given)
             return refused(id, error, [*given.flags, *flags])
         chosen, answer, flags = await self._first_to_accept(candidates, given)
         return answered(id, given, chosen.described, chosen.scorer, answer, flags)

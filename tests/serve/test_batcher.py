@@ -7,6 +7,7 @@ import time
 import pytest
 
 from lsemvae.preprocess import PART
+from serve.model_thread import TORCH
 from serve.scoring import Batcher
 
 
@@ -84,3 +85,21 @@ def test_few_jobs_are_prepared_with_their_batch_in_one_turn_of_the_thread(size: 
     assert asyncio.run(main()) == list(range(size))
     assert [stage for stage, _ in threads] == ["prepare", "run"]
     assert len({thread for _, thread in threads}) == 1
+
+
+def test_preparing_others_does_not_hide_that_the_model_failed():
+    """The replica's health check looks at `failed`: it would believe in a model that fails batch after batch."""
+
+    def run(jobs: list[int]) -> list[int]:
+        raise RuntimeError("no device")
+
+    async def main() -> None:
+        batcher: Batcher[int, int] = Batcher(run, max_size=PART + 2, prepare=list)
+        assert isinstance((await asyncio.gather(batcher(0), batcher(1), return_exceptions=True))[0], RuntimeError)
+        assert TORCH.failed
+        await TORCH.run_without_model(len, [])
+        assert TORCH.failed
+
+    asyncio.run(main())
+    asyncio.run(TORCH.run(len, []))
+    assert not TORCH.failed
