@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from lsemvae.errors import LsemvaeError
 
@@ -38,6 +39,7 @@ _KNOWN_OTHERS = re.compile(
 )
 
 
+@lru_cache(maxsize=256)
 def canonical(name: str) -> str:
     """`"AVL"`, `"Lead aVL"`, `"DI"`, `"ECG I"`, `"I (Einthoven)"` or `"C1"` -> `"aVL"`, `"I"` or `"V1"`.
 

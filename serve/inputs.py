@@ -117,7 +117,8 @@ def from_npy(
                 "int16 samples are a recorder's counts: give uv_per_lsb, microvolts a count, and no unit"
             )
         signal_mv_BLT = values_BLT * np.float32(uv_per_lsb / 1000)
-        signal_mv_BLT[values_BLT == NOT_RECORDED] = np.nan
+        if values_BLT.min() == NOT_RECORDED:
+            signal_mv_BLT[values_BLT == NOT_RECORDED] = np.nan
     else:
         if uv_per_lsb is not None:
             raise LsemvaeError("float32 samples are voltages: give unit=mV or unit=uV, and no uv_per_lsb")
