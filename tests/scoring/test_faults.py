@@ -283,6 +283,35 @@ def test_of_two_models_started_together_one_wins(request, forks, whole, ukb, mod
     require_one_winner(first, second, place, whole)
 
 
+# --- withdrawn between two commands ----------------------------------------------------------------------------
+
+
+def test_who_withdraws_after_ingest_and_scoring_is_in_nothing_that_is_made_then(forks, ukb, models, tmp_path: Path):
+    """The old output is refused, not continued, and stays as it is; a new one is made without them."""
+    source, gone = tmp_path / "in", PEOPLE[2]
+    shutil.copytree(ukb, source)
+    for words, says in (
+        (lambda output: score(source, models["6"], output), "whose recordings were others"),
+        (lambda output: ingest(source, output), "already holds another data set"),
+    ):
+        (source / "withdrawn.csv").write_text(f"{1000000 + WITHDRAWN}\n")
+        name = words("")[0]
+        old, new = Storage.open(tmp_path / name / "old"), Storage.open(tmp_path / name / "new")
+        assert forks.run(*words(old.uri)).status == 0
+        before = results(old)
+        (source / "withdrawn.csv").write_text(f"{1000000 + WITHDRAWN}\n{gone}\n")
+        again, afresh = forks.run(*words(old.uri)), forks.run(*words(new.uri), "--max-unreadable", 0.3)
+        assert again.status == 2 and says in again.error and results(old) == before
+        assert afresh.status == 0, afresh.said
+        held = [row["subject_id"] for path in new.list(suffix=".parquet") for row in _rows(new, path)]
+        assert held and gone not in held and set(held) < set(PEOPLE)
+        assert gone not in again.said + afresh.said
+
+
+def _rows(place: Storage, path: str) -> list[dict]:
+    return pq.read_table(io.BytesIO(place.read_bytes(path))).to_pylist()
+
+
 # --- on a full disk ------------------------------------------------------------------------------------------
 
 
