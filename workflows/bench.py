@@ -51,6 +51,11 @@ CASES = {
         "bench_checks",
         "deletion, insertion and random weights on held-out recordings, against random order",
     ),
+    "references": (
+        "benchmarks.references",
+        "bench_references",
+        "how far explanations depend on what recordings are compared with, against no signal",
+    ),
     "truth": ("benchmarks.truth", "bench_truth", "whether attributions find what simulated labels depend on"),
     "collapse": ("benchmarks.collapse", "bench_collapse", "how the reconstruction weight changes the posterior"),
 }
