@@ -17,7 +17,9 @@ Recipe = TypeVar("Recipe")
 class OptimConfig:
     """AdamW, its schedule, and how long training takes."""
 
-    before: ClassVar[Mapping[str, Any]] = {"gradient_exchange": "float32", "shard_optimizer": False}
+    before: ClassVar[Mapping[str, Any]] = {
+        "fused_encoder": False, "cuda_graphs": False, "gradient_exchange": "float32", "shard_optimizer": False,
+    }  # fmt: skip
 
     epochs: int
     batch_size: int
@@ -35,6 +37,12 @@ class OptimConfig:
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False
     """Use torch.compile. It takes a minute to start, and pays on a GPU."""
+    cuda_graphs: bool = False
+    """With `compile` on a GPU, replay each pass of a pre-training as CUDA graphs (torch's reduce-overhead). No GPU has
+    timed it yet."""
+    fused_encoder: bool = False
+    """On a GPU, run the three convolutions of all lead encoders as one Triton kernel in pre-training. No GPU has timed
+    it yet."""
     gradient_exchange: Literal["float32", "bf16"] = "float32"
     """Precision in which the workers of a pre-training exchange gradients. bf16 halves the bytes and rounds the sum."""
     shard_optimizer: bool = False
@@ -47,6 +55,10 @@ class OptimConfig:
             raise LsemvaeError(
                 f"epochs={self.epochs}, batch_size={self.batch_size}, learning_rate={self.learning_rate}, "
                 f"accumulate={self.accumulate}: each must be above 0"
+            )
+        if self.cuda_graphs and (not self.compile or self.accumulate > 1):
+            raise LsemvaeError(
+                f"cuda_graphs needs compile and accumulate=1, but compile={self.compile}, accumulate={self.accumulate}"
             )
 
 

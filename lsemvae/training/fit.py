@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lsemvae.config import OptimConfig
 from lsemvae.errors import LsemvaeError
+from lsemvae.models.parts.blocks import fuse
 from lsemvae.models.parts.objectives import NonFiniteBatch, require
 from lsemvae.training.out_of_memory import explained
 
@@ -164,6 +165,8 @@ def _take_step(
             with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
                 of_part = model(part, check=False)
             of_part["loss"].backward()
+            if config.cuda_graphs:  # the next replay overwrites what this one returned
+                of_part = {name: value.detach().clone() for name, value in of_part.items()}
         goods.append(of_part.pop("good_B"))
         for name, term in of_part.items():
             terms[name] = terms[name] + term.detach() if name in terms else term.detach()
@@ -341,6 +344,14 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
             return tensor.copy_(on_device)
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def prepare(model: nn.Module, config: OptimConfig, device: torch.device) -> None:
+    """Let the model run as `config.fused_encoder`, `compile` and `cuda_graphs` say, in place."""
+    if config.fused_encoder:
+        fuse(model, device)
+    if config.compile:
+        model.compile(mode="reduce-overhead" if config.cuda_graphs else None)
 
 
 def make_optimizer(

@@ -25,7 +25,7 @@ from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.progress import Bar
 from lsemvae.storage import Storage
 from lsemvae.training.checkpoints import Progress, start
-from lsemvae.training.fit import Batch, Epoch, Step, Watcher, fit, learning_rate, sum_over_workers
+from lsemvae.training.fit import Batch, Epoch, Step, Watcher, fit, learning_rate, prepare, sum_over_workers
 from lsemvae.training.resident import Resident, require_memory, rows_in, widened
 from lsemvae.training.several import collect, exchange_gradients
 from lsemvae.training.validation import validate
@@ -100,8 +100,7 @@ class Worker(Watcher):
         """Of rank 0; the others write nothing."""
         self.checkpoint_at_s = time.monotonic()
         """When the last checkpoint was taken, or training began."""
-        if self.recipe.optim.compile:
-            self.model.compile()
+        prepare(self.model, self.recipe.optim, self.device)
         self.shared_model = prepare_model(self.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
         exchange_gradients(self.shared_model, self.recipe.optim)
         self.resident = self._on_device() if job.device_cache else {}

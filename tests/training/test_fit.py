@@ -338,6 +338,13 @@ def test_clipping_in_the_optimiser_is_clipping_before_it(clip_norm: float):
     assert_same(other, model, rtol=1e-4, atol=1e-6)
 
 
+def test_cuda_graphs_need_a_compiled_model_and_whole_batches():
+    assert OptimConfig(1, 2, compile=True, cuda_graphs=True).cuda_graphs
+    for wrong in ({"compile": False}, {"compile": True, "accumulate": 2}):
+        with pytest.raises(LsemvaeError, match="cuda_graphs needs compile and accumulate=1"):
+            OptimConfig(1, 2, cuda_graphs=True, **wrong)
+
+
 class HalfFinite(torch.nn.Module):
     """A loss with a term that has no gradient: where it is infinite, the gradient of the rest is finite."""
 

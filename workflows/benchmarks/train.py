@@ -22,7 +22,7 @@ from lsemvae.data.shards import ShardedDataset
 from lsemvae.models import build
 from lsemvae.preprocess.on_device import DeviceFinish
 from lsemvae.recipes import PRETRAIN
-from lsemvae.training.fit import Batch, fit, make_optimizer
+from lsemvae.training.fit import Batch, fit, make_optimizer, prepare
 from lsemvae.training.pretrain import batches_ahead
 from lsemvae.training.resident import widened
 
@@ -85,8 +85,7 @@ def measure(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
     device = get_device()
     torch.manual_seed(0)
     model = build(recipe.model, recipe.leads).to(device)
-    if recipe.optim.compile:
-        model.compile()
+    prepare(model, recipe.optim, device)
     model = prepare_model(model)
     optimizer = make_optimizer(model, recipe.optim)
 

@@ -4,6 +4,8 @@ The first dimension of every encoder parameter is the lead. So one grouped convo
 product serves all leads, and the encoders of some leads are rows of a tensor.
 """
 
+import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -17,6 +19,8 @@ from lsemvae.leads import in_order
 from lsemvae.models.parts import shifts
 from lsemvae.models.parts.fusion import full_precision
 from lsemvae.models.parts.whole import masked
+
+log = logging.getLogger(__name__)
 
 STRIDE = 8
 """Samples in one position of the convolutions' output."""
@@ -78,6 +82,9 @@ class LeadEncoders(nn.Module):
     log-variance heads, half of the parameters: the embedding needs the means alone.
     """
 
+    fused = False
+    """Whether the convolutions run as one kernel, see `fuse`."""
+
     def __init__(
         self,
         leads: Sequence[str],
@@ -99,6 +106,11 @@ class LeadEncoders(nn.Module):
 
     def features(self, x_BLT: Tensor) -> Tensor:
         """The input of the heads, [L, B, F]: F = last channels x T / 8, channel by channel."""
+        if self.fused and not x_BLT.requires_grad and x_BLT.dtype == torch.float32:
+            from lsemvae.models.parts.fused import convolutions
+
+            convs = (self.conv1, self.conv2, self.conv3)
+            return convolutions(x_BLT, [parameter for conv in convs for parameter in (conv.weight, conv.bias)])
         return self._lead_by_lead(x_BLT) if x_BLT.device.type == "cpu" else self._grouped(x_BLT)
 
     def _grouped(self, x_BLT: Tensor) -> Tensor:
@@ -195,6 +207,26 @@ class LeadEncoders(nn.Module):
             assign=True,
         )
         return chosen.train(self.training)
+
+
+def fuse(model: nn.Module, device: torch.device) -> None:
+    """Let a model's lead encoders run their convolutions as one Triton kernel (`lsemvae.models.parts.fused`) on a GPU.
+
+    Elsewhere they keep their plain form, which defines the result. The log says which form it is.
+    """
+    encoders = [module for module in model.modules() if isinstance(module, LeadEncoders)]
+    if not encoders:
+        log.info("the model has no lead encoders: there is nothing to fuse")
+    elif device.type != "cuda":
+        log.info(
+            f"the lead encoders' convolutions keep their plain form: the fused kernel runs on a GPU, not on {device}"
+        )
+    elif importlib.util.find_spec("triton") is None:
+        log.info("the lead encoders' convolutions keep their plain form: Triton is not installed")
+    else:
+        log.info(f"the lead encoders' convolutions run as one fused kernel on {device}")
+        for encoder in encoders:
+            encoder.fused = True
 
 
 class Decoder(nn.Module):
