@@ -23,7 +23,7 @@ runs = pytest.mark.skipif(
 
 CASES = {
     "one record of one lead, one position": (("II",), 1, 8, (2, 2, 4)),
-    "several tiles and channels that fill none": (("I", "V1"), 9, 120, (3, 8, 5)),
+    "several tiles and channels that fill none": (("I", "V1"), 9, 64, (3, 8, 5)),
     "the paper's channels": (LIMB_LEADS[:3], 3, 40, (16, 32, 64)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -88,8 +88,8 @@ def test_bf16_is_near_the_plain_form_in_float32(case: tuple):
 @runs
 def test_the_model_has_the_same_loss_and_gradients_with_any_leads_masked():
     torch.manual_seed(0)
-    model = LSEMVAE(LSEMVAEConfig(samples=48, latent=3, channels=(2, 4, 4)), LEADS).to(DEVICE)
-    x_BLT, mask_BL = torch.randn(5, 12, 48), torch.rand(5, 12) > 0.4
+    model = LSEMVAE(LSEMVAEConfig(samples=48, latent=3, channels=(2, 4, 4)), LIMB_LEADS).to(DEVICE)
+    x_BLT, mask_BL = torch.randn(5, 6, 48), torch.rand(5, 6) > 0.4
     mask_BL[:, 0] = True
     x_BLT[~mask_BL] = float("nan")
     batch = {"x_BLT": x_BLT, "lead_mask_BL": mask_BL, "noise_BD": torch.randn(5, 3)}
