@@ -4,7 +4,27 @@ import json
 import math
 
 import pytest
+import torch
+from benchmarks.model import SIZES, model_work
+from benchmarks.parts import parts_of, show_parts
 from support.session import workflow
+
+from lsemvae.models.lsemvae import LSEMVAE
+
+
+def test_the_parts_of_a_step_are_the_whole_step(capsys):
+    config = SIZES["smoke"]
+    model, x_BLT = LSEMVAE(config), torch.randn(2, 12, config.samples)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    parts = parts_of(model, optimizer, x_BLT, torch.float32)
+    assert sum(part.flops for part in parts) == model_work(config, 2, 1, True, 4)[0]
+    show_parts(parts, 1.0, 2, flops_s=1e3, bytes_s=1e30, device="cpu")
+    show_parts(parts[3:], 1.0, 2, flops_s=1e30, bytes_s=1e3, device="cpu")
+    shown = [line.rsplit("%", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("part of")]
+    assert [line.split("  ")[0] for line, _ in shown] == [part.name for part in (*parts, parts[3])]
+    assert [bound.strip() for _, bound in shown[:3]] == ["matrix products"] * 3
+    assert shown[4][1].strip() == "memory"
+    assert all(parameter.grad is not None for parameter in model.parameters())  # the parts are all of the model
 
 
 def test_shifts_are_measured_against_explicit_ones(tmp_path):

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, alternate, less_is_better, more_is_better, peak_bytes, roofs
+from benchmarks.parts import parts_of, show_parts
+from lsemvae.errors import LsemvaeError
 from lsemvae.leads import LEADS
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
+from lsemvae.models.parts.blocks import fuse
 
 SIZES = {
     "full": LSEMVAEConfig(),
@@ -25,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile for ours (default on a GPU)"
+    )
+    parser.add_argument(
+        "--fused", action="store_true", help="the fused kernel for our encoders' convolutions, on a GPU"
     )
 
 
@@ -138,12 +144,16 @@ def bench_model(args: argparse.Namespace) -> list[Row]:
     model = LSEMVAE(config).to(device)
     loop = PaperLoop(config).to(device)
     compiled = device == "cuda" if args.compile is None else args.compile
+    if args.fused:
+        if device != "cuda":
+            raise LsemvaeError("--fused needs --device cuda: the fused kernel runs on a GPU alone")
+        fuse(model, torch.device(device))
     # Compile once for each batch size: one graph for both would be slower at each.
     ours = torch.compile(model, dynamic=False) if compiled else model
     our_adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loop_adamw = torch.optim.AdamW(loop.parameters(), lr=1e-4, foreach=False, fused=False)
 
-    measured = []
+    measured, of_steps = [], []
     for batch in args.batch or ([128, 1024] if device == "cuda" else [64]):
         x_BLT = torch.randn(batch, len(LEADS), config.samples, device=device)
         lead_mask_BL = torch.ones(batch, len(LEADS), dtype=torch.bool, device=device)
@@ -165,10 +175,14 @@ def bench_model(args: argparse.Namespace) -> list[Row]:
             static = (12 if train else 4) * sum(p.numel() for p in model.parameters())
             peaks = [peak_bytes(call, static, device) / 2**30 for call in pair]
             measured.append((name, batch, train, seconds, peaks))
+            if train:
+                of_steps.append((seconds[0], x_BLT))
 
     # Measured at the start and at the end; the machine was less busy for the larger of the two.
     flops_s, bytes_s = (max(pair) for pair in zip(before, roofs(device, dtype), strict=True))
     print(f"matrix products {flops_s / 1e12:.3g} TFLOP/s ({precision}), copies {bytes_s / 1e9:.3g} GB/s")
+    for step_s, x_BLT in of_steps:
+        show_parts(parts_of(model, our_adamw, x_BLT, dtype), step_s, len(x_BLT), flops_s, bytes_s, device)
     rows = []
     for name, batch, train, seconds, peaks in measured:
         case = f"{name} b{batch}"
