@@ -12,6 +12,7 @@ import torch
 from golden import make
 from mlflow import MlflowClient
 from support.checkpoints import write_checkpoint
+from support.faults import Between, Fault
 from support.session import Trained, workflow
 
 from lsemvae import bundle as bundles
@@ -221,7 +222,9 @@ class InBucket:
 
 
 @pytest.mark.ray
-def test_in_a_bucket_checkpoints_expire_or_are_damaged(s3: str, shards: Path, pretrained: Trained):
+def test_in_a_bucket_checkpoints_expire_or_are_damaged_and_mlflow_fails_at_the_end(
+    s3: str, mlflow_server: str, shards: Path, pretrained: Trained
+):
     """By the command: it stops where nothing is whole, and goes on from the checkpoint before a damaged one."""
     run = InBucket(pretrained.folder, "expired", shards)
     tracked = json.loads(run.get("run.json"))["run"]
@@ -242,8 +245,15 @@ def test_in_a_bucket_checkpoints_expire_or_are_damaged(s3: str, shards: Path, pr
 
     name = f"{older}/{BUNDLE}/model.safetensors"
     run.put(name, others[name])
-    done = workflow("pretrain", *run.words, alone=True)
-    assert f"checkpoint {newer} is damaged and passed over" in done.stderr
-    assert f"from {older}" in done.stderr and "result.json" in run.names()
+    between = Between(mlflow_server)
+    between.faults = [Fault("503", method="POST", part="model-versions/create")]
+    away = {"MLFLOW_TRACKING_URI": between.endpoint, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = workflow("pretrain", *run.words, check=False, **away)
+    between.close()
+    assert f"checkpoint {newer} is damaged and passed over" in done.stderr and f"from {older}" in done.stderr
+    assert done.returncode == 2 and "error: registering expired failed at" in done.stderr
+    workflow("pretrain", *run.words)  # nothing is trained again
+    assert "result.json" in run.names()
     epochs = [metric.step for metric in MlflowClient().get_metric_history(tracked, "train.loss")]
     assert sorted(epochs) == [0, 1, 2, 3, 3]
+    assert len(MlflowClient().search_model_versions("name='expired'")) == 1
