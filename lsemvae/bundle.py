@@ -28,7 +28,7 @@ from lsemvae.fields import as_json
 from lsemvae.leads import LEADS, in_order
 from lsemvae.models import architecture_name, build, config_from
 from lsemvae.models.parts.doubt import Kind
-from lsemvae.preprocess import READABLE, Prepared, PreprocessConfig, preprocess, preprocess_signals, windows
+from lsemvae.preprocess import PART, READABLE, Prepared, PreprocessConfig, preprocess, preprocess_signals, windows
 from lsemvae.preprocess import VERSION as PREPROCESS_VERSION
 from lsemvae.record import Record
 from lsemvae.simulate import RATE_HZ, EcgParameters, simulate_ecg
@@ -318,12 +318,15 @@ def ready(records: Sequence[Record], bundle: Bundle) -> list[Record]:
     """
     if bundle.preprocess.window == "all":
         return list(records)
-    x_BLT, mask_BL, refused_B = preprocess(records, bundle.leads, bundle.preprocess)
-    rows = [slice(b, b + 1) for b in range(len(records))]
-    return [
-        Ready(**vars(record), digest=bundle.digest, prepared=Prepared(x_BLT[row], mask_BL[row], refused_B[row]))
-        for record, row in zip(records, rows, strict=True)
-    ]
+    made: list[Record] = []
+    for k in range(0, len(records), PART):  # what is filtered at once needs no copy into a whole
+        part = records[k : k + PART]
+        x_BLT, mask_BL, refused_B = preprocess(part, bundle.leads, bundle.preprocess)
+        for b, record in enumerate(part):
+            row = slice(b, b + 1)
+            prepared = Prepared(x_BLT[row], mask_BL[row], refused_B[row])
+            made.append(Ready(**vars(record), digest=bundle.digest, prepared=prepared))
+    return made
 
 
 CHUNK = 64  # recordings in one pass: more would only cost memory

@@ -160,7 +160,7 @@ def limit(more_mb):
 one = lambda: score_npy(api, first, uv_per_lsb=1)
 expected = [result["score"] for result in one().json()["results"]]
 outcomes = []
-for more_mb in (4, 16, 64):
+for more_mb in (4, 16, 32, 64):
     limit(more_mb)
     answer = body()
     limit(0)
