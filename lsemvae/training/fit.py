@@ -349,7 +349,9 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
 def prepare(model: nn.Module, config: OptimConfig, device: torch.device) -> None:
     """Let the model run as `config.fused_encoder`, `compile` and `cuda_graphs` say, in place."""
     if config.fused_encoder:
-        fuse(model, device)
+        form = fuse(model, device)
+        if not _distributed() or torch.distributed.get_rank() == 0:
+            log.info(form)
     if config.compile:
         model.compile(mode="reduce-overhead" if config.cuda_graphs else None)
 

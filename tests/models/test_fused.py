@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lsemvae.config import OptimConfig
 from lsemvae.leads import LEADS, LIMB_LEADS
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
 from lsemvae.models.parts.blocks import LeadEncoders, fuse
+from lsemvae.training.fit import prepare
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
@@ -137,12 +139,10 @@ def test_all_of_this_in_the_interpreter():
 def test_the_log_says_which_form_is_used(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "lsemvae")
     encoders = LeadEncoders(LEADS, samples=16, latent=2, channels=(2, 2, 2))
-    fuse(encoders, torch.device("cpu"))
+    prepare(encoders, OptimConfig(1, 2, fused_encoder=True), torch.device("cpu"))
     assert not encoders.fused and "keep their plain form: the fused kernel runs on a GPU, not on cpu" in caplog.text
-    fuse(encoders, torch.device("cuda"))
-    assert encoders.fused and "run as one fused kernel on cuda" in caplog.text
+    assert "run as one fused kernel on cuda" in fuse(encoders, torch.device("cuda")) and encoders.fused
     x_BLT = torch.zeros(1, 12, 16, requires_grad=True)  # an attribution asks for this gradient, which the kernel lacks
     encoders.features(x_BLT).sum().backward()
     assert x_BLT.grad is not None
-    fuse(torch.nn.Linear(1, 1), torch.device("cuda"))
-    assert "nothing to fuse" in caplog.text
+    assert "nothing to fuse" in fuse(torch.nn.Linear(1, 1), torch.device("cuda"))

@@ -147,7 +147,7 @@ def bench_model(args: argparse.Namespace) -> list[Row]:
     if args.fused:
         if device != "cuda":
             raise LsemvaeError("--fused needs --device cuda: the fused kernel runs on a GPU alone")
-        fuse(model, torch.device(device))
+        print(fuse(model, torch.device(device)))
     # Compile once for each batch size: one graph for both would be slower at each.
     ours = torch.compile(model, dynamic=False) if compiled else model
     our_adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -5,7 +5,6 @@ product serves all leads, and the encoders of some leads are rows of a tensor.
 """
 
 import importlib.util
-import logging
 import math
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -19,8 +18,6 @@ from lsemvae.leads import in_order
 from lsemvae.models.parts import shifts
 from lsemvae.models.parts.fusion import full_precision
 from lsemvae.models.parts.whole import masked
-
-log = logging.getLogger(__name__)
 
 STRIDE = 8
 """Samples in one position of the convolutions' output."""
@@ -209,24 +206,22 @@ class LeadEncoders(nn.Module):
         return chosen.train(self.training)
 
 
-def fuse(model: nn.Module, device: torch.device) -> None:
+def fuse(model: nn.Module, device: torch.device) -> str:
     """Let a model's lead encoders run their convolutions as one Triton kernel (`lsemvae.models.parts.fused`) on a GPU.
 
-    Elsewhere they keep their plain form, which defines the result. The log says which form it is.
+    Elsewhere they keep their plain form, which defines the result. Says in a sentence which form it is.
     """
     encoders = [module for module in model.modules() if isinstance(module, LeadEncoders)]
     if not encoders:
-        log.info("the model has no lead encoders: there is nothing to fuse")
-    elif device.type != "cuda":
-        log.info(
-            f"the lead encoders' convolutions keep their plain form: the fused kernel runs on a GPU, not on {device}"
-        )
-    elif importlib.util.find_spec("triton") is None:
-        log.info("the lead encoders' convolutions keep their plain form: Triton is not installed")
-    else:
-        log.info(f"the lead encoders' convolutions run as one fused kernel on {device}")
-        for encoder in encoders:
-            encoder.fused = True
+        return "the model has no lead encoders: there is nothing to fuse"
+    plain = "the lead encoders' convolutions keep their plain form: "
+    if device.type != "cuda":
+        return f"{plain}the fused kernel runs on a GPU, not on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return f"{plain}Triton is not installed"
+    for encoder in encoders:
+        encoder.fused = True
+    return f"the lead encoders' convolutions run as one fused kernel on {device}"
 
 
 class Decoder(nn.Module):
