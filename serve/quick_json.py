@@ -41,19 +41,14 @@ def read(body: bytes, kind: type[Asked]) -> Quick[Asked] | None:
         return None
     try:
         rest, leads = _split(simdjson.Parser().parse(body))
-    except (
-        _Unusual,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-    ):  # what simdjson raises, UnicodeDecodeError included
+        text = json.dumps(rest)  # TypeError where a list or object is left, which belongs nowhere
+    except (_Unusual, ValueError, TypeError, KeyError, RuntimeError):  # simdjson raises the last four
         return None
     # `as_buffer` flattens nested lists. A bracket in a text counts too, so such a body is read by pydantic.
     if body.count(b"[") != 1 + sum(map(len, leads)):
         return None
     try:  # as JSON, for which pydantic's rules differ from those for Python objects
-        return Quick(kind.model_validate_json(json.dumps(rest)), leads)
+        return Quick(kind.model_validate_json(text), leads)
     except ValidationError:
         return None
 

@@ -79,7 +79,9 @@ LISTS = st.one_of(
 )
 NAMES = st.sampled_from([*LEADS, "avl", "DI", "V7", "I\\u0000", "\\u0049", ""])
 BLANK = st.sampled_from(["", "", " ", "\n\t"])
-TEXTS = st.sampled_from(['"a"', '""', '"[1, 2]"', '"\\"leads\\": ["', '"\\ud800"', '"ж"', '"a:b,c"', "1", "null"])
+TEXTS = st.sampled_from(
+    ['"a"', '""', '"[1, 2]"', '"\\"leads\\": ["', '"\\ud800"', '"ж"', '"a:b,c"', "1", "null", "[1]", '{"a": 1}']
+)
 
 
 @st.composite
@@ -111,6 +113,9 @@ def texts(draw: st.DrawFn) -> bytes:
 @settings(max_examples=150, deadline=None)
 @given(texts())
 @example(b'{"records": [{"rate_hz": 500, "leads": {"I": [[1], [2]]}}]}')
+@example(b'{"records": [{"rate_hz": 500, "leads": {"I": [1]}, "extra": {"x": 1}}]}')
+@example(b'{"records": [{"rate_hz": 500, "leads": {"I": [1]}, "id": {}}], "model": [2]}')
+@example(b'{"records": [{"rate_hz": {"a": 1}, "leads": {"I": [1]}}]}')
 @example(b'{"records": [{"rate_hz": 500, "leads": {"I": [1, 2], "\\u0049": [3, 4]}}]}')
 @example(b'{"records": [{"rate_hz": 500, "leads": {"I": [1, 2], "I\\u0000": [3, 4]}}]}')
 @example(b'\xef\xbb\xbf{"records": [{"rate_hz": 500, "leads": {"I": [1]}}]}')
