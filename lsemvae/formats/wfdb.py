@@ -204,7 +204,10 @@ def _parse(content: bytes) -> _Header:
         )
     fields_S = [line.split(maxsplit=8) for line in lines[1 : 1 + n_signals]]
     leads = identify([fields[8] if len(fields) > 8 else "" for fields in fields_S])
-    signals = tuple(_signal(fields, lead or "") for fields, lead in zip(fields_S, leads, strict=True))
+    signals = tuple(
+        _signal(number, fields, lead or "")
+        for number, (fields, lead) in enumerate(zip(fields_S, leads, strict=True), 1)
+    )
     total = frames * sum(signal.per_frame for signal in signals)
     if frames > MAX_SAMPLES or total > MAX_TOTAL_SAMPLES:
         raise UnreadableRecording(
@@ -218,13 +221,11 @@ def _parse(content: bytes) -> _Header:
     return _Header(_rate(rate), frames, signals, subjects[-1] if subjects else None)
 
 
-def _signal(fields: list[str], lead: str) -> _Signal:
+def _signal(number: int, fields: list[str], lead: str) -> _Signal:
     """FILE FORMATxPER_FRAME:SKEW+OFFSET GAIN(BASELINE)/UNIT RESOLUTION ZERO INITIAL CHECKSUM BLOCK NAME"""
     layout = _LAYOUT.fullmatch(fields[1]) if len(fields) > 1 else None
     if layout is None:
-        raise UnreadableRecording(
-            "format", f"no signal format such as '16' in the line {' '.join(fields)[:80]!r}: mend the header"
-        )
+        raise UnreadableRecording("format", f"the line of signal {number} has no format such as '16': mend the header")
     number, per_frame, skew, offset = (int(field or 0) for field in layout.groups())
     if number not in _FORMATS:
         known = ", ".join(map(str, _FORMATS))
@@ -249,10 +250,17 @@ def _signal(fields: list[str], lead: str) -> _Signal:
     )
 
 
+def _shown(text: str | None) -> str:
+    """A value as messages quote it. In a file that is no header it may be anything, also who the patient is."""
+    if text is None:
+        return "absent"
+    return repr(text[:40]) if re.match(r"[+-]?\.?\d", text) else "no number"
+
+
 def _integer(text: str | None, what: str, low: int = -(2**31)) -> int:
     """An integer of 32 bits; only a number of samples may be larger, since it has a limit and a message of its own."""
     if text is None or not _INTEGER.fullmatch(text) or int(text) < low or (low < 0 and int(text) >= 2**31):
-        raise UnreadableRecording("header", f"the {what} is {(text or 'absent')[:40]!r}: mend the header")
+        raise UnreadableRecording("header", f"the {what} is {_shown(text)}: mend the header")
     return int(text)
 
 
@@ -261,7 +269,7 @@ def _rate(text: str | None) -> float:
     rate_hz = float(match[1]) if match else math.nan
     low, high = RATE_RANGE_HZ
     if not low <= rate_hz <= high:
-        raise UnreadableRecording("rate", f"the rate is {(text or 'absent')[:40]!r}: from {low:g} to {high:g} Hz")
+        raise UnreadableRecording("rate", f"the rate is {_shown(text)}: give {low:g} to {high:g} Hz")
     return rate_hz
 
 

@@ -720,3 +720,13 @@ def test_an_impossible_gain_hints_at_its_unit() -> None:
     with pytest.raises(UnreadableRecording, match="1000 per mV is 1 per uV") as caught:
         read_files(record_files({"II": np.arange(20)}, gain="2e10(0)/mV"))
     assert caught.value.code == "gain"
+
+
+@pytest.mark.parametrize(
+    "line", ["x 1 {SECRET 5000", "x 1 500 SECRET-7", 'x\t0 {"id": "SECRET-7", ', "x 1 500 9\nSECRET SECRET"]
+)
+def test_what_is_no_header_is_not_quoted(line: str):
+    """It may say who the patient is."""
+    with pytest.raises(UnreadableRecording) as refused:
+        read_record("x.hea", lambda name: line.encode())
+    assert "SECRET" not in str(refused.value)

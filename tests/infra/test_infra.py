@@ -410,7 +410,8 @@ def test_readme_commands_for_a_cluster_are_all_there(environment: None) -> None:
             jobs[re.search(r"workflows/(\w+)\.py", line)[1]] = parse_command(shlex.split(line))
     assert jobs.keys() == {"ingest", "pretrain", "finetune", "score"}
     paper, pretraining = PRETRAIN["paper"], jobs["pretrain"].recipe
-    batch = {name: getattr(pretraining.optim, name) for name in ("batch_size", "learning_rate", "warmup_steps")}
+    of_batch = ("batch_size", "learning_rate", "warmup_steps", "compile")
+    batch = {name: getattr(pretraining.optim, name) for name in of_batch}
     assert pretraining == replace(paper, optim=replace(paper.optim, **batch), streams=pretraining.streams)
     assert pretraining.optim.batch_size == 8 * paper.optim.batch_size  # 128 a GPU
     assert pretraining.streams % 8 == 0 and pretraining.optim.warmup_steps > 0
@@ -454,7 +455,7 @@ def test_readme_links_and_paths_exist() -> None:
 
 def test_readme_names_exactly_the_recipes() -> None:
     """The table in README.md has the names, epochs, batches and learning rates of lsemvae/recipes.py."""
-    rows = re.findall(r"^\| (pretrain|finetune) \| `(\w+)` \| (\S+) \| (\S+) \| (\S+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (pretrain|finetune) \| `([\w-]+)` \| (\S+) \| (\S+) \| (\S+) \|", README, re.MULTILINE)
     shown = {(workflow, name): (float(e), float(b), float(rate)) for workflow, name, e, b, rate in rows}
     assert len(shown) == len(rows)
     assert shown == {
