@@ -38,6 +38,11 @@ CASES = {
     "explain": ("benchmarks.explain", "bench_explain", "attributions of a batch against captum's loop over recordings"),
     "infer": ("benchmarks.infer", "bench_infer", "scoring with a 6-lead bundle against a bare torch loop"),
     "train": ("benchmarks.train", "bench_train", "training from shards against the bare step on a batch in memory"),
+    "checkpoint": (
+        "benchmarks.checkpoint",
+        "bench_checkpoint",
+        "how long training waits for a checkpoint, against writing it at once",
+    ),
     "score": ("benchmarks.score", "bench_score", "a whole cohort against the bare model in a loop in one process"),
     "serve": ("benchmarks.serve", "bench_serve", "the endpoint against a bare loop, FastAPI and mlflow models serve"),
     "soak": ("benchmarks.soak", "bench_soak", "the endpoint for an hour while everything around it fails at random"),
