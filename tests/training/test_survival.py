@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +36,7 @@ from support.watched import Attempt, Watched
 from lsemvae import bundle as bundles
 from lsemvae import storage, tracking
 from lsemvae.config import with_settings
-from lsemvae.data.feed import DAMAGED, Feed, Records, Rows, read_here
-from lsemvae.data.order import Block
+from lsemvae.data.feed import DAMAGED, Feed, Rows, read_here
 from lsemvae.data.row_groups import footer as storage_footer
 from lsemvae.data.shards import MANIFEST, Manifest, Shard, ShardedDataset, pack, shard_bytes
 from lsemvae.errors import LsemvaeError, StorageError
@@ -48,10 +47,11 @@ from lsemvae.recipes import PRETRAIN
 from lsemvae.record import Record
 from lsemvae.storage import Storage
 from lsemvae.tracking import Run
+from lsemvae.training import resident
 from lsemvae.training.checkpoints import Progress, newest_whole, writing_to
 from lsemvae.training.failures import raise_lasting
 from lsemvae.training.fit import Step
-from lsemvae.training.pretrain import PretrainJob, Tracker, pretrain_worker
+from lsemvae.training.pretrain import PretrainJob, Tracker, Worker, pretrain_worker
 
 ROWS, VAL_ROWS, EPOCHS, STEPS = 160, 32, 4, 10
 SAMPLES, PAIR = 512, ("I", "II")
@@ -267,7 +267,6 @@ def train_here(
     *,
     until: int = 10**9,
     watched: Path | None = None,
-    read: Callable = read_here,
 ) -> Attempt:
     """The run in this process, without a cluster, up to a step that another thread may put off."""
     import ray.train
@@ -283,7 +282,7 @@ def train_here(
         tracking_run=run.run_id,
         step_metrics_s=0.0,
     )
-    Watched.folder, Watched.read_with = str(attempt.folder), staticmethod(read)
+    Watched.folder, Watched.read_with = str(attempt.folder), staticmethod(read_here)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -537,22 +536,25 @@ def test_an_object_store_that_fails_then_refuses_and_a_loss_that_is_not_finite(
 
 
 def test_a_run_goes_on_from_a_checkpoint_by_time_in_mid_epoch(
-    data: Path, mlflow_server: str, undisturbed: dict[str, dict], tmp_path: Path
+    data: Path, mlflow_server: str, undisturbed: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A checkpoint is asked for at every step, and taken when the one before is written; then reading fails."""
+    """A checkpoint is asked for at every step, and taken when the one before is written; then a step fails."""
+    before_step = Worker.before_step
 
-    def lost(feed: Feed, blocks: Sequence[Block], workers: int = 1) -> Iterator[Records]:
-        for block, records in zip(blocks, read_here(feed, blocks, workers), strict=True):
-            if feed.order.shuffle and block.seed[1:] == (1, 2, 1):
-                raise RuntimeError("lost")
-            yield records
+    def lost(worker: Worker, epoch: int, step: int) -> None:
+        worker.writer.wait()
+        before_step(worker, epoch, step)
+        if (epoch, step) == (1, 7):
+            raise RuntimeError("lost")
 
     run = Run.start("pretrain", "by time", {})
     job = replace(job_of(data, {"checkpoint_steps": 0}), checkpoint_minutes=1e-9)
-    with pytest.raises(RuntimeError, match="lost"):
-        train_here(job, tmp_path, run, read=lost)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "before_step", lost)
+        with pytest.raises(RuntimeError, match="lost"):
+            train_here(job, tmp_path, run)
     reached = newest(tmp_path)
-    assert reached % STEPS, "it ended at the end of an epoch"
+    assert reached == STEPS + 6  # taken after the step that follows the one that asked
     before = len(Attempt(tmp_path / "watched").lines())
     attempt = train_here(job, tmp_path, run)
     run.end()
@@ -562,7 +564,10 @@ def test_a_run_goes_on_from_a_checkpoint_by_time_in_mid_epoch(
         assert curve(run, name) == pytest.approx(values, rel=1e-6), name
 
 
-def test_a_device_that_holds_all_records_gives_the_same_losses(data: Path, mlflow_server: str, tmp_path: Path):
+def test_a_device_that_holds_all_records_gives_the_same_losses(
+    data: Path, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(resident, "read_on_ray", read_here)
     losses = []
     for held in (False, True):
         run = Run.start("pretrain", f"held {held}", {})
