@@ -618,6 +618,9 @@ def test_replicas_follow_under_load_without_a_failed_or_mixed_answer(
         scores[number] = (bundles.describe(folder).digest, answer.score)
     other_byte(make(tmp_path / "bad", 4))
     bad = publish(name, tmp_path / "bad", alias=None)
+    encoder, encoders = f"{name}-encoder", [make(tmp_path / f"e{k}", k, LEADS, task=None) for k in (1, 2)]
+    publish(encoder, encoders[0])
+    publish(encoder, encoders[1], alias=None)
     assert len({round(score, 4) for _, score in scores.values()}) == 3
 
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
@@ -633,6 +636,7 @@ def test_replicas_follow_under_load_without_a_failed_or_mixed_answer(
     with Between(mlflow_server) as between:
         application["args"] |= {
             "models": [f"models:/{name}@champion"], "bundles": str(tmp_path / "kept"), "poll_s": 1,
+            "encoder": f"models:/{encoder}@champion",
             "allow_anonymous": True, "threads": 1,
         }  # fmt: skip
         application["runtime_env"] = {
@@ -654,6 +658,9 @@ def test_replicas_follow_under_load_without_a_failed_or_mixed_answer(
                 command = [sys.executable, "-c", LOAD, f"{url}/v1/score", str(tmp_path / "body.json")]
                 load = subprocess.Popen(command, stdout=stream, start_new_session=True)
             asked.wait_until(1)
+            for version, folder in enumerate(encoders, 1):
+                set_champion(encoder, version)
+                wait_for_encoder(url, (tmp_path / "body.json").read_bytes(), bundles.describe(folder).digest)
             set_champion(name, 2)
             asked.wait_until(2)
             set_champion(name, bad)
@@ -697,6 +704,19 @@ def wait_for_replicas(cluster: Cluster, count: int) -> None:
             return
         time.sleep(0.2)
     pytest.fail(f"the replicas are {replicas}")
+
+
+def wait_for_encoder(url: str, body: bytes, digest: str) -> None:
+    """Wait until every replica reconstructs with this encoder (15 answers in a row)."""
+    inside, headers = 0, {"Content-Type": "application/json"}
+    for _ in range(3000):
+        answer = httpx.post(f"{url}/v1/reconstruct", content=body, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        inside = inside + 1 if answer.json()["model"] == digest else 0
+        if inside == 15:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"encoder {digest} does not answer: {answer.json()['model']}")
 
 
 def wait_for_problem(url: str, *says: str) -> None:
