@@ -325,12 +325,12 @@ class Command:
     def __init__(self, machines: Machines, folder: Path, *words: object) -> None:
         self.attempt, self._machines, self._words = Attempt(folder), machines, words
 
-    def start(self) -> "Running":
+    def start(self, **environment: str) -> "Running":
         settings = SETTINGS | {"step_metrics_s": 0}  # each step's numbers
         given = [str(word) for name, values in settings.items() for word in (f"--{name}", *np.atleast_1d(values))]
         running = Running(
             [sys.executable, WATCHED, "pretrain", "smoke", *given, *map(str, self._words)],
-            os.environ | self._machines.environment | self.attempt.environment,
+            os.environ | self._machines.environment | self.attempt.environment | environment,
             self.attempt,
         )
         self._machines.commands.append(running)
@@ -414,8 +414,8 @@ def test_a_machine_is_lost_and_returns(machines: Machines, data: Path, undisturb
 
 @pytest.mark.ray
 def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undisturbed: dict[str, dict], tmp_path: Path):
-    """A worker is killed between writing and reporting; then a full disk, a killed driver, a damaged checkpoint, and an
-    MLflow server that falls silent."""
+    """A worker is killed between writing and reporting; then a full disk, a killed driver, a damaged checkpoint, a
+    worker that is stopped in the middle of an exchange, and an MLflow server that falls silent."""
     place = tmp_path / "killed"
     words = ["--data", data, "--storage", tmp_path, "--name", "killed"]
     command = Command(machines, tmp_path / "watched", *words)
@@ -458,9 +458,14 @@ def test_killed_at_every_turn(machines, mlflow_server: str, data: Path, undistur
     assert saved(older, STEPS) == 20
     before = attempt.processes()
     attempt.until(33)
-    process = command.start()
+    process = command.start(RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="20")
     process.wait(lambda: 32 in attempt.steps(after=before))
     assert min(attempt.steps(after=before)) == 20
+    stopped, before = machines.processes("ray::RayTrainWorker")[0], attempt.processes()
+    os.kill(stopped, signal.SIGSTOP)
+    attempt.until(35)  # the other worker takes the next step, and waits for the stopped one's gradient
+    process.wait(lambda: 34 in attempt.steps(after=before))
+    assert stopped not in machines.processes("ray::RayTrainWorker")  # it was replaced
     with silent(mlflow_server):
         attempt.until(10**9)
         process.wait(lambda: newest(place) >= 38)
