@@ -19,38 +19,44 @@ class ModelThread:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "torch")
-        self._began: float | None = None
+        self._given: dict[object, float] = {}  # when each call was given that has not ended
+        self._ended = 0.0  # when the last call ended
         self.failed = False
         """Whether the last call of `run` raised an exception."""
 
     @property
     def busy_s(self) -> float:
-        """How long the present call has taken so far; 0 between two calls."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
+        """For how long the thread has worked on one call, or has not begun a call that waits; 0 where nothing waits."""
+        given = list(self._given.values())
+        return time.monotonic() - max(self._ended, min(given)) if given else 0.0
 
     async def run(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._watched, call, *args)
+        return await self._result(self._watched, call, *args)
 
     async def run_without_model(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
         """The same for a call that runs no model, whose success says nothing about the models."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, call, *args)
+        return await self._result(call, *args)
+
+    async def _result(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
+        key = object()
+
+        def ended(_: object) -> None:
+            self._ended = time.monotonic()
+            del self._given[key]
+
+        self._given[key] = time.monotonic()
+        future = self._pool.submit(call, *args)
+        future.add_done_callback(ended)
+        return await asyncio.wrap_future(future)
 
     def _watched(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
         try:
-            done = self._timed(call, *args)
+            done = call(*args)
         except Exception:
             self.failed = True
             raise
         self.failed = False
         return done
-
-    def _timed(self, call: Callable[[*Given], Done], *args: *Given) -> Done:
-        self._began = time.monotonic()
-        try:
-            return call(*args)
-        finally:
-            self._began = None
 
 
 TORCH = ModelThread()

@@ -74,6 +74,25 @@ def test_a_thread_that_hangs_fails_the_health_check(served: Served):
     assert Config.model_fields["model_timeout_s"].default == 60  # as long as Serve lets a request wait
 
 
+def test_a_call_that_the_thread_does_not_begin_fails_the_health_check(served: Served):
+    """A thread that stands still between two calls works on none."""
+    told = threading.Event()
+
+    async def main() -> None:
+        TORCH._pool.submit(told.wait)
+        try:
+            waiting = asyncio.create_task(TORCH.run(int))
+            await asyncio.sleep(0.05)
+            with pytest.raises(NotWorking, match="has worked on one batch"):
+                await require_working([served], 0.02)
+        finally:
+            told.set()
+        await waiting
+        await require_working([served], 0.02)
+
+    asyncio.run(main())
+
+
 def test_a_model_that_fails_for_good_fails_the_health_check_and_a_bad_recording_does_not(
     service: Service, served: Served, record: Record
 ):
