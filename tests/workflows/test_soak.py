@@ -131,6 +131,7 @@ def test_a_wrong_answer_and_what_does_not_recover_are_faults(tmp_path: Path, cap
     assert "not followed" in capsys.readouterr().out
     report.write(tmp_path / "soak.json")
     assert json.loads((tmp_path / "soak.json").read_text())["faults"] == report.faults
+    assert [path.name for path in tmp_path.iterdir()] == ["soak.json"]
     for name in ("soak.png", "soak.svg"):
         report.draw(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 10_000
@@ -221,3 +222,30 @@ def test_the_course_goes_through_every_kind_of_event():
 def _course(known: dict) -> Iterator[str]:
     course = Course(None, Ledger(), random.Random(3), 0.0, threading.Event(), print)
     return course._kinds(known)
+
+
+def test_figures_are_kept_and_wrong_answers_told_while_it_runs(monkeypatch: pytest.MonkeyPatch):
+    """A run that is killed leaves what it has found; a part that fails ends the run."""
+    monkeypatch.setattr(soak, "KEEP_S", 0.5)
+    ledger, kept, told = Ledger(), [], []
+    ledger.add(0.0, "JSON", "200", "wrong", "score 1 for 0")
+
+    class Told:
+        done = 0
+        update = set_description = staticmethod(lambda *_: None)
+        write = staticmethod(told.append)
+
+    async def watched(seconds: float, fails: bool) -> None:
+        async def ask() -> None:
+            if fails:
+                raise RuntimeError("lost")
+            await asyncio.sleep(60)
+
+        asking = asyncio.create_task(ask())
+        await soak.watch(asking, [], ledger, seconds, Told(), lambda: kept.append(len(ledger.asked)))
+        asking.cancel()
+
+    asyncio.run(watched(1.5, fails=False))
+    assert len(told) == 1 and "score 1 for 0" in told[0] and kept and set(kept) == {1}
+    with pytest.raises(RuntimeError, match="lost"):
+        asyncio.run(watched(60, fails=True))

@@ -22,11 +22,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -61,6 +63,7 @@ RECORDINGS, COPIES = 6, 4
 REPLICAS = 2
 POLL_S = 2.0
 RAY_ATTEMPTS = 4
+KEEP_S = 60.0
 CALM_S = 10.0
 """At the end the load goes on this long without any event: nothing may fail then."""
 STORE = {"AWS_ACCESS_KEY_ID": "soak", "AWS_SECRET_ACCESS_KEY": "soak-soak", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -96,7 +99,7 @@ def bench_soak(args: argparse.Namespace) -> list[Row]:
             ledger, readings = soak(rig, counts_NLT, args)
     finally:
         end_all()
-    report = Report(ledger, readings, vars(args) | {"replicas": REPLICAS, "poll_s": POLL_S})
+    report = Report(ledger, readings, settings(args))
     report.show()
     if args.json:
         report.write(args.json)
@@ -105,6 +108,10 @@ def bench_soak(args: argparse.Namespace) -> list[Row]:
     if report.faults:
         raise SystemExit(1)
     return []
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return vars(args) | {"replicas": REPLICAS, "poll_s": POLL_S}
 
 
 # --- the service ------------------------------------------------------------------------------------------------------
@@ -313,7 +320,8 @@ def soak(rig: Rig, counts_NLT: np.ndarray, args: argparse.Namespace) -> tuple[Le
         async def run() -> None:
             asking = asyncio.create_task(clients.run(args.clients, args.seed, 4 * args.event_pause_s))
             try:
-                await watch(asking, [*events, sampling], ledger, seconds, bar)
+                keep = partial(Report(ledger, readings, settings(args)).write, args.json) if args.json else None
+                await watch(asking, [*events, sampling], ledger, seconds, bar, keep)
                 over.set()
                 await asyncio.to_thread(lambda: [event.result() for event in events])
                 with ledger.event("calm"):
@@ -331,13 +339,28 @@ def soak(rig: Rig, counts_NLT: np.ndarray, args: argparse.Namespace) -> tuple[Le
 
 
 async def watch(
-    asking: "asyncio.Task[None]", others: list["Future[None]"], ledger: Ledger, seconds: float, bar: Bar
+    asking: "asyncio.Task[None]",
+    others: list["Future[None]"],
+    ledger: Ledger,
+    seconds: float,
+    bar: Bar,
+    keep: Callable[[], None] | None,
 ) -> None:
-    """Until the time is over; what raises in a client or in a thread, raises here."""
+    """Until the time is over; what raises in a client or in a thread, raises here.
+
+    Wrong answers are told at once, and `keep` writes the figures every minute: a run that is killed leaves both.
+    """
+    told, kept_s = 0, 0.0
     while ledger.now_s() < seconds:
         await asyncio.sleep(1)
         bar.update(min(round(ledger.now_s()), round(seconds)) - bar.done)
         bar.set_description(f"soak, {len(ledger.asked)} answers")
+        for line in ledger.wrong[told:]:
+            bar.write(f"wrong: {line}")
+        told = len(ledger.wrong)
+        if keep and ledger.now_s() - kept_s > KEEP_S:
+            await asyncio.to_thread(keep)
+            kept_s = ledger.now_s()
         for task in (asking, *others):
             if task.done():
                 task.result()

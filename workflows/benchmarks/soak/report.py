@@ -3,7 +3,6 @@
 import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ class Report:
     readings: list[Reading]
     settings: dict[str, Any]
 
-    @cached_property
+    @property
     def trends(self) -> dict[str, dict[str, Trend]]:
         return trends(self.readings, WARM_S, LEAST_S)
 
-    @cached_property
+    @property
     def faults(self) -> list[str]:
         """Why the soak has failed; empty when it has not."""
         ledger = self.ledger
@@ -50,8 +49,9 @@ class Report:
         faults += [f"{event.kind} at {event.began_s:.0f} s: {event.failed}" for event in ledger.events if event.failed]
         if not any(asked.verdict == "right" for asked in ledger.asked):
             faults.append("no right answer at all")
+        found = self.trends
         for kind in OURS:
-            for figure, trend in self.trends.get(kind, {}).items():
+            for figure, trend in found.get(kind, {}).items():
                 if trend.slope is not None and trend.slope > LIMITS[figure]:
                     faults.append(f"{kind}: {TITLES[figure]} grow by {trend.slope:.1f} an hour")
         return faults
@@ -115,7 +115,7 @@ class Report:
         return rows
 
     def write(self, path: Path) -> None:
-        """Everything as JSON."""
+        """Everything as JSON, which replaces the file in one step."""
         answer = {
             "machine": machine("cpu"),
             "settings": {
@@ -134,9 +134,11 @@ class Report:
             "happened": [asdict(event) for event in self.ledger.events],
             "unexplained": [asdict(asked) for asked in self.ledger.unexplained()],
             "failed": [asdict(asked) for asked in self.ledger.asked if asked.verdict == "failed"],
-            "readings": [asdict(reading) for reading in self.readings],
+            "readings": [asdict(reading) for reading in [*self.readings]],
         }
-        path.write_text(json.dumps(answer, indent=1) + "\n")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(answer, indent=1) + "\n")
+        partial.replace(path)
 
     # --- the picture ----------------------------------------------------------------------------------------------
 
