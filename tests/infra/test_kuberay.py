@@ -205,7 +205,7 @@ def test_clusters_set_every_variable_that_the_code_reads() -> None:
     assert "MLFLOW_TRACKING_URI" in needed
     needed -= {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS"}
     needed -= {"MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"}
-    needed -= {"MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "PYTHONPATH"}
+    needed -= {"MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "PYTHONPATH", "TRITON_INTERPRET"}
     # The endpoint's tokens are secret: a file on AWS, a Secret on Kubernetes.
     needed -= {"LSEMVAE_TOKENS", "LSEMVAE_TOKENS_FILE", "LSEMVAE_COHORT_PREFIXES", "LSEMVAE_COHORT_ARGS"}
     (settings,) = [d["data"] for d in documents("settings") if d["kind"] == "ConfigMap"]

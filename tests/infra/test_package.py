@@ -111,7 +111,8 @@ def test_every_import_belongs_to_a_dependency_or_an_extra_that_the_program_needs
 
     assert unnamed(sorted((ROOT / "workflows").glob("*.py")), "train") == set()
     assert unnamed(sorted((ROOT / "serve").rglob("*.py")), "serve") <= {"starlette"}  # FastAPI's own foundation
-    assert unnamed(sorted((ROOT / "lsemvae").rglob("*.py")), "train", "explain", "formats") == set()
+    # Triton comes with torch's builds for GPUs.
+    assert unnamed(sorted((ROOT / "lsemvae").rglob("*.py")), "train", "explain", "formats") <= {"triton"}
     assert set(cli.NEEDS.values()) | {("train",)} >= {("serve",), ("all",)}
     assert {extra for extras in cli.NEEDS.values() for extra in extras} <= EXTRAS.keys()
 
