@@ -1,6 +1,6 @@
 # make demo      all steps on simulated recordings, or DATA=<folder or s3:// URI> LABELS=<csv> [TASK=<label>]
 # make test      all tests; ARGS= passes options to pytest
-# make check     lint, types and the tests that need neither Ray nor a server: at most five minutes
+# make check     lint, types and the tests that need neither Ray nor a server
 # make lint      ruff and mypy        make format   let ruff rewrite the files
 # make ui        the MLflow UI of the last demo     make serve-demo   its models' endpoint, with a page for people
 # make docs      the documents as a site, in site/
@@ -18,7 +18,7 @@ export PATH := $(RUN):$(PATH)
 .PHONY: demo serve-demo test test-cluster test-servers test-quick check lint format ui docs clean
 
 $(VENV)/.installed: pyproject.toml infra/constraints.txt
-	@echo "Installing into $(VENV) (once, about two minutes) …"
+	@echo "Installing into $(VENV) (once, some minutes) …"
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11 or give PYTHON=…"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --progress-bar on --editable '.[dev]' --constraint infra/constraints.txt
