@@ -404,13 +404,16 @@ def _print_no_reports() -> None:
 def _track_reconstructions(run: Any, example: dict[str, torch.Tensor], recipe: PretrainRecipe, epoch: int) -> None:
     from lsemvae.plots.curves import reconstructions
 
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / f"epoch_{epoch:03d}.png"
-        reconstructions(
-            example["x_BLT"].numpy(),
-            example["reconstruction_BLT"].numpy(),
-            recipe.leads,
-            recipe.preprocess.rate_hz,
-            path,
-        )
-        run.file(path, "reconstructions")
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / f"epoch_{epoch:03d}.png"
+            reconstructions(
+                example["x_BLT"].numpy(),
+                example["reconstruction_BLT"].numpy(),
+                recipe.leads,
+                recipe.preprocess.rate_hz,
+                path,
+            )
+            run.file(path, "reconstructions")
+    except OSError as error:  # a full disk: training goes on without the picture
+        log.warning(f"no picture of reconstructions in {tempfile.gettempdir()}: {error.strerror or error}")

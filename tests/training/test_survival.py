@@ -724,15 +724,11 @@ def test_mlflow_that_answers_503_for_a_while_loses_nothing(
     between.close()
 
 
-@pytest.mark.parametrize("full", ["storage", "temporary folder"])
 def test_a_really_full_disk_ends_in_one_line_and_with_room_the_training_succeeds(
-    full: str, data: Path, small_disk: Path, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, small_disk: Path, mlflow_server: str, tmp_path: Path
 ):
     """A file system of 64 kB, less than the weights take; the system itself refuses to write more."""
-    run = Run.start("pretrain", "full disk", {})
-    place = small_disk / "run" if full == "storage" else tmp_path / "run"
-    if full != "storage":
-        monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    run, place = Run.start("pretrain", "full disk", {}), small_disk / "run"
     place.mkdir()
     job = job_of(data)
     with pytest.raises(LsemvaeError, match=r"no checkpoint can be written .*: make room there") as raised:
@@ -745,6 +741,20 @@ def test_a_really_full_disk_ends_in_one_line_and_with_room_the_training_succeeds
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     train_here(job, place, run, watched=tmp_path / "watched")
     run.end()
+    assert bundles.load(place / "bundle")[0].leads == PAIR
+
+
+def test_a_full_temporary_folder_costs_a_picture_and_no_training(
+    data: Path, small_disk: Path, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    """Checkpoints are written where they belong; only pictures for MLflow go through the temporary folder."""
+    run, place = Run.start("pretrain", "full temporary folder", {}), tmp_path / "run"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    train_here(job_of(data), place, run, watched=tmp_path / "watched")
+    run.end()
+    assert f"no picture of reconstructions in {small_disk}: No space left on device" in caplog.text
+    assert list(small_disk.iterdir()) == []
     assert bundles.load(place / "bundle")[0].leads == PAIR
 
 
