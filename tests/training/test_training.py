@@ -316,7 +316,7 @@ def test_promotion_goes_forward_and_back(finetuned: dict[str, Trained]):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["pretrain", "nope", "--data", "{shards}", "--storage", "{tmp}/s"], "choose one of paper, released, eight-gpus"),
+        (["pretrain", "nope", "--data", "{shards}", "--storage", "{tmp}/s"], "choose one of paper, released, eight"),
         (["pretrain", "smoke", "--data", "{tmp}", "--storage", "{tmp}/s"], "holds no manifest.json"),
         (["pretrain", "smoke", "--data", "{shards}", "--storage", "gs://x/y"], "only folders, file:// and s3://"),
         (

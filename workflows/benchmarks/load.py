@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+PATIENCE_S = 60.0
+
 
 @dataclass(frozen=True)
 class Run:
@@ -94,15 +96,20 @@ async def measure(run: Run) -> Found:
     due = (began + n / run.rate for n in itertools.count()) if run.rate else iter(time.perf_counter, None)
     latencies_s: list[float] = []
     failed: Counter[str] = Counter()
-    answers = 0
+    answers, last = 0, end
+
+    def over() -> bool:
+        """Whether the time is over. A slow server is waited for until its first answer: a rate of 0 has no ratio."""
+        now = time.perf_counter()
+        return now > end + (0 if latencies_s else PATIENCE_S)
 
     async def client() -> None:
-        nonlocal answers
+        nonlocal answers, last
         _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", run.port)
         for at in due:
             if at > time.perf_counter():
                 await asyncio.sleep(at - time.perf_counter())
-            if time.perf_counter() > end:
+            if over():
                 break
             try:
                 status = await connection.ask(next(requests))
@@ -111,9 +118,10 @@ async def measure(run: Run) -> Found:
                 _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", run.port)
                 continue
             now, answers = time.perf_counter(), answers + 1
-            if counting <= now <= end:
+            if counting <= now and (now <= end or not latencies_s):
                 if status == 200:
                     latencies_s.append(now - at)
+                    last = max(end, now)
                 else:
                     failed[str(status)] += 1
         connection.close()
@@ -122,7 +130,7 @@ async def measure(run: Run) -> Found:
     await asyncio.gather(*(client() for _ in range(run.clients)))
     cpu_s = time.process_time() - cpu_s
     p50, p95, p99 = np.percentile(latencies_s or [np.nan], (50, 95, 99)) * 1000
-    return Found(len(latencies_s) / run.seconds, p50, p95, p99, dict(failed), answers, cpu_s)
+    return Found(len(latencies_s) / (last - counting), p50, p95, p99, dict(failed), answers, cpu_s)
 
 
 class Generator:
