@@ -21,11 +21,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, -1)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, numpy or torch could not allocate memory, on the host or on a device.
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "could not create a ")
+"""What torch's allocators and oneDNN ("… a primitive", "… a memory object") say on the CPU, with a RuntimeError. On a
+GPU the exception has a class of its own."""
 
-    torch's allocator on the CPU raises a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory: …".
-    """
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch could not allocate memory, on the host or on a device."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

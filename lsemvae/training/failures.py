@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lsemvae.errors import LsemvaeError, StorageError
-from lsemvae.training.out_of_memory import OutOfMemory, is_out_of_memory
+from lsemvae.memory import is_out_of_memory
+from lsemvae.training.out_of_memory import OutOfMemory
 
 log = logging.getLogger(__name__)
 

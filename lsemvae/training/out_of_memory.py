@@ -10,23 +10,13 @@ from torch import Tensor, nn
 
 from lsemvae.config import OptimConfig
 from lsemvae.errors import LsemvaeError
+from lsemvae.memory import is_out_of_memory
 
 Result = TypeVar("Result")
-
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "could not create a ")
-"""What torch's allocators and oneDNN ("… a primitive", "… a memory object") say on the CPU, with a RuntimeError. On a
-GPU the exception has a class of its own."""
 
 
 class OutOfMemory(LsemvaeError):
     """A batch that does not fit the memory."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def explained(take_step: Callable[..., Result]) -> Callable[..., Result]:
