@@ -17,6 +17,10 @@ class StorageError(LsemvaeError):
         self.overloaded = overloaded
 
 
+class DamagedFile(LsemvaeError):
+    """A file of this project's own that is cut or garbled."""
+
+
 class FileTooLarge(LsemvaeError):
     """A file that has more bytes (`size`) than its reader accepts; it has not been read."""
 

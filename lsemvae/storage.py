@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from lsemvae.errors import FileTooLarge, LsemvaeError, StorageError
+from lsemvae.errors import DamagedFile, FileTooLarge, LsemvaeError, StorageError
 from lsemvae.temporary import FULL, needing_room
 
 CONNECT_TIMEOUT_S = 10
@@ -113,7 +113,7 @@ class Storage:
     def read_json(self, relative: str, mend: str, needs: Collection[str] = ()) -> dict[str, Any]:
         """A file that holds one JSON object with at least the keys `needs`.
 
-        Raises LsemvaeError, which ends with `mend`, where the file is cut or garbled; otherwise as `read_bytes`.
+        Raises DamagedFile, which ends with `mend`, where the file is cut or garbled; otherwise as `read_bytes`.
         """
         content = self.read_bytes(relative)
         try:
@@ -121,9 +121,9 @@ class Storage:
         except (UnicodeDecodeError, json.JSONDecodeError):
             found = None
         if not isinstance(found, dict):
-            raise LsemvaeError(f"{self._shown(relative)} is damaged: it is not JSON. {mend}")
+            raise DamagedFile(f"{self._shown(relative)} is damaged: it is not JSON. {mend}")
         if absent := sorted(set(needs) - found.keys()):
-            raise LsemvaeError(f"{self._shown(relative)} is damaged: it lacks {', '.join(absent)}. {mend}")
+            raise DamagedFile(f"{self._shown(relative)} is damaged: it lacks {', '.join(absent)}. {mend}")
         return found
 
     def head(self, relative: str, n_bytes: int) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lsemvae.config import FinetuneRecipe
-from lsemvae.errors import LsemvaeError, StorageError
+from lsemvae.errors import DamagedFile, LsemvaeError
 from lsemvae.evaluation.embedding import Embedded
 from lsemvae.evaluation.folds import Fold, make_folds
 from lsemvae.evaluation.linear import train_linear
@@ -339,9 +339,7 @@ class _Kept:
             return None
         try:
             found = self._place.read_json(f"{cell.name}.json", "It is trained again")
-        except LsemvaeError as error:
-            if isinstance(error, StorageError):
-                raise
+        except DamagedFile as error:
             log.warning(str(error))
             return None
         doubts = found.pop(_DOUBTS, {})  # files of before doubts have none

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -435,16 +436,22 @@ def _require_columns(table: pd.DataFrame, name: str) -> None:
         raise LsemvaeError(f"{name} lacks the columns {', '.join(absent)}")
 
 
-def _content(place: Storage, name: str) -> bytes:
+@contextmanager
+def _required(place: Storage, name: str) -> Iterator[None]:
     try:
-        return place.read_bytes(name)
+        yield
     except FileNotFoundError:
         raise LsemvaeError(f"{place.uri} has no {name}: run the evaluation again") from None
 
 
+def _content(place: Storage, name: str) -> bytes:
+    with _required(place, name):
+        return place.read_bytes(name)
+
+
 def _facts(place: Storage, name: str) -> dict[str, Any]:
-    _content(place, name)
-    return place.read_json(name, "Run the evaluation again")
+    with _required(place, name):
+        return place.read_json(name, "Run the evaluation again")
 
 
 def _table(place: Storage, name: str) -> pd.DataFrame:
