@@ -13,11 +13,12 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from lsemvae.errors import LsemvaeError
+from lsemvae.errors import DamagedFile, LsemvaeError
 from lsemvae.storage import Storage
 
 RUNNING = "running.json"
@@ -39,7 +40,8 @@ class Lease:
 
     def __enter__(self) -> "Lease":
         while self._holder() != self._owner:
-            self._wait_for_others()
+            if not wait_for_others(self._read, f"works in {self._place.uri}", SILENT_S):
+                log.warning(f"the command that worked in {self._place.uri} is silent: this one goes on")
             self._write()
             time.sleep(_SETTLE_S)
         self._thread.start()
@@ -80,34 +82,34 @@ class Lease:
     def _read(self) -> tuple[str, int] | None:
         """Whoever works there, and the beat; None where nobody does, or the file is damaged."""
         try:
-            found = json.loads(self._place.read_bytes(RUNNING))
-            return str(found["owner"]), int(found["beat"])
-        except (FileNotFoundError, KeyError, TypeError):
+            found = self._place.read_json(RUNNING, "It is written again", ("owner", "beat"))
+        except (FileNotFoundError, DamagedFile):
             return None
-        except ValueError as error:
-            if isinstance(error, LsemvaeError):
-                raise
-            return None
+        return (str(found["owner"]), found["beat"]) if isinstance(found["beat"], int) else None
 
     def _holder(self) -> str | None:
         found = self._read()
         return found[0] if found else None
 
-    def _wait_for_others(self) -> None:
-        last, since, said = None, time.monotonic(), False
-        while (found := self._read()) and not is_dead(found[0]):
-            if found != last:
-                last, since = found, time.monotonic()
-            elif time.monotonic() - since > SILENT_S:
-                log.warning(f"the command that worked in {self._place.uri} is silent: this one goes on")
-                return
-            if not said:
-                log.info(
-                    f"another command works in {self._place.uri}: this one waits until it has ended, or has been "
-                    f"silent for {SILENT_S:g} s"
-                )
-                said = True
-            time.sleep(1)
+
+def wait_for_others(read: Callable[[], tuple[str, int] | None], does: str, silent_s: float) -> bool:
+    """Wait while another command lives -> False where it has been silent for so long.
+
+    `read` gives its owner and its beat, or None where there is no other; `does` says what it does, and where.
+    """
+    last, since, said = None, time.monotonic(), False
+    while (found := read()) and not is_dead(found[0]):
+        if found != last:
+            last, since = found, time.monotonic()
+        elif time.monotonic() - since > silent_s:
+            return False
+        if not said:
+            log.info(
+                f"another command {does}: this one waits until it has ended, or has been silent for {silent_s:g} s"
+            )
+            said = True
+        time.sleep(1)
+    return True
 
 
 def new_owner() -> str:

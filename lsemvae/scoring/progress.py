@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from lsemvae.errors import LsemvaeError
-from lsemvae.lease import is_dead, new_owner
+from lsemvae.lease import new_owner, wait_for_others
 from lsemvae.storage import Storage
 
 PROGRESS = "progress.json"
@@ -37,7 +37,7 @@ class Progress:
         self.unreadable_codes: Counter[str] = Counter()
 
     def __enter__(self) -> "Progress":
-        self._wait_for_others()
+        wait_for_others(self._other, f"writes to {self._output.uri}", SILENT_S)
         self._write()
         self._thread.start()
         return self
@@ -121,17 +121,7 @@ class Progress:
         except (FileNotFoundError, LsemvaeError):  # a damaged file, or a storage that fails, shows no other command
             return None
 
-    def _wait_for_others(self) -> None:
-        last, since, said = None, time.monotonic(), False
-        while (other := self._read()) and other["state"] == "running" and not is_dead(other["owner"]):
-            if (other["owner"], other["beat"]) != last:
-                last, since = (other["owner"], other["beat"]), time.monotonic()
-            elif time.monotonic() - since > SILENT_S:
-                return
-            if not said:
-                log.info(
-                    f"another command writes to {self._output.uri}: this one waits until it has finished, or has "
-                    f"been silent for {SILENT_S:g} s"
-                )
-                said = True
-            time.sleep(1)
+    def _other(self) -> tuple[str, int] | None:
+        """The owner and the beat of a command that writes to the output."""
+        found = self._read()
+        return (found["owner"], found["beat"]) if found and found["state"] == "running" else None
