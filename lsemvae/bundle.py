@@ -365,7 +365,9 @@ class Scorer:
         ]
         if made and len(made) == len(records):
             return [
-                answer for k in range(0, len(made), CHUNK) for answer in self._answers(_joined(made[k : k + CHUNK]))
+                answer
+                for k in range(0, len(made), CHUNK)
+                for answer in self._answers(Prepared.joined(made[k : k + CHUNK]))
             ]
         return self.score_signals([r.signal_for(leads) for r in records], [r.rate_hz for r in records])
 
@@ -444,8 +446,3 @@ class Scorer:
             used = tuple(lead for lead, usable in zip(self.bundle.leads, mask_L, strict=True) if usable)
             answers.append(self._scored(float(score), used, doubt))
         return answers
-
-
-def _joined(made: Sequence[Prepared]) -> Prepared:
-    x_BLT, lead_mask_BL = (np.concatenate([one[i] for one in made]) for i in range(2))
-    return Prepared(x_BLT, lead_mask_BL, [reason for one in made for reason in one.refused_B])

@@ -89,6 +89,14 @@ class Prepared(NamedTuple):
     def accepted_B(self) -> np.ndarray:
         return np.array([reason is None for reason in self.refused_B], dtype=bool)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Prepared]") -> "Prepared":
+        """The records of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        x_BLT, lead_mask_BL = (np.concatenate([part[i] for part in parts]) for i in range(2))
+        return cls(x_BLT, lead_mask_BL, [reason for part in parts for reason in part.refused_B])
+
 
 def preprocess(records: Sequence[Record], leads: Sequence[str], config: PreprocessConfig) -> Prepared:
     """Records of any rate, length and lead order -> model input for the named leads, in that order."""
@@ -107,14 +115,12 @@ def preprocess_signals(
     config: PreprocessConfig,
 ) -> Prepared:
     """Like `preprocess`, from arrays [L, T] in mV with NaN where a sample is missing; T may differ by record."""
-    parts = [
-        finish(window_signals(signals_mv[b : b + PART], rates_hz[b : b + PART], leads, config), leads, config)
-        for b in range(0, max(len(signals_mv), 1), PART)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    x_BLT, lead_mask_BL = (np.concatenate([part[i] for part in parts]) for i in range(2))
-    return Prepared(x_BLT, lead_mask_BL, [reason for part in parts for reason in part.refused_B])
+    return Prepared.joined(
+        [
+            finish(window_signals(signals_mv[b : b + PART], rates_hz[b : b + PART], leads, config), leads, config)
+            for b in range(0, max(len(signals_mv), 1), PART)
+        ]
+    )
 
 
 class Windows(NamedTuple):
