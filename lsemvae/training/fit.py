@@ -171,16 +171,23 @@ def _take_step(
         for name, term in of_part.items():
             terms[name] = terms[name] + term.detach() if name in terms else term.detach()
     tally.settle()  # the step before has ended by now; on an accelerator this one is still running
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = clip_in_step(model, optimizer, config.clip_norm)
     later = _Later(at, {"grad_norm": norm, **terms}, total, torch.cat(goods), workers, wants_checkpoint)
-    # A fused optimiser divides the gradient by `grad_scale` and leaves the step out where `found_inf` is 1, both as it
-    # reads the gradient. clip_grad_norm_ would read and write the gradient once more. `finite` is that of all workers,
-    # so they agree.
-    fused: Any = optimizer
-    fused.grad_scale = ((norm + 1e-6) / config.clip_norm).clamp(min=1).float() if config.clip_norm else None
-    fused.found_inf = (~later.finite).float()
+    # A fused optimiser leaves the step out where this is 1. `finite` is that of all workers, so they agree.
+    optimizer.found_inf = (~later.finite).float()  # type: ignore[attr-defined]
     optimizer.step()
     return later
+
+
+def clip_in_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
+    """Let the next step of a fused optimiser clip the gradient to this norm, 0 for none -> the gradient's norm.
+
+    It divides the gradient by `grad_scale` as it reads it. clip_grad_norm_ would read and write it once more.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    scale = ((norm + 1e-6) / clip_norm).clamp(min=1).float() if clip_norm else None
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    return norm
 
 
 def needs_steps(config: OptimConfig) -> bool:

@@ -9,13 +9,12 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from pyarrow import fs as pafs
 
-from benchmarks.measure import Row, less_is_better
+from benchmarks.measure import Row, less_is_better, timed
 from lsemvae.bundle import Bundle
 from lsemvae.data.order import Order
 from lsemvae.models import build
@@ -62,16 +61,10 @@ def bench_checkpoint(args: argparse.Namespace) -> list[Row]:
             name, written = writer.write(bundle, model, optimizer, Progress(), ORDER, 1, best=True)
             wait_s = time.perf_counter() - began
             written.result()
-            waits_s.append((wait_s, time.perf_counter() - began, _seconds(before)))
+            waits_s.append((wait_s, time.perf_counter() - began, timed(before, args.device)))
             shutil.rmtree(Path(folder) / name)
     wait_s, written_s, before_s = (statistics.median(column) for column in zip(*waits_s, strict=True))
     return [
         less_is_better(f"checkpoint {args.recipe}, training waits", wait_s, before_s, "s"),
         less_is_better(f"checkpoint {args.recipe}, until it is in the storage", written_s, before_s, "s"),
     ]
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.measure import timed
 from lsemvae.models.lsemvae import LSEMVAE
+from lsemvae.training.fit import clip_in_step
 
 ROUNDS = 7
 
@@ -52,8 +53,7 @@ def parts_of(model: LSEMVAE, optimizer: torch.optim.Optimizer, x_BLT: Tensor, dt
         return call
 
     def clip_and_step() -> None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        optimizer.grad_scale = (norm + 1e-6).clamp(min=1).float()  # type: ignore[attr-defined]
+        clip_in_step(model, optimizer, 1.0)
         optimizer.step()
 
     total = sum(weights.values())
