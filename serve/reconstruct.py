@@ -1,8 +1,6 @@
 """Reconstructs missing leads with a pre-trained encoder and its decoder. A reconstruction is not a measurement."""
 
 import logging
-import random
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +18,7 @@ from lsemvae.preprocess import preprocess
 from lsemvae.record import Record
 from lsemvae.tracking import Version, fetched, locate, parse_model
 from serve.model_thread import TORCH
+from serve.polling import every
 from serve.registry import RETRY_S
 from serve.schema import LeadOut, Origin, ReconstructOut, RefusedOut
 from serve.shelf import Kept, Shelf, locked_shelf
@@ -106,8 +105,7 @@ class Encoder:
         self.problem = ""
         """Why the version that the URI names does not answer."""
         self.refresh()
-        if poll_s:
-            threading.Thread(target=self._poll, args=(poll_s,), daemon=True, name="encoder").start()
+        every(poll_s, self.refresh, "encoder")
 
     def refresh(self) -> None:
         """Looks at the URI once: a new version is loaded and then answers. Never raises."""
@@ -127,11 +125,6 @@ class Encoder:
             answers = f"version {self._version.number}" if self._version else "nothing"
             log.error(f"{self._uri}: {problem}; {answers} answers /v1/reconstruct")
         self.problem = problem
-
-    def _poll(self, poll_s: float) -> None:
-        while True:
-            time.sleep(poll_s * random.uniform(0.7, 1))  # so that replicas that started together do not all ask at once
-            self.refresh()
 
     def _follow(self) -> None:
         """Loads the version that the URI names now. Raises when that fails, at the start after loading the kept one."""

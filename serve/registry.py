@@ -4,7 +4,6 @@ The bundle that answers is also on disk (see `shelf`), so that a replica starts 
 """
 
 import logging
-import random
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from lsemvae.scoring.drift import ScoreBins
 from lsemvae.storage import Storage
 from lsemvae.tracking import Version, fetch, locate, parse_model
 from serve.observed import Metrics
+from serve.polling import every
 from serve.schema import ModelOut
 from serve.shelf import Kept, locked_shelf
 
@@ -92,8 +92,7 @@ class Registry:
         self._problems: dict[str, str] = {}
         self._one_at_a_time = threading.Lock()
         self.refresh()
-        if poll_s:
-            threading.Thread(target=self._poll, args=(poll_s,), daemon=True, name="registry").start()
+        every(poll_s, self.refresh, "registry")
 
     @property
     def served(self) -> Mapping[str, Served]:
@@ -134,11 +133,6 @@ class Registry:
                     served = self._served.get(name)
                     version = served.described.version if served else None
                     self._metrics.looked(name, version, self._wanted.get(name), bool(problem))
-
-    def _poll(self, poll_s: float) -> None:
-        while True:
-            time.sleep(poll_s * random.uniform(0.7, 1))  # so that replicas that started together do not all ask at once
-            self.refresh()
 
     def _unregistered(self, name: str, uri: str) -> Served:
         """A local bundle, used where it is, or one from an object store, which is kept on disk."""

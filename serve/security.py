@@ -10,7 +10,6 @@ import hmac
 import json
 import logging
 import os
-import threading
 import time
 import traceback
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lsemvae.errors import LsemvaeError
 from lsemvae.memory import is_out_of_memory
 from serve.observed import Metrics
+from serve.polling import every
 
 log = logging.getLogger("ray.serve")
 
@@ -67,9 +67,9 @@ class Tokens:
         return cls(os.environ.get("LSEMVAE_TOKENS", "").replace(",", " ").split(), Path(path) if path else None)
 
     def follow(self, poll_s: float = TOKENS_POLL_S) -> None:
-        """Reads the file again every `poll_s` seconds, if there is a file."""
+        """Reads the file again at least every `poll_s` seconds, if there is a file."""
         if self._file:
-            threading.Thread(target=self._poll, args=(poll_s,), daemon=True, name="tokens").start()
+            every(poll_s, self.refresh, "tokens")
 
     def refresh(self) -> None:
         """Reads the file again. A token in it that is too short is left out, and the log says so."""
@@ -79,14 +79,6 @@ class Tokens:
         self._problem = problem
         if self.digests != before:
             log.info(f"{len(self.digests)} tokens are accepted")
-
-    def _poll(self, poll_s: float) -> None:
-        while True:
-            time.sleep(poll_s)
-            try:
-                self.refresh()
-            except Exception as error:  # the thread goes on, whatever this is
-                log.error(f"{type(error).__name__} while the tokens were read again")
 
     def _look(self) -> str:
         """Takes the tokens as they are now -> what is wrong with them."""
