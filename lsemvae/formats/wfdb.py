@@ -205,8 +205,8 @@ def _parse(content: bytes) -> _Header:
     fields_S = [line.split(maxsplit=8) for line in lines[1 : 1 + n_signals]]
     leads = identify([fields[8] if len(fields) > 8 else "" for fields in fields_S])
     signals = tuple(
-        _signal(number, fields, lead or "")
-        for number, (fields, lead) in enumerate(zip(fields_S, leads, strict=True), 1)
+        _signal(position, fields, lead or "")
+        for position, (fields, lead) in enumerate(zip(fields_S, leads, strict=True), 1)
     )
     total = frames * sum(signal.per_frame for signal in signals)
     if frames > MAX_SAMPLES or total > MAX_TOTAL_SAMPLES:
@@ -221,11 +221,13 @@ def _parse(content: bytes) -> _Header:
     return _Header(_rate(rate), frames, signals, subjects[-1] if subjects else None)
 
 
-def _signal(number: int, fields: list[str], lead: str) -> _Signal:
+def _signal(position: int, fields: list[str], lead: str) -> _Signal:
     """FILE FORMATxPER_FRAME:SKEW+OFFSET GAIN(BASELINE)/UNIT RESOLUTION ZERO INITIAL CHECKSUM BLOCK NAME"""
     layout = _LAYOUT.fullmatch(fields[1]) if len(fields) > 1 else None
     if layout is None:
-        raise UnreadableRecording("format", f"the line of signal {number} has no format such as '16': mend the header")
+        raise UnreadableRecording(
+            "format", f"the line of signal {position} has no format such as '16': mend the header"
+        )
     number, per_frame, skew, offset = (int(field or 0) for field in layout.groups())
     if number not in _FORMATS:
         known = ", ".join(map(str, _FORMATS))

@@ -374,12 +374,6 @@ def _require_readable(damaged: int, records: int, limit: float) -> int:
 
 def _require_shared(place: Storage) -> None:
     """Raises LsemvaeError on a machine that does not see the run's folder, which the driver has made."""
-    import ray.train
-
-    try:
-        ray.train.get_context().get_storage()
-    except NotImplementedError:  # one process without a cluster: nobody has made the folder
-        return
     if place.is_local and not place.exists():
         raise LsemvaeError(
             f"--storage: {place.uri} is not there on the machine of a training worker: give a folder that all machines "
