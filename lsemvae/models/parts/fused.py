@@ -176,10 +176,24 @@ def _matrix(pointer: tl.tensor, at: tl.tensor, M: tl.constexpr, N: tl.constexpr)
 
 
 @triton.jit
-def _rows(tile: tl.tensor, records: tl.tensor, positions: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
-    """Record and position of each row of a tile, and whether it exists."""
+def _rows(
+    tile: tl.tensor, lead: tl.tensor, records: tl.tensor, leads: tl.tensor, positions: tl.tensor, ROWS: tl.constexpr
+) -> tl.tensor:
+    """Record and position of each row of a tile, whether it exists, and where its recording of the lead begins."""
     row_R = tile * ROWS + tl.arange(0, ROWS)
-    return (row_R // positions).to(tl.int64), row_R % positions, row_R < records * positions
+    record_R = (row_R // positions).to(tl.int64)
+    return record_R, row_R % positions, row_R < records * positions, (record_R * leads + lead) * (8 * positions)
+
+
+@triton.jit
+def _first_two(
+    x_ptr: tl.tensor, first_ptr: tl.tensor, second_ptr: tl.tensor, lead: tl.tensor, SLOTS: tl.constexpr,
+    P2: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """An element of the input's type, and the matrices of the lead's first two convolutions in that type."""
+    like = tl.zeros([1], x_ptr.dtype.element_ty)
+    first_JK = _rounded(tl.load(_matrix(first_ptr, lead, 16, SLOTS)), like)
+    return like, first_JK, _rounded(tl.load(_matrix(second_ptr, lead, SLOTS, P2)), like)
 
 
 @triton.jit
@@ -222,13 +236,10 @@ def _forward(
     SLOTS: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, C3: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     lead = tl.program_id(0)
-    like = tl.zeros([1], x_ptr.dtype.element_ty)
-    first_JK = _rounded(tl.load(_matrix(first_ptr, lead, 16, SLOTS)), like)
-    second_KM = _rounded(tl.load(_matrix(second_ptr, lead, SLOTS, P2)), like)
+    like, first_JK, second_KM = _first_two(x_ptr, first_ptr, second_ptr, lead, SLOTS, P2)
     bias_N = tl.load(bias_ptr + lead * P3 + tl.arange(0, P3))
     for tile in range(tl.program_id(1), tl.cdiv(records * positions, ROWS), tl.num_programs(1)):
-        record_R, position_R, there_R = _rows(tile, records, positions, ROWS)
-        start_R = (record_R * leads + lead) * (8 * positions)
+        record_R, position_R, there_R, start_R = _rows(tile, lead, records, leads, positions, ROWS)
         sum_RN = tl.zeros([ROWS, P3], tl.float32) + bias_N[None, :]
         for a in tl.static_range(-1, 2):
             _, _, s_RM = _second(x_ptr, start_R, position_R, there_R, first_JK, second_KM, a, SLOTS)
@@ -246,17 +257,14 @@ def _backward(
     SLOTS: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, C3: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     lead = tl.program_id(0)
-    like = tl.zeros([1], x_ptr.dtype.element_ty)
-    first_JK = _rounded(tl.load(_matrix(first_ptr, lead, 16, SLOTS)), like)
-    second_KM = _rounded(tl.load(_matrix(second_ptr, lead, SLOTS, P2)), like)
+    like, first_JK, second_KM = _first_two(x_ptr, first_ptr, second_ptr, lead, SLOTS, P2)
     dfirst_JK, dsecond_KM = tl.zeros([16, SLOTS], tl.float32), tl.zeros([SLOTS, P2], tl.float32)
     before_MN = tl.zeros([P2, P3], tl.float32)  # of `third`: a = -1, 0, 1
     at_MN = tl.zeros([P2, P3], tl.float32)
     after_MN = tl.zeros([P2, P3], tl.float32)
     dbias_N = tl.zeros([P3], tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(records * positions, ROWS), tl.num_programs(1)):
-        record_R, position_R, there_R = _rows(tile, records, positions, ROWS)
-        start_R = (record_R * leads + lead) * (8 * positions)
+        record_R, position_R, there_R, start_R = _rows(tile, lead, records, leads, positions, ROWS)
         place_RN, inside_RN = _output(lead, record_R, position_R, there_R, records, positions, C3, P3)
         h_RN = tl.load(h_ptr + place_RN, mask=inside_RN, other=0.0)
         g_RN = _through(tl.load(dh_ptr + place_RN, mask=inside_RN, other=0.0).to(tl.float32), h_RN)
