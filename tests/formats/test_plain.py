@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.apart import in_memory
 from support.plain_files import ARRAY_LT, DECLARED, HUGE, SIDE, npy, npy_header
 
 from lsemvae.data.shards import pack, unpack
@@ -19,12 +20,7 @@ from lsemvae.record import Record
 
 
 def read_files(files: Mapping[str, bytes], **options: object) -> Record:
-    def fetch(name: str) -> bytes:
-        if name not in files:
-            raise FileNotFoundError(name)
-        return files[name]
-
-    return read_record(next(iter(files)), fetch, **options)
+    return read_record(next(iter(files)), in_memory(files), **options)
 
 
 def read_csv(text: str, **beside: object) -> Record:

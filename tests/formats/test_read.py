@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import alivecor_files, cardiosoft_files, clinical_files, dicom_files, plain_files, wfdb_files
-from support.apart import Apart, Hung, reads_or_refuses
+from support.apart import Apart, Hung, in_memory, reads_or_refuses
 
 from lsemvae import formats
 from lsemvae.data.shards import pack, unpack
@@ -48,12 +48,7 @@ def main_of(files: Mapping[str, bytes]) -> str:
 
 
 def read_files(files: Mapping[str, bytes], name: str | None = None) -> Record:
-    def fetch(wanted: str) -> bytes:
-        if wanted not in files:
-            raise FileNotFoundError(wanted)
-        return files[wanted]
-
-    return read_record(name or main_of(files), fetch)
+    return read_record(name or main_of(files), in_memory(files))
 
 
 def refusal(content: bytes) -> UnreadableRecording:

@@ -13,7 +13,7 @@ import pytest
 import wfdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.apart import reads_or_refuses
+from support.apart import in_memory, reads_or_refuses
 from support.wfdb_files import VALID, header, record_files
 
 from lsemvae import formats
@@ -25,15 +25,6 @@ from lsemvae.record import Record
 from lsemvae.scoring.reliability import reliability
 
 MIMIC_ORDER = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
-
-
-def in_memory(files: Mapping[str, bytes]) -> formats.Fetch:
-    def fetch(name: str) -> bytes:
-        if name not in files:
-            raise FileNotFoundError(name)
-        return files[name]
-
-    return fetch
 
 
 def read_files(files: Mapping[str, bytes], name: str = "r.hea", **options: object) -> Record:

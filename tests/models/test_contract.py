@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from support.losses import Losses
 from support.tiny import Tiny, TinyConfig
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from lsemvae.models.transformer import TransformerConfig
 from lsemvae.models.xresnet1d import XResNet1dConfig
 from lsemvae.preprocess import PreprocessConfig
 from lsemvae.recipes import PRETRAIN, recipe_json
-from lsemvae.training.fit import Step, Watcher, fit, make_optimizer
+from lsemvae.training.fit import fit, make_optimizer
 from lsemvae.training.validation import validate
 
 SAMPLES = 80
@@ -162,14 +163,6 @@ def test_what_is_saved_is_loaded_bit_for_bit(config: Any, tmp_path: Path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     one, other = (m.embed(batch["x_BLT"], batch["lead_mask_BL"]) for m in (model, loaded))
     assert torch.equal(one, other)
-
-
-class Losses(Watcher):
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def on_step(self, step: Step) -> None:
-        self.found.append(step.terms["loss"])
 
 
 @every_architecture

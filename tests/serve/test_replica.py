@@ -49,6 +49,19 @@ def check(served: Served, limit_s: float = 60) -> None:
     asyncio.run(require_working([served], limit_s))
 
 
+async def fails_until(told: threading.Event, waiting: asyncio.Task, served: Served) -> None:
+    """The health check fails while this call waits, and passes when it has ended."""
+    try:
+        await asyncio.wait_for(require_working([served], 60), 30)  # work in progress is no fault
+        await asyncio.sleep(0.05)
+        with pytest.raises(NotWorking, match="has worked on one batch"):
+            await require_working([served], 0.02)
+    finally:
+        told.set()
+    await waiting
+    await require_working([served], 0.02)
+
+
 def test_a_thread_that_hangs_fails_the_health_check(served: Served):
     begun, told = threading.Event(), threading.Event()
 
@@ -60,15 +73,7 @@ def test_a_thread_that_hangs_fails_the_health_check(served: Served):
         hanging = asyncio.create_task(TORCH.run(hang))
         while not begun.is_set():
             await asyncio.sleep(0.001)
-        try:
-            await asyncio.wait_for(require_working([served], 60), 30)  # work in progress is no fault
-            await asyncio.sleep(0.05)
-            with pytest.raises(NotWorking, match="has worked on one batch"):
-                await require_working([served], 0.02)
-        finally:
-            told.set()
-        await hanging
-        await require_working([served], 0.02)
+        await fails_until(told, hanging, served)
 
     asyncio.run(main())
     assert Config.model_fields["model_timeout_s"].default == 60  # as long as Serve lets a request wait
@@ -80,15 +85,9 @@ def test_a_call_that_the_thread_does_not_begin_fails_the_health_check(served: Se
 
     async def main() -> None:
         TORCH._pool.submit(told.wait)
-        try:
-            waiting = asyncio.create_task(TORCH.run(int))
-            await asyncio.sleep(0.05)
-            with pytest.raises(NotWorking, match="has worked on one batch"):
-                await require_working([served], 0.02)
-        finally:
-            told.set()
-        await waiting
-        await require_working([served], 0.02)
+        waiting = asyncio.create_task(TORCH.run(int))
+        await asyncio.sleep(0)  # so that the call is given
+        await fails_until(told, waiting, served)
 
     asyncio.run(main())
 

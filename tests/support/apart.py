@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lsemvae.errors import UnreadableRecording
-from lsemvae.formats import read_record
+from lsemvae.formats import Fetch, read_record
 
 BOUND_S = 60.0
 """A read takes milliseconds. On a busy machine it still takes much less than this."""
@@ -60,16 +60,22 @@ def _answer(function: Callable[..., Any], pipe: Connection) -> None:
         pipe.send(function(*arguments))
 
 
+def in_memory(files: Mapping[str, bytes]) -> Fetch:
+    """The files as `read_record` fetches them."""
+
+    def fetch(name: str) -> bytes:
+        if name not in files:
+            raise FileNotFoundError(name)
+        return files[name]
+
+    return fetch
+
+
 def read(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """A few facts of the record, or why it was refused, or the traceback of what else the reader raised."""
 
-    def fetch(wanted: str) -> bytes:
-        if wanted not in files:
-            raise FileNotFoundError(wanted)
-        return files[wanted]
-
     try:
-        record = read_record(name, fetch)
+        record = read_record(name, in_memory(files))
     except UnreadableRecording as error:
         return {"code": error.code, "text": str(error)}
     except BaseException:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.losses import Losses
 from torch import Tensor
 
 from lsemvae.config import OptimConfig
@@ -19,7 +20,7 @@ from lsemvae.leads import LEADS
 from lsemvae.models import build
 from lsemvae.models.lsemvae import LSEMVAE, LSEMVAEConfig
 from lsemvae.training.checkpoints import load_optimizer, save_optimizer
-from lsemvae.training.fit import Step, Watcher, fit, make_optimizer
+from lsemvae.training.fit import fit, make_optimizer
 from lsemvae.training.several import collect, exchange_gradients
 
 TINY = LSEMVAEConfig(samples=64, latent=3, channels=(2, 2, 2))
@@ -56,14 +57,6 @@ def batches_of(epoch: int, rows: slice) -> list[dict[str, Tensor]]:
         {"x_BLT": x[rows], "lead_mask_BL": mask[rows], "noise_BD": noise[rows]}
         for x, mask, noise in zip(x_SBLT, mask_SBL, noise_SBD, strict=True)
     ]
-
-
-class Losses(Watcher):
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def on_step(self, step: Step) -> None:
-        self.found.append(step.terms["loss"])
 
 
 def train(model: LSEMVAE, optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: Sequence[int]) -> list[float]:
